@@ -1,0 +1,113 @@
+"""Several processes that train as one with the joint batch.
+
+Gradients are averaged by us and not by DistributedDataParallel: a method calls `student.commit`, rollouts and
+several forwards before one backward, all of which DDP's wrapper of `forward` either bypasses or forbids. One
+reduction of the flattened gradient before each optimiser step is exact whatever the method does, and
+accumulation costs no communication. The price is one float32 copy of the gradient.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+
+def start_accelerator(mixed_precision: str, trackers: list[str], project_dir: str) -> Accelerator:
+    """accelerate's view of this process. Without CUDA the CPU is asked for by name, or accelerate 1.15 would
+    start two unconnected trainings under `torchrun --nproc_per_node 2`."""
+    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    if cpu and mixed_precision == "fp16":
+        raise ValueError("mixed_precision=fp16 needs a GPU; use bf16 or no on a CPU")
+    return Accelerator(
+        cpu=cpu, mixed_precision=mixed_precision, log_with=trackers or None, project_dir=project_dir
+    )
+
+
+def launch_all_processes() -> None:
+    """Makes `accelerate launch --cpu --num_processes N script.py` start N processes; does nothing otherwise.
+
+    accelerate 1.15 starts a single one there and says nothing. To be called first in a training script: it
+    replaces this process by `torchrun --nproc_per_node N script.py`.
+    """
+    count = _processes_missing()
+    if count <= 1:
+        return
+    port = os.environ.pop("MASTER_PORT")
+    os.environ.pop("MASTER_ADDR")
+    arguments = ["-m", "torch.distributed.run", "--nproc_per_node", str(count)]
+    arguments += ["--master_port", port] if port != "29500" else ["--standalone"]
+    os.execv(sys.executable, [sys.executable, *arguments, *sys.argv])
+
+
+def _processes_missing() -> int:
+    """How many processes `accelerate launch --cpu` was asked for, 0 if it did not start this one alone.
+
+    It leaves MASTER_PORT but no rank behind, and the number only on its own command line.
+    """
+    started_alone = "MASTER_PORT" in os.environ and "RANK" not in os.environ and "LOCAL_RANK" not in os.environ
+    if not started_alone or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return 0
+    import psutil  # accelerate depends on it; needed in this rare case only
+
+    command = psutil.Process(os.getppid()).cmdline()
+    if "launch" not in command:
+        raise ValueError(
+            "accelerate was asked for several CPU processes but started one; "
+            "start them with `torchrun --nproc_per_node N` instead"
+        )
+    arguments, _ = launch_command_parser().parse_known_args(command[command.index("launch") + 1 :])
+    if arguments.num_machines not in (None, 1):
+        raise ValueError("accelerate launch --cpu starts one process a machine; use torchrun for several machines")
+    if arguments.num_processes is None and arguments.config_file is not None:
+        return load_config_from_file(arguments.config_file).num_processes
+    return arguments.num_processes or 0
+
+
+def broadcast_parameters(networks: Iterable[Module]) -> None:
+    """Every process starts from the parameters and buffers of process 0."""
+    if not dist.is_initialized():
+        return
+    for network in networks:
+        for tensor in (*network.parameters(), *network.buffers()):
+            dist.broadcast(tensor.data, src=0)
+
+
+@torch.no_grad()
+def average_gradients(parameters: list[Parameter], loss: Tensor) -> Tensor:
+    """Averages the gradients in place over the processes, and returns the averaged loss.
+
+    One float32 reduction carries the loss, the gradients, and for each parameter whether it has one. A
+    parameter that no process has used keeps no gradient, so that the optimiser skips it as it would in one
+    process; the loss travels along so that all processes agree on whether it is finite.
+    """
+    if not dist.is_initialized():
+        return loss
+    device = parameters[0].device
+    used = torch.tensor([p.grad is not None for p in parameters], device=device, dtype=torch.float32)
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([loss.reshape(1).float().to(device), used, *(g.reshape(-1).float() for g in gradients)])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    sizes = [1, len(parameters), *(p.numel() for p in parameters)]
+    loss, used, *averages = flat.split(sizes)
+    for parameter, average, has_one in zip(parameters, averages, used.tolist()):
+        parameter.grad = average.view_as(parameter).to(parameter.dtype).clone() if has_one else None
+    return loss[0]
+
+
+def agree_on_largest(values: list[float], device: torch.device) -> list[float]:
+    """The largest of each value over the processes: equal everywhere afterwards."""
+    if not dist.is_initialized():
+        return values
+    agreed = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    return agreed.tolist()
