@@ -33,9 +33,15 @@ class _Typed(str):
     """The text of a command line value, kept until the type that is expected says how to read it."""
 
 
-def load_config(cls: type[T], path: str | Path | None = None, overrides: list[str] | None = None) -> T:
-    """An instance of the dataclass `cls` from its defaults, the YAML file and then the `key=value` texts."""
-    return build_config(cls, read_config(path, overrides))
+def load_config(
+    cls: type[T], path: str | Path | None = None, overrides: list[str] | None = None, default: T | None = None
+) -> T:
+    """An instance of the dataclass `cls` from its defaults, the YAML file and then the `key=value` texts.
+
+    default: an instance whose values stand in for the defaults of `cls`.
+    Raises ValueError with one line for a file that is not there, an unknown key or a value of a wrong type.
+    """
+    return build_config(cls, read_config(path, overrides), default)
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -180,8 +186,10 @@ def _coerce(kind: Any, value: Any, base: Any, key: str, root: type) -> Any:
         value = _read_text(value) if kind in (str, Path) else _read_value(value)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _build(kind, value, base if isinstance(base, kind) else None, f"{key}.", root)
-    if origin is typing.Literal and any(value == arg and type(value) is type(arg) for arg in args):
-        return value
+    if origin is typing.Literal:
+        value = _unquoted_word(value, args)
+        if any(value == arg and type(value) is type(arg) for arg in args):
+            return value
     if origin is dict and isinstance(value, dict):
         return _coerce_dict(args, value, base if isinstance(base, dict) else {}, key, root)
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
@@ -201,6 +209,12 @@ def _is_plain(kind: Any, value: Any) -> bool:
         return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     accepted = {float: (int, float), str: str, Path: (str, Path)}.get(kind)
     return accepted is not None and isinstance(value, accepted)
+
+
+def _unquoted_word(value: Any, choices: tuple) -> Any:
+    """YAML reads the bare words no and off as false; where they are choices, they were meant as words."""
+    words = {False: ("no", "off"), True: ("yes", "on")}.get(value, ()) if isinstance(value, bool) else ()
+    return next((word for word in words if word in choices), value)
 
 
 def _read_text(text: _Typed) -> str:

@@ -75,7 +75,7 @@ def write_latents(
     for texts in tqdm(captions, desc="embedding captions", unit="clip"):
         embeddings.append(embed(texts).half())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"latents": torch.cat(latents), "embeddings": torch.stack(embeddings)}
+    tensors = {"latents": torch.cat(latents).contiguous(), "embeddings": torch.stack(embeddings).contiguous()}
     with atomic_file(Path(path)) as temporary:
         save_file(tensors, temporary, metadata={"captions": json.dumps(captions)})
 

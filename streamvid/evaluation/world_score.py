@@ -54,6 +54,7 @@ FIRST_LOOK = 16  # measured frames that fix what a body looks like
 PRESENT = 0.5  # share of a window for which a body must be there to belong to its scene
 FEWEST_FRAMES = 4  # measured frames that a law can be fitted to
 IDENTITY = {"colour": 1.0, "shape": 1.0, "size": 1.0, "direction": 0.5}  # what tells whom the caption means
+CREEP = 0.3  # pixels a frame, half of slow: below it a body that should fly has stopped
 STALL_WEIGHT = 4.0  # one stalled frame in 32 costs an eighth of the physics score
 
 # (value that still scores 1, value that scores 0)
@@ -235,11 +236,12 @@ def _fit_fall(measured: np.ndarray, radius: float, elasticity: float) -> np.ndar
     law = lambda height, velocity: fall_heights(min(height, floor), velocity, floor, elasticity, num_frames)  # noqa: E731
     first, second = known[0], known[1]
     slope = (measured[second] - measured[first]) / (second - first)
+    miss = lambda heights: float(np.sqrt(np.nanmean((heights - measured) ** 2)))  # noqa: E731
     fitted = _fit(law, [(measured[first], slope + change) for change in (-0.3, -0.15, 0.0)], measured)
-    if np.sqrt(np.nanmean((fitted - measured) ** 2)) < RESIDUAL_BAND[0]:
+    if miss(fitted) < 0.1:
         return fitted
     starts = [(measured[first], velocity) for velocity in np.arange(-6.0, 6.01, 0.2)]  # a bounce in the first frames
-    return _fit(law, starts, measured)
+    return min(fitted, _fit(law, starts, measured), key=miss)
 
 
 def _law_score(track: np.ndarray, law: np.ndarray, whole: np.ndarray) -> float:
@@ -248,21 +250,24 @@ def _law_score(track: np.ndarray, law: np.ndarray, whole: np.ndarray) -> float:
     expected = np.linalg.norm(np.diff(law, axis=0), axis=1)
     taken = np.linalg.norm(np.diff(track, axis=0), axis=1)
     moving = (expected > 0.4) & whole[1:] & whole[:-1]
-    stalled = np.mean(taken[moving] < 0.25 * expected[moving]) if moving.any() else 0.0
-    return float(_ramp(residual, RESIDUAL_BAND)) * max(0.0, 1.0 - STALL_WEIGHT * float(stalled))
+    stalled = float(np.mean(moving & (taken < 0.25 * expected)))
+    return float(_ramp(residual, RESIDUAL_BAND)) * max(0.0, 1.0 - STALL_WEIGHT * stalled)
 
 
 def _physics_score(body: TrackedBody, said: Caption) -> float | None:
     if (~np.isnan(body.track[:, 0])).sum() < FEWEST_FRAMES:
         return None
     across = _fit_free(body.track[:, 0], body.radius)
+    pace = 1.0
     if said.family != "fall":
         down = [_fit_free(body.track[:, 1], body.radius)]
+        law = np.stack([across, down[0]], axis=1)
+        pace = min(1.0, float(np.median(np.linalg.norm(np.diff(law, axis=0), axis=1))) / CREEP)
     else:
         values = [ELASTICITY[said.elasticity]] if said.elasticity else list(ELASTICITY.values())
         down = [_fit_fall(body.track[:, 1], body.radius, value) for value in values]
     whole = ~np.isnan(body.radii)
-    return max(_law_score(body.track, np.stack([across, heights], axis=1), whole) for heights in down)
+    return pace * max(_law_score(body.track, np.stack([across, heights], axis=1), whole) for heights in down)
 
 
 # ---------------------------------------------------------------- permanence
@@ -328,10 +333,10 @@ def _order_score(estimate: Estimate, back: int, front: int) -> float | None:
     return _mean(1.0 - estimate.overlaps[back, front]) if (back, front) in estimate.overlaps else None
 
 
-def _nothing_seen(said: Caption) -> WorldScore:
-    stated = {name for body in said.bodies for name, word in asdict(body).items() if word is not None}
-    stated |= {"number", "physics", "permanence"} | ({"speed"} if said.speed else set())
-    return WorldScore(**{name: 0.0 for name in stated})
+def _stated(said: Caption) -> set[str]:
+    """Attributes that this caption lets a long enough clip be judged by, wherever bodies overlap or not."""
+    words = {name for body in said.bodies for name, word in asdict(body).items() if word is not None}
+    return words | {"number", "physics", "permanence"} | ({"speed"} if said.speed else set())
 
 
 def _scene(estimate: Estimate) -> list[int]:
@@ -348,7 +353,7 @@ def _scene(estimate: Estimate) -> list[int]:
 def _score_window(estimate: Estimate, sameness: list[np.ndarray], said: Caption, initial: bool) -> WorldScore:
     main = _scene(estimate)
     if not main:
-        return _nothing_seen(said)
+        return WorldScore(**{name: 0.0 for name in _stated(said)})
     scene = [estimate.bodies[i] for i in main]
     looks = [[_look_scores(body, word, said.family, initial) for body in scene] for word in said.bodies]
     match = _match(said, looks, len(scene))
@@ -356,7 +361,7 @@ def _score_window(estimate: Estimate, sameness: list[np.ndarray], said: Caption,
     count = np.median(sum((body.present | body.hidden).astype(int) for body in estimate.bodies))
     physics = [_physics_score(scene[j], said) for _, j in found]
     ordered = said.ordered and len(found) == 2
-    return WorldScore(
+    result = WorldScore(
         **{name: _mean(looks[i][j][name] for i, j in found) for name in ("colour", "shape", "size", "direction")},
         speed=_mean(_speed_score(scene[j], said.speed) for _, j in found),
         number=max(0.0, 1.0 - abs(float(count) - len(said.bodies)) / len(said.bodies)),
@@ -367,6 +372,9 @@ def _score_window(estimate: Estimate, sameness: list[np.ndarray], said: Caption,
             [body for i, body in enumerate(estimate.bodies) if i not in main], estimate.floors,
         ),
     )
+    if len(estimate.floors) < FEWEST_FRAMES:
+        return result
+    return replace(result, **{name: 0.0 for name in _stated(said) if getattr(result, name) is None})
 
 
 def _window_bounds(num_frames: int, window: int) -> list[tuple[int, int]]:

@@ -1,4 +1,9 @@
-"""AdamW for one network and its learning rate, a pure function of how far training is."""
+"""AdamW or Muon for one network, and its learning rate, a pure function of how far training is.
+
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalises the momentum of hidden matrices; here it
+updates the matrices and convolution kernels of repeated blocks, scaled so that AdamW's rates apply (Liu et al.,
+arXiv 2502.16982), and AdamW updates all else.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,7 @@ from torch.nn import Parameter
 class OptimizerConfig:
     """How one network is updated. The defaults are those of DMD-like fine-tuning of a pretrained network."""
 
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: for training from random weights; needs torch 2.9
     lr: float = 1e-5  # after the warm-up; 2e-6 for a 1.3B student, 1e-3 for a tiny one from scratch
     betas: tuple[float, float] = (0.9, 0.999)  # adversarial and score-distillation updates often use (0, 0.999)
     weight_decay: float = 0.01  # decoupled, a step, times lr
@@ -24,6 +30,7 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0  # largest norm of the whole network's gradient; null clips nothing
     warmup_steps: int = 0  # updates of this network over which lr rises linearly; the first one is lr / warmup_steps
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up, over the whole run
+    decay_start: float = 0.0  # part of the run before cosine and linear begin to fall
     final_lr_ratio: float = 0.0  # where cosine and linear end, as a fraction of lr
     accumulate: int = 1  # batches a process averages before one update
 
@@ -36,6 +43,8 @@ class OptimizerConfig:
             raise ValueError(f"clip_norm={self.clip_norm} must be above 0; use null to clip nothing")
         if not 0 <= self.final_lr_ratio <= 1:
             raise ValueError(f"final_lr_ratio={self.final_lr_ratio} must be in [0, 1]")
+        if not 0 <= self.decay_start < 1:
+            raise ValueError(f"decay_start={self.decay_start} must be in [0, 1)")
         if self.accumulate < 1 or self.warmup_steps < 0:
             raise ValueError(
                 f"accumulate={self.accumulate} must be at least 1 and warmup_steps={self.warmup_steps} at least 0"
@@ -45,7 +54,8 @@ class OptimizerConfig:
 def learning_rate(config: OptimizerConfig, update: int, progress: float) -> float:
     """The rate of the update number `update` (from 0) of a network when the run is at `progress` in [0, 1]."""
     warmup = min(1.0, (update + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    floor, progress = config.final_lr_ratio, min(max(progress, 0.0), 1.0)
+    floor = config.final_lr_ratio
+    progress = min(max((progress - config.decay_start) / (1 - config.decay_start), 0.0), 1.0)
     remaining = {
         "constant": 1.0,
         "cosine": floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)),
@@ -54,20 +64,62 @@ def learning_rate(config: OptimizerConfig, update: int, progress: float) -> floa
     return config.lr * warmup * remaining
 
 
-def build_optimizer(parameters: Iterable[Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over float32 parameters; with the fused kernel where the device has it."""
-    parameters = list(parameters)
-    matrices = [p for p in parameters if p.ndim > 1 or config.decay_vectors]
-    vectors = [p for p in parameters if p.ndim <= 1 and not config.decay_vectors]
+def build_optimizer(parameters: dict[str, Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimiser of float32 parameters, by name; AdamW with the fused kernel where the device has it."""
+    hidden = [p for name, p in parameters.items() if config.kind == "muon" and _is_hidden_matrix(name, p)]
+    taken = {id(p) for p in hidden}
+    others = [p for p in parameters.values() if id(p) not in taken]
+    matrices = [p for p in others if p.ndim > 1 or config.decay_vectors]
+    vectors = [p for p in others if not (p.ndim > 1 or config.decay_vectors)]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.AdamW(
+    fused = all(p.device.type in ("cpu", "cuda") for p in others)
+    adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None,
     )
+    return MuonAndAdamW(hidden, adamw, config) if hidden else adamw
+
+
+def _is_hidden_matrix(name: str, parameter: Parameter) -> bool:
+    """Kernels of images, and matrices inside repeated blocks; not embeddings, heads or modulation tables."""
+    inside = any(part.isdigit() for part in name.split("."))
+    return name.endswith("weight") and (parameter.ndim == 4 or (inside and parameter.ndim == 2))
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon on hidden matrices and AdamW on the rest, as one optimiser with one state.
+
+    Muon takes matrices only: a kernel [O, I, h, w] is given to it as [O, I h w] on the same memory.
+    """
+
+    def __init__(self, hidden: list[Parameter], adamw: torch.optim.AdamW, config: OptimizerConfig) -> None:
+        self.adamw = adamw
+        super().__init__([*adamw.param_groups, {"params": hidden}], {"lr": config.lr})
+        self.kernels = [(p, Parameter(p.detach().view(p.shape[0], -1))) for p in hidden]
+        self.muon = torch.optim.Muon(
+            [flat for _, flat in self.kernels], lr=config.lr, weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self.adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        self.adamw.param_groups = self.param_groups[:-1]
+        self.adamw.state = self.state
+        self.adamw.step()
+        self.muon.param_groups[0]["lr"] = self.param_groups[-1]["lr"]
+        for p, flat in self.kernels:
+            flat.grad = None if p.grad is None else p.grad.reshape(flat.shape)
+            if self.state[p]:
+                self.muon.state[flat] = {key: value.view(flat.shape) for key, value in self.state[p].items()}
+        self.muon.step()
+        for p, flat in self.kernels:
+            flat.grad = None
+            self.state[p] = {key: value.view(p.shape) for key, value in self.muon.state[flat].items()}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

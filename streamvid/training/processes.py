@@ -9,16 +9,19 @@ accumulation costs no communication. The price is one float32 copy of the gradie
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 
 
 def start_accelerator(mixed_precision: str, trackers: list[str], project_dir: str) -> Accelerator:
@@ -56,15 +59,18 @@ def _processes_missing() -> int:
     started_alone = "MASTER_PORT" in os.environ and "RANK" not in os.environ and "LOCAL_RANK" not in os.environ
     if not started_alone or "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return 0
-    import psutil  # accelerate depends on it; needed in this rare case only
+    import psutil  # accelerate depends on it; these three serve this rare case only
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
 
-    command = psutil.Process(os.getppid()).cmdline()
-    if "launch" not in command:
+    command = psutil.Process(os.getppid()).cmdline()  # accelerate launch | accelerate-launch | -m ....launch
+    launchers = [i for i, word in enumerate(command) if Path(word).stem in ("launch", "accelerate-launch")]
+    if not launchers:
         raise ValueError(
             "accelerate was asked for several CPU processes but started one; "
             "start them with `torchrun --nproc_per_node N` instead"
         )
-    arguments, _ = launch_command_parser().parse_known_args(command[command.index("launch") + 1 :])
+    arguments, _ = launch_command_parser().parse_known_args(command[launchers[0] + 1 :])
     if arguments.num_machines not in (None, 1):
         raise ValueError("accelerate launch --cpu starts one process a machine; use torchrun for several machines")
     if arguments.num_processes is None and arguments.config_file is not None:
@@ -72,13 +78,12 @@ def _processes_missing() -> int:
     return arguments.num_processes or 0
 
 
-def broadcast_parameters(networks: Iterable[Module]) -> None:
-    """Every process starts from the parameters and buffers of process 0."""
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
+    """Every process gets the values of process 0."""
     if not dist.is_initialized():
         return
-    for network in networks:
-        for tensor in (*network.parameters(), *network.buffers()):
-            dist.broadcast(tensor.data, src=0)
+    for tensor in tensors:
+        dist.broadcast(tensor.detach(), src=0)
 
 
 @torch.no_grad()
@@ -100,7 +105,7 @@ def average_gradients(parameters: list[Parameter], loss: Tensor) -> Tensor:
     sizes = [1, len(parameters), *(p.numel() for p in parameters)]
     loss, used, *averages = flat.split(sizes)
     for parameter, average, has_one in zip(parameters, averages, used.tolist()):
-        parameter.grad = average.view_as(parameter).to(parameter.dtype).clone() if has_one else None
+        parameter.grad = average.view_as(parameter).to(parameter.dtype) if has_one else None
     return loss[0]
 
 
@@ -111,3 +116,31 @@ def agree_on_largest(values: list[float], device: torch.device) -> list[float]:
     agreed = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
     return agreed.tolist()
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM ask for a stop after the step that is under way; Ctrl-C again abandons the step.
+
+    A launcher repeats a signal that the terminal has sent already, so that "again" means two seconds later.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._since = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if not self.received:
+            self.received, self._since = int(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > 2:
+            raise KeyboardInterrupt

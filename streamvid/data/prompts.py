@@ -1,0 +1,87 @@
+"""Prompts, from a file or from the verifiable world, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streamvid.data.world import caption, sample_spec
+from streamvid.seeding import key_to_seed, keyed_generator
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one a line; blank lines and lines that begin with ``#`` are skipped.
+
+    Raises:
+        ValueError: if the file is missing, is not UTF-8 text, or holds no prompt.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no prompt file at {path}; expected a text file with one prompt a line")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    lines = [line.strip() for line in text.splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; write one a line")
+    return prompts
+
+
+def world_prompts(num: int, first_seed: int = 0, held_out: bool = False) -> list[str]:
+    """Captions of ``num`` scenes of the verifiable world, one each; scene i has the seed ``first_seed`` + i.
+
+    With the seeds of a latent set (``data.latents``) they are the first captions of its clips.
+
+    Args:
+        num: at least 1.
+        first_seed: seed of the first scene.
+        held_out: take combinations of attributes that training never sees.
+
+    Raises:
+        ValueError: if ``num`` is below 1.
+    """
+    if num < 1:
+        raise ValueError(f"num={num}, expected at least 1 prompt")
+    seeds = range(first_seed, first_seed + num)
+    return [caption(sample_spec(seed, held_out=held_out), key_to_seed("paraphrase", seed, 0)) for seed in seeds]
+
+
+class PromptBatches:
+    """Batches of prompts, stateless: the same arguments always give the same batch.
+
+    Args:
+        embeddings: ``[N, L, D]``.
+        prompts: the N texts.
+        seed: of the choice of prompts.
+
+    Raises:
+        ValueError: if there are none, or not as many embeddings as prompts.
+    """
+
+    def __init__(self, embeddings: Tensor, prompts: Sequence[str], seed: int):
+        if embeddings.ndim != 3 or not len(prompts) or len(embeddings) != len(prompts):
+            raise ValueError(
+                f"embeddings of shape {tuple(embeddings.shape)} for {len(prompts)} prompts; expected [N, L, D] "
+                "with one embedding a prompt, and at least one"
+            )
+        self.embeddings = embeddings
+        self.prompts = list(prompts)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
+        """Samples ``indices`` of the joint batch: cond ``[B, L, D]`` (float32), prompts, and ``keys``, a seed a sample."""
+        keys = [key_to_seed(self.seed, "prompt", step, turn, micro, index) for index in indices]
+        rows = [int(torch.randint(len(self), (), generator=keyed_generator("row", key))) for key in keys]
+        return {
+            "cond": self.embeddings[rows].float(),
+            "prompts": [self.prompts[row] for row in rows],
+            "keys": keys,
+        }

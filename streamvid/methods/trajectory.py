@@ -1,0 +1,199 @@
+"""Regression on a teacher's trajectories: the start of a few-step causal student.
+
+CausVid, arXiv 2412.07772 (ODE initialisation, also Self-Forcing's); the teacher-forced form is Causal-Forcing's,
+arXiv 2602.02214. The teacher's probability flow is solved once for many prompts and its states x_t are kept at the
+student's own times. The student, block-causal, is to say from a state where its trajectory ends:
+
+    minimise mean |x0_hat(x_t, t) - x_0|^2 over the entries with t > 0,  x0_hat = x_t - t v
+
+``mode`` chooses what a chunk sees of the chunks before it:
+
+- ``diffusion_forcing``: their states, each at its own time of the student's list or at 0 (data), as CausVid; with
+  ``level: clip`` all at one time of the list;
+- ``teacher_forcing``: their ends, clean, as the student will see its own finished chunks.
+
+Departure from CausVid: the last chunk is never at 0, as no later one would learn from it.
+
+Shapes: B batch, K stored times, C channels, T latent frames, h w latent size, n chunks of f frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from streamvid.core.process import expand_time, x0_from_v
+from streamvid.data.trajectories import SAME_TIME, check_falling, time_indices
+from streamvid.rollout.sampler import GuidedModel, stream_latents
+from streamvid.rollout.schedule import StreamConfig, build_schedule
+from streamvid.seeding import keyed_generator
+from streamvid.teachers.base import Teacher
+
+
+@dataclass
+class Config:
+    """Settings of trajectory regression."""
+
+    mode: Literal["diffusion_forcing", "teacher_forcing"] = "diffusion_forcing"
+    """What a chunk sees of the chunks before it."""
+    level: Literal["chunk", "clip"] = "chunk"
+    """Whether each chunk has its own step of the list (CausVid) or all have the same (Causal-Forcing)."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("mode", ("diffusion_forcing", "teacher_forcing")), ("level", ("chunk", "clip"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}, expected one of {choices}")
+
+
+class TrajectoryRegression:
+    """The method.
+
+    Args:
+        config: see ``Config``.
+        student: a causal Wan transformer.
+        stream: how the student will be streamed: its chunks and the times of their steps.
+        seed: of all random draws.
+    """
+
+    needs: frozenset[str] = frozenset()  # the teacher's part is on disk
+
+    def __init__(self, config: Config, student: nn.Module, stream: StreamConfig, seed: int = 0):
+        self.config = config
+        self.student = student
+        self.stream = stream
+        self.seed = seed
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student}
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        return ("student",)
+
+    def loss(self, turn: str, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, float]]:
+        """Batches hold ``states [B, K, C, T, h, w]``, ``times [B, K]``, ``cond [B, L, D]`` and ``keys``.
+
+        Raises:
+            ValueError: if a time of the student's list is not stored, or the chunks do not fit the clips.
+        """
+        states, times = batch["states"], batch["times"][0]
+        levels = self._draw_levels(batch["keys"], times.tolist(), self._num_chunks(states.shape[3]))
+        x_t = select_states(states, levels.to(states.device), self.stream.chunk_frames)
+        t = times[levels.to(times.device)].repeat_interleave(self.stream.chunk_frames, dim=1)  # [B, T]
+        x0 = states[:, time_indices(times.tolist(), [0.0])[0]]
+        v = self._predict(x_t, t, batch["cond"], x0)
+        error = (x0_from_v(x_t, v, t) - x0).square()
+        counts = expand_time((t > SAME_TIME).float(), error).expand_as(error)
+        loss = (error * counts).sum() / counts.sum()
+        return loss, {"loss": float(loss.detach())}
+
+    def _predict(self, x_t: Tensor, t: Tensor, cond: Tensor, x0: Tensor) -> Tensor:
+        chunk: dict[str, Any] = {"chunk_frames": self.stream.chunk_frames}
+        if self.config.mode == "teacher_forcing":
+            chunk["clean_context"] = x0
+        return self.student(x_t, 1000 * t, cond, **chunk, return_dict=False)[0]
+
+    def _draw_levels(self, keys: list[int], stored: list[float], num_chunks: int) -> Tensor:
+        """Which stored time each chunk of each sample is at, ``[B, n]``."""
+        steps = [time_indices(stored, times) for times in chunk_times(self.stream, num_chunks)]
+        shared = self.config.level == "clip"
+        if self.config.mode == "diffusion_forcing" and not shared:
+            steps = [*(indices + time_indices(stored, [0.0]) for indices in steps[:-1]), steps[-1]]
+        longest = max(len(indices) for indices in steps)
+        rows = []
+        for key in keys:
+            draws = torch.rand(num_chunks, generator=keyed_generator(self.seed, "level", key), dtype=torch.float64)
+            if shared:  # a chunk with a shorter list stays at its last step
+                step = int(draws[0] * longest)
+                rows.append([indices[min(step, len(indices) - 1)] for indices in steps])
+            else:
+                rows.append([indices[int(u * len(indices))] for u, indices in zip(draws, steps)])
+        return torch.tensor(rows)
+
+    def _num_chunks(self, frames: int) -> int:
+        if frames % self.stream.chunk_frames:
+            raise ValueError(
+                f"chunk_frames={self.stream.chunk_frames} does not divide the {frames} latent frames of the trajectories"
+            )
+        return frames // self.stream.chunk_frames
+
+
+def chunk_times(stream: StreamConfig, num_chunks: int) -> list[list[float]]:
+    """The times at which a stream denoises each of its first chunks."""
+    times: list[list[float]] = [[] for _ in range(num_chunks)]
+    for event in build_schedule(stream, num_chunks):
+        for chunk, t in zip(event.chunks, event.t):
+            times[chunk].append(t)
+    return times
+
+
+def select_states(states: Tensor, levels: Tensor, chunk_frames: int) -> Tensor:
+    """``[B, K, C, T, h, w]``, each chunk at its own of the K times, ``levels [B, n]``, to ``[B, C, T, h, w]``."""
+    chunks = rearrange(states, "b k c (n f) h w -> b n k c f h w", f=chunk_frames)
+    b, n = torch.meshgrid(*(torch.arange(size, device=states.device) for size in levels.shape), indexing="ij")
+    return rearrange(chunks[b, n, levels], "b n c f h w -> b c (n f) h w")
+
+
+# ---- making the trajectories --------------------------------------------------------------------------
+
+
+def grid_through(times: Sequence[float], grid: Sequence[float]) -> tuple[float, ...]:
+    """The times of an Euler sampler with more of them, so that ``times`` are on it exactly and nothing has to be
+    interpolated; one that is there already costs no step."""
+    between = [t for t in grid if all(abs(t - kept) > SAME_TIME for kept in times)]
+    return tuple(sorted({*times, *between} - {0.0}, reverse=True))
+
+
+def solve_trajectories(
+    teacher: Teacher,
+    cond: Tensor,
+    seeds: list[int],
+    *,
+    times: Sequence[float],
+    grid: Sequence[float],
+    guidance_scale: float,
+    latent_shape: tuple[int, int, int],
+    latent_frames: int,
+) -> Tensor:
+    """The teacher's Euler solution from keyed noise, at ``times``: ``[B, K, C, T, h, w]``.
+
+    The sampler's own loop does it: a clip is a stream of one chunk, all frames jointly.
+
+    Args:
+        teacher: gives the velocity.
+        cond: prompts ``[B, L, D]``, on the device where the states are to be.
+        seeds: one a prompt.
+        times: falling, the last one 0.
+        grid: the sampler's times, without 0, through ``times``, see ``grid_through``.
+        guidance_scale: of the teacher.
+        latent_shape: (C, h, w).
+        latent_frames: T.
+
+    Raises:
+        ValueError: if ``times`` do not fall to 0 or are not on the grid.
+    """
+    kept: dict[float, Tensor] = {}
+
+    def keep(chunk: int, t: float, x_t: Tensor) -> Tensor:
+        if t in times:
+            kept[t] = x_t.clone()
+        return x_t
+
+    missing = set(check_falling(times)) - {*grid, 0.0}
+    if missing:
+        raise ValueError(f"the sampler's grid does not pass t={sorted(missing)}; make it with grid_through")
+    sampler = StreamConfig(step_table=(tuple(grid),), chunk_frames=latent_frames, commit="none", stepper="euler")
+    uncond = None if teacher.uncond is None else teacher.uncond.to(cond).expand(len(cond), -1, -1)
+    model = GuidedModel(teacher.predict, uncond, guidance_scale)
+    results = stream_latents(
+        model, cond, sampler, seeds=seeds, latent_shape=latent_shape, num_chunks=1, before_step=keep
+    )
+    (clip,) = results
+    return torch.stack([*(kept[t] for t in times[:-1]), clip.latents], dim=1)
+
+
+Method = TrajectoryRegression

@@ -1,0 +1,68 @@
+"""Numbers of a run: means between two log lines, and the file `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from streamvid.files import atomic_file
+
+
+class RunningMeans:
+    """The mean of each named number since the last log line, over steps and processes."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """The means over all processes; starts anew. To be called in every process."""
+        sums, counts = {}, {}
+        for state in gather_object([self.state_dict()]):
+            for name, total in state["sums"].items():
+                sums[name] = sums.get(name, 0.0) + total
+                counts[name] = counts.get(name, 0) + state["counts"][name]
+        self.load_state_dict({"sums": {}, "counts": {}})
+        return {name: sums[name] / counts[name] for name in sums}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+
+def append_metrics(path: Path, line: dict[str, float]) -> None:
+    """Adds one JSON object; a number that is not finite, which JSON does not know, becomes null."""
+    finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
+    with path.open("a") as file:
+        file.write(json.dumps(finite) + "\n")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """The lines of a metrics file up to the first that a crash left incomplete."""
+    lines = []
+    for text in Path(path).read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Drops the lines beyond `step`, which a resumed run is about to write again."""
+    if not path.is_file():
+        return
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))

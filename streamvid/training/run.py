@@ -1,0 +1,211 @@
+"""From a run file to a trainer: what `tools/train.py` builds.
+
+A run names its method (a file of `streamvid/methods`), the method's options, the networks, the data and the
+trainer's settings. A method gets the parts that its constructor names: `student`, `teacher`, `stream`,
+`uncond`, `latent_shape`, `seed`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import streamvid.methods
+from streamvid.codecs.load import open_codec
+from streamvid.codecs.text import PromptEncoder
+from streamvid.config import build_config, read_config
+from streamvid.data.latents import LatentClips, WorldSet, world_clips, write_latents
+from streamvid.data.prompts import PromptBatches, read_prompts, world_prompts
+from streamvid.data.trajectories import Trajectories
+from streamvid.files import atomic_folder
+from streamvid.methods.base import BatchSource, Method
+from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.rollout.schedule import StreamConfig
+from streamvid.teachers.base import check_needs
+from streamvid.teachers.wan import WanTeacher
+from streamvid.training.trainer import TrainConfig, Trainer
+
+TINY_TEACHER = str(Path(__file__).parents[1] / "assets" / "teacher")
+
+
+@dataclass
+class Geometry:
+    """Sizes of a network that starts from random weights; the names are diffusers' WanTransformer3DModel's."""
+
+    num_layers: int = 6
+    num_attention_heads: int = 4
+    attention_head_dim: int = 48
+    ffn_dim: int = 768
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 64
+    freq_dim: int = 64
+
+
+@dataclass
+class StudentConfig:
+    """The network that is trained."""
+
+    path: str | None = None  # a folder with transformer/ to start from; null: random weights of `geometry`
+    geometry: Geometry = field(default_factory=Geometry)
+    kind: Literal["causal", "bidirectional"] = "causal"  # bidirectional: a teacher
+
+
+@dataclass
+class TeacherConfig:
+    """The teacher, loaded by methods that ask for its score."""
+
+    path: str = TINY_TEACHER
+    negative_prompt: str = ""
+
+
+@dataclass
+class DataConfig:
+    """What the batches come from."""
+
+    kind: Literal["world", "latents", "trajectories", "prompts"] = "prompts"
+    """world: clips of the verifiable world, rendered and encoded into `path` if that is not there yet;
+    latents: the latent set `path`; trajectories: the teacher's, of tools/make_trajectories.py; prompts only."""
+    path: str | None = None
+    """A file of the kind; with `prompts`, a text file with a prompt a line, null for captions of the world."""
+    world: WorldSet = field(default_factory=WorldSet)
+    num_prompts: int = 1000
+    """Captions of the world to take, with kind `prompts` and no path."""
+    latent_frames: int | None = None
+    """Frames to cut from each clip; null: the whole clip."""
+    window_stride: int | None = None
+    """Cuts start at multiples of it; null: at the clip's beginning only."""
+    first_share: float = 0.5
+    """Share of the cuts that start at the beginning all the same."""
+
+
+@dataclass
+class RunConfig:
+    """A run but for the options of its method, which `load_run` adds as the field `options`."""
+
+    train: TrainConfig
+    method: str = "dmd"
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    components: str = TINY_TEACHER  # the folder whose text_encoder/, tokenizer/ and vae/ are used
+    latent_size: tuple[int, int] = (8, 8)  # height and width of a latent frame, for methods that roll out
+
+
+def method_names() -> list[str]:
+    """The methods that exist: every file of streamvid/methods but base.py."""
+    return sorted(m.name for m in pkgutil.iter_modules(streamvid.methods.__path__) if m.name != "base")
+
+
+def load_run(path: str | Path | None, overrides: list[str]) -> RunConfig:
+    """Read a run file and `key=value` overrides; the method's own `Config` checks `options`.
+
+    Raises:
+        ValueError: one line for a missing file, an unknown key, a wrong type or an unknown method.
+    """
+    values = read_config(path, overrides)
+    name = str(values.get("method", RunConfig.method))
+    if name not in method_names():
+        raise ValueError(f"method={name} is not one of {', '.join(method_names())}")
+    module = importlib.import_module(f"streamvid.methods.{name}")
+    whole = make_dataclass(
+        "RunConfig", [("options", module.Config, field(default_factory=module.Config))], bases=(RunConfig,)
+    )
+    whole.__module__ = __name__
+    return build_config(whole, values)
+
+
+def build_student(config: StudentConfig) -> nn.Module:
+    """The network to train, in float32."""
+    from diffusers import WanTransformer3DModel
+
+    cls = CausalWanTransformer3DModel if config.kind == "causal" else WanTransformer3DModel
+    if config.path is not None:
+        return open_transformer(config.path, cls)
+    sizes = {name: getattr(config.geometry, name) for name in Geometry.__dataclass_fields__}
+    network = cls(**sizes, patch_size=(1, 2, 2), cross_attn_norm=True, qk_norm="rms_norm_across_heads")
+    nn.init.zeros_(network.proj_out.weight)
+    return network
+
+
+def open_transformer(path: str | Path, cls: type) -> nn.Module:
+    """`path/transformer` as `cls` in float32; one line if it is missing or does not fit."""
+    folder = Path(path) / "transformer"
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; expected a diffusers folder with transformer/")
+    try:
+        return cls.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"cannot load {folder}: {str(error).splitlines()[0]}") from error
+
+
+def build_source(config: RunConfig, prompts: PromptEncoder) -> BatchSource:
+    """The batches of a run."""
+    data, seed = config.data, config.train.seed
+    if data.kind == "prompts":
+        texts = read_prompts(data.path) if data.path else world_prompts(data.num_prompts)
+        return PromptBatches(prompts.encode(texts), texts, seed)
+    if data.path is None:
+        raise ValueError(f"data.kind={data.kind} needs data.path, the file to read or to make")
+    if data.kind == "trajectories":
+        return Trajectories(data.path, seed)
+    if data.kind == "world" and not Path(data.path).exists():
+        codec = open_codec(config.components)
+        clips = world_clips(data.world)
+        write_latents(data.path, clips, data.world.num_clips, codec.encode_frames, prompts.encode)
+    return LatentClips(data.path, seed, data.latent_frames, data.window_stride, data.first_share)
+
+
+def build_method(config: RunConfig, student: nn.Module, prompts: PromptEncoder) -> Method:
+    """The method with the parts that its constructor names."""
+    cls = importlib.import_module(f"streamvid.methods.{config.method}").Method
+    parts: dict[str, Any] = {
+        "student": student,
+        "stream": config.stream,
+        "uncond": prompts.encode([config.teacher.negative_prompt])[0],
+        "latent_shape": (int(student.config.in_channels), *config.latent_size),
+        "seed": config.train.seed,
+    }
+    if cls.needs:
+        parts["teacher"] = WanTeacher.from_pretrained(
+            config.teacher.path, negative_prompt=config.teacher.negative_prompt
+        )
+        check_needs(cls, parts["teacher"])
+    wanted = inspect.signature(cls.__init__).parameters
+    return cls(config.options, **{name: part for name, part in parts.items() if name in wanted})
+
+
+def build_trainer(config: RunConfig, progress: bool = True) -> Trainer:
+    """Everything that a run needs, ready for `.train()`, which ends by exporting the network that was trained."""
+    prompts = PromptEncoder.from_pretrained(config.components)
+    student = build_student(config.student)
+    source = build_source(config, prompts)
+    method = build_method(config, student, prompts)
+    trainer = Trainer(config.train, method, source, None, resolved=config, progress=progress)
+    trainer.save_fn = lambda run_dir: export(trainer, run_dir, config)
+    return trainer
+
+
+def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
+    """Write `run_dir/student` (averaged weights where there are any): transformer/ and stream_config.json."""
+    learner = trainer.learners["student"]
+    target = run_dir / "student"
+    with atomic_folder(target) as temporary:
+        if learner.ema is None:
+            learner.network.save_pretrained(temporary / "transformer")
+        else:
+            with trainer.ema_weights("student"):
+                learner.network.save_pretrained(temporary / "transformer")
+        if config.student.kind == "causal":
+            (temporary / "stream_config.json").write_text(config.stream.to_json())
+    return target

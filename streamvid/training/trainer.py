@@ -1,0 +1,500 @@
+"""The training loop: one for all methods.
+
+A step runs the method's turns in order; a turn averages the gradient of one network over its accumulation
+passes and all processes, clips it, and updates the network and its moving average. accelerate gives the
+launch, the device, the precision and the trackers. Gradient accumulation and learning rates are ours, because
+accelerate's one counter starves one of two alternating optimisers and its schedulers step once a process.
+
+A run is a function of its configuration: batches and decisions are keyed, so that stopping and resuming
+changes nothing, bit for bit. The exception is `max_minutes`, which ties learning rates and the end to the
+clock.
+
+The run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/step-0000123/` and what `save_fn` exports.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import math
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, gather_object, send_to_device, set_seed
+from torch import Tensor
+from torch.nn import Module, Parameter
+from tqdm import tqdm
+
+from streamvid.config import flatten, save_config, to_plain
+from streamvid.files import remove_leftovers
+from streamvid.methods.base import BatchSource, Method
+from streamvid.training import checkpoint as ckpt
+from streamvid.training.ema import EMA, EMAConfig
+from streamvid.training.metrics import RunningMeans, append_metrics, trim_metrics
+from streamvid.training.optimizers import (
+    OptimizerConfig,
+    build_optimizer,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from streamvid.training.processes import (
+    StopSignals,
+    agree_on_largest,
+    average_gradients,
+    broadcast_tensors,
+    start_accelerator,
+)
+
+log = logging.getLogger(__name__)
+
+# What may change between the start of a run and its continuation.
+CHANGEABLE = {"max_steps", "max_minutes", "log_every", "save_every", "keep_checkpoints", "trackers"}
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on, such as after a loss that is not a number. The message is one line for the user."""
+
+
+@dataclass
+class TrainConfig:
+    name: str  # of the run; its folder is output_dir/name, and the same command resumes it
+    output_dir: str = "runs"
+    seed: int = 0  # of the global generators; batches and decisions have their own keyed seeds
+    max_steps: int = 1000
+    max_minutes: float | None = None  # training time, over all sessions, after which the run ends; null: no limit
+    batch_size: int = 1  # samples a process draws for one loss
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; parameters stay float32
+    gradient_checkpointing: bool = False  # less memory, about a third more time
+    compile: bool = False  # compiles the repeated blocks of the networks that have any
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    save_every: int = 500  # steps between checkpoints; the end of the run and an interruption save too
+    keep_checkpoints: int = 2
+    trackers: list[str] = field(default_factory=list)  # accelerate's names: tensorboard, wandb, ...
+    optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)  # one for each network of the method
+    ema: dict[str, EMAConfig] = field(default_factory=dict)  # for the networks that have an average
+
+    def __post_init__(self) -> None:
+        for key in ("max_steps", "batch_size", "log_every", "save_every", "keep_checkpoints"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"max_minutes={self.max_minutes} must be above 0; use null for no limit")
+        if not self.name or "/" in self.name or self.name in (".", ".."):
+            raise ValueError(f"name={self.name!r} must be one folder name; choose the place with output_dir")
+
+
+class Learner:
+    """One network with what updates it."""
+
+    def __init__(
+        self, name: str, network: Module, optimizer: OptimizerConfig, ema: EMAConfig | None, fp16: bool
+    ) -> None:
+        self.network, self.config, self.updates = network, optimizer, 0
+        self.parameters = {key: p for key, p in network.named_parameters() if p.requires_grad}
+        _check_parameters(name, self.parameters)
+        self.optimizer = build_optimizer(self.parameters, optimizer)
+        self.ema = EMA(self.parameters, ema) if ema is not None else None
+        device = next(iter(self.parameters.values())).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+
+    @property
+    def names(self) -> dict[Parameter, str]:
+        return {parameter: name for name, parameter in self.parameters.items()}
+
+    def clip(self) -> float:
+        """Clips the gradient to `clip_norm` and returns the norm that it had."""
+        limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
+        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
+
+    def update(self, progress: float) -> float:
+        """One optimiser step, at the learning rate that is returned."""
+        lr = learning_rate(self.config, self.updates, progress)
+        set_learning_rate(self.optimizer, lr)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.updates += 1
+        if self.ema is not None:
+            self.ema.update()
+        return lr
+
+
+class Trainer:
+    """Trains the networks of a method on a source of batches.
+
+    save_fn: called with the run folder in the main process when training has ended, to export what it made.
+    resolved: the configuration to keep with the run and to compare on resume; `config`, or a dataclass with it
+    in one of its fields.
+    progress: whether a terminal gets a progress bar.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        method: Method,
+        source: BatchSource,
+        save_fn: Callable[[Path], None] | None = None,
+        resolved: Any = None,
+        progress: bool = True,
+    ) -> None:
+        self.config, self.method, self.source, self.save_fn = config, method, source, save_fn
+        self.resolved = config if resolved is None else resolved
+        self.run_dir = Path(config.output_dir) / config.name
+        self.checkpoints = self.run_dir / "checkpoints"
+        networks = method.networks()
+        _check_names(config, networks)
+        _check_trackers(config.trackers)
+        self.accelerator = start_accelerator(config.mixed_precision, config.trackers, str(self.run_dir))
+        for network in networks.values():
+            network.to(self.accelerator.device).train()
+        _switch_on(networks, config)
+        self.learners = {
+            name: Learner(
+                name, network, config.optimizers[name], config.ema.get(name), config.mixed_precision == "fp16"
+            )
+            for name, network in networks.items()
+        }
+        self.means, self.show_progress = RunningMeans(), progress
+        self.step, self.samples, self.seconds = 0, 0, 0.0
+        for tensors in self._tensors().values():
+            broadcast_tensors(tensors.values())
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is done, in [0, 1]: by steps, or by the clock where that is further."""
+        by_time = self.seconds / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
+        return min(1.0, max(self.step / self.config.max_steps, by_time))
+
+    def ema_weights(self, name: str) -> AbstractContextManager[None]:
+        """Inside the block the network has its averaged weights."""
+        ema = self.learners[name].ema
+        if ema is None:
+            raise ValueError(f"network '{name}' has no moving average; set ema.{name}.decay=0.99 to keep one")
+        return ema.weights()
+
+    def train(self) -> Path:
+        """Trains to the end, from the newest checkpoint of the run if there is one; returns the run folder.
+
+        Raises TrainingError when the loss or a gradient is not finite, ValueError when the run folder does not
+        fit, and SystemExit with 130 or 143 after Ctrl-C or SIGTERM.
+        """
+        self._open_run_dir()
+        self._resume()
+        try:
+            with StopSignals() as signals, self._progress_bar() as bar:
+                self._loop(signals, bar)
+        except KeyboardInterrupt:
+            self._say(f"step {self.step + 1} abandoned; {self._how_to_resume()}")
+            raise SystemExit(128 + signal.SIGINT) from None
+        finally:
+            self._require_gradients_of(self.learners)
+        if self.save_fn is not None and self.is_main:
+            self.save_fn(self.run_dir)
+        self.accelerator.end_training()
+        return self.run_dir
+
+    # The loop
+
+    def _loop(self, signals: StopSignals, bar: tqdm) -> None:
+        started, steps_before, seconds_before = time.monotonic(), self.step, self.seconds
+        while self.progress < 1:
+            self._run_step()
+            elapsed = seconds_before + time.monotonic() - started
+            self.step += 1
+            received, self.seconds = agree_on_largest([signals.received, elapsed], self.accelerator.device)
+            if self.step % self.config.log_every == 0 or self.progress == 1:
+                pace = (self.seconds - seconds_before) / (self.step - steps_before)
+                self._log(bar, pace)
+            bar.update(1)
+            if self.step % self.config.save_every == 0 or self.progress == 1 or received:
+                self._save()
+            if received and self.progress < 1:
+                self._say(f"stopped by {signal.Signals(int(received)).name}; {self._how_to_resume()}")
+                raise SystemExit(128 + int(received))
+
+    def _run_step(self) -> None:
+        seen: Counter[str] = Counter()
+        for turn in self.method.turns(self.step):
+            if turn not in self.learners:
+                raise ValueError(f"turn '{turn}' is of no network; networks() has {', '.join(self.learners)}")
+            self._run_turn(turn, seen[turn])
+            seen[turn] += 1
+
+    def _run_turn(self, turn: str, micro: int) -> None:
+        """Updates one network with one joint batch."""
+        learner = self.learners[turn]
+        self._require_gradients_of([turn])
+        learner.optimizer.zero_grad(set_to_none=True)
+        loss = sum(self._backward(learner, turn, micro, part) for part in range(learner.config.accumulate))
+        loss = average_gradients(list(learner.parameters.values()), loss).item()
+        self._check_finite("loss", loss, turn)
+        learner.scaler.unscale_(learner.optimizer)
+        norm = learner.clip()
+        if not self._skip_overflow(learner, norm, turn):
+            lr = learner.update(self.progress)
+            self.means.add({f"{turn}/loss": loss, f"{turn}/grad_norm": norm, f"{turn}/lr": lr})
+        learner.optimizer.zero_grad(set_to_none=True)
+        if hasattr(self.method, "after_step"):
+            self.method.after_step(turn, self.step)
+
+    def _backward(self, learner: Learner, turn: str, micro: int, part: int) -> Tensor:
+        """Adds the gradient of one batch; returns its share of the loss."""
+        batch = self._draw(turn, micro, part)
+        with self.accelerator.autocast():
+            loss, numbers = self.method.loss(turn, batch, self.step)
+        loss = loss / learner.config.accumulate
+        learner.scaler.scale(loss).backward()
+        self.means.add({f"{turn}/{name}": value for name, value in numbers.items()})
+        return loss.detach()
+
+    def _draw(self, turn: str, micro: int, part: int) -> dict[str, Any]:
+        """This process's share of the joint batch in accumulation pass `part`."""
+        size, processes = self.config.batch_size, self.accelerator.num_processes
+        first = (part * processes + self.accelerator.process_index) * size
+        batch = self.source.batch(self.step, turn, micro, range(first, first + size))
+        self.samples += size * processes
+        return send_to_device(batch, self.accelerator.device) | {"micro": micro}
+
+    def _require_gradients_of(self, names: Any) -> None:
+        """Only these networks require gradients: others cost neither memory nor time, and gather nothing."""
+        for learner in self.learners.values():
+            for parameter in learner.parameters.values():
+                parameter.requires_grad_(False)
+        for name in names:
+            for parameter in self.learners[name].parameters.values():
+                parameter.requires_grad_(True)
+
+    def _check_finite(self, what: str, value: float, turn: str) -> None:
+        if math.isfinite(value):
+            return
+        newest = ckpt.list_checkpoints(self.checkpoints)
+        kept = f"the last good checkpoint is {newest[-1]}" if newest else "no checkpoint was written yet"
+        raise TrainingError(f"{what} of turn '{turn}' is {value} in step {self.step + 1}; training stopped, {kept}")
+
+    def _skip_overflow(self, learner: Learner, norm: float, turn: str) -> bool:
+        """fp16 gradients overflow now and then: the scale goes down and the update is left out."""
+        if math.isfinite(norm) or not learner.scaler.is_enabled() or learner.scaler.get_scale() < 1:
+            self._check_finite("gradient norm", norm, turn)
+            return False
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
+        return True
+
+    # Logging
+
+    @contextmanager
+    def _progress_bar(self) -> Iterator[tqdm]:
+        shown = self.show_progress and self.is_main and sys.stderr.isatty()
+        form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+        with tqdm(
+            total=self.config.max_steps, initial=self.step, desc=self.config.name,
+            disable=not shown, bar_format=form, dynamic_ncols=True,
+        ) as bar:
+            yield bar
+
+    def _log(self, bar: tqdm, pace: float) -> None:
+        """One line of metrics; `pace` is the mean time of a step in this session, in seconds."""
+        means = self.means.take()
+        if not self.is_main:
+            return
+        line = {"step": self.step, **means, "seconds": round(self.seconds, 3), "samples": self.samples}
+        append_metrics(self.run_dir / "metrics.jsonl", line)
+        self.accelerator.log(means, step=self.step)
+        losses = "  ".join(f"{key} {value:.4g}" for key, value in means.items() if key.endswith("/loss"))
+        eta = tqdm.format_interval(self._seconds_left(pace))
+        bar.set_postfix_str(f"eta {eta}, {losses}", refresh=False)
+        log.info("step %d of %d  eta %s  %s", self.step, self.config.max_steps, eta, losses)
+
+    def _seconds_left(self, pace: float) -> float:
+        by_steps = (self.config.max_steps - self.step) * pace
+        budget = math.inf if self.config.max_minutes is None else 60 * self.config.max_minutes
+        return max(0.0, min(by_steps, budget - self.seconds))
+
+    def _say(self, text: str) -> None:
+        if self.is_main:
+            print(f"{self.config.name}: {text}", file=sys.stderr, flush=True)
+
+    def _how_to_resume(self) -> str:
+        newest = ckpt.list_checkpoints(self.checkpoints)
+        if not newest:
+            return "no checkpoint was written yet, the same command starts anew"
+        return f"the same command resumes from {newest[-1]}"
+
+    # The run folder
+
+    def _open_run_dir(self) -> None:
+        """Refuses a folder of a run with another configuration; writes this one."""
+        _check_same_run(self.run_dir / "config.yaml", self.resolved, _place_of(self.config, self.resolved))
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.checkpoints)
+            remove_leftovers(self.run_dir)
+            save_config(self.resolved, self.run_dir / "config.yaml")
+        self.accelerator.wait_for_everyone()
+        if self.config.trackers:
+            settings = {key: str(value) for key, value in flatten(to_plain(self.resolved)).items()}
+            self.accelerator.init_trackers(self.config.name, config=settings)
+
+    def _save(self) -> None:
+        own = {"random": ckpt.random_state(self.accelerator.device), "means": self.means.state_dict()}
+        ranks = gather_object([own])
+        if self.is_main:
+            snapshot = ckpt.Snapshot(self._counters(), self._tensors(), ranks)
+            ckpt.write_checkpoint(self.checkpoints, self.step, snapshot, self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _counters(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "num_processes": self.accelerator.num_processes,
+            "updates": {name: learner.updates for name, learner in self.learners.items()},
+            "scalers": {name: learner.scaler.state_dict() for name, learner in self.learners.items()},
+        }
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything of the run that is a tensor, by the name of the file that it is saved in."""
+        tensors = {}
+        for name, learner in self.learners.items():
+            tensors[name] = learner.network.state_dict()
+            tensors[f"{name}.optimizer"] = optimizer_tensors(learner.optimizer, learner.names)
+            if learner.ema is not None:
+                tensors[f"{name}.ema"] = learner.ema.state_dict()
+        if hasattr(self.method, "extra_state"):
+            tensors["method"] = self.method.extra_state()
+        return tensors
+
+    def _resume(self) -> None:
+        """Continues from the newest checkpoint, or starts with the seed."""
+        newest = ckpt.list_checkpoints(self.checkpoints)
+        if newest:
+            self._load(newest[-1])
+        else:
+            set_seed(self.config.seed, device_specific=True)
+        if self.is_main:
+            trim_metrics(self.run_dir / "metrics.jsonl", self.step)
+        self.accelerator.wait_for_everyone()
+
+    def _load(self, path: Path) -> None:
+        live = self._tensors()
+        processes = self.accelerator.num_processes
+        counters = ckpt.read_counters(path)
+        if counters["num_processes"] != processes:
+            raise ValueError(
+                f"run {self.run_dir} was trained with {counters['num_processes']} processes, not {processes}, which "
+                "changes its batches; launch as many again, or give the run another name"
+            )
+        saved = ckpt.read_checkpoint(path, list(live), self.accelerator.process_index)
+        for name, learner in self.learners.items():
+            optimizer = saved.tensors.pop(f"{name}.optimizer")
+            live.pop(f"{name}.optimizer")
+            try:
+                load_optimizer_tensors(learner.optimizer, learner.names, optimizer)
+            except ValueError as error:
+                raise ckpt.damaged(path, f"in {name}.optimizer.safetensors {error}") from None
+            learner.scaler.load_state_dict(saved.counters["scalers"][name])
+            learner.updates = saved.counters["updates"][name]
+            if learner.ema is not None:
+                learner.ema.updates = learner.updates
+        for name, tensors in live.items():
+            ckpt.restore_tensors(tensors, saved.tensors[name], path, name)
+        self.step, self.samples = saved.counters["step"], saved.counters["samples"]
+        self.seconds = saved.counters["seconds"]
+        self.means.load_state_dict(saved.ranks[0]["means"])
+        self._say(f"resumed from {path}")
+        ckpt.restore_random_state(saved.ranks[0]["random"], self.accelerator.device)
+
+
+# Checks at construction
+
+
+def _check_names(config: TrainConfig, networks: dict[str, Module]) -> None:
+    for section, configured in (("optimizers", config.optimizers), ("ema", config.ema)):
+        for name in configured.keys() - networks.keys():
+            near = difflib.get_close_matches(name, networks, n=1, cutoff=0.0)
+            raise ValueError(f"{section}.{name} is for no network of the method; did you mean '{section}.{near[0]}'?")
+    for name in networks.keys() - config.optimizers.keys():
+        raise ValueError(f"network '{name}' has no optimizer; set optimizers.{name}.lr, such as 1e-5")
+
+
+def _check_parameters(name: str, parameters: dict[str, Parameter]) -> None:
+    if not parameters:
+        raise ValueError(f"network '{name}' has no parameter that requires a gradient; nothing to train")
+    for key, parameter in parameters.items():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{key} of network '{name}' is {parameter.dtype}, in which small updates are rounded away; "
+                "load the network in float32 and set mixed_precision=bf16"
+            )
+
+
+def _check_trackers(trackers: list[str]) -> None:
+    """accelerate leaves out in silence what is not installed."""
+    known = [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]
+    for tracker in trackers:
+        if tracker not in known:
+            raise ValueError(f"tracker '{tracker}' is unknown; known are {', '.join(known)}")
+        if tracker not in {str(available) for available in get_available_trackers()}:
+            raise ValueError(f"tracker '{tracker}' is not installed; `pip install {tracker}` or leave it out")
+
+
+def _switch_on(networks: dict[str, Module], config: TrainConfig) -> None:
+    """Activation checkpointing and compilation for the networks that can."""
+    recomputing = [n for n in networks.values() if getattr(n, "_supports_gradient_checkpointing", False)]
+    repeating = [n for n in networks.values() if getattr(n, "_repeated_blocks", None)]
+    if config.gradient_checkpointing:
+        for network in _some(recomputing, "gradient_checkpointing"):
+            network.enable_gradient_checkpointing()
+    if config.compile:
+        for network in _some(repeating, "compile"):
+            network.compile_repeated_blocks()
+
+
+def _some(networks: list[Module], option: str) -> list[Module]:
+    if not networks:
+        raise ValueError(f"{option}=true, but no network of the method supports it; set it to false")
+    return networks
+
+
+def _place_of(config: TrainConfig, resolved: Any) -> str:
+    """The prefix of the trainer's keys in the resolved configuration: `train.`, or nothing."""
+    if resolved is config or not is_dataclass(resolved):
+        return ""
+    return next((f"{f.name}." for f in fields(resolved) if getattr(resolved, f.name) is config), "")
+
+
+def _check_same_run(path: Path, resolved: Any, prefix: str) -> None:
+    """A run folder holds one run: all but the keys that are free to change must be as they were."""
+    if not path.is_file():
+        return
+    was = flatten(yaml.safe_load(path.read_text()) or {})
+    now = flatten(json.loads(json.dumps(to_plain(resolved))))
+    free = {prefix + key for key in CHANGEABLE}
+    differing = [
+        f"{key} was {was.get(key, 'not there')}, now {now.get(key, 'not there')}"
+        for key in sorted(was.keys() | now.keys())
+        if key not in free and was.get(key) != now.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path.parent} holds a run with another configuration: {'; '.join(differing)}. "
+            "Give this run another name, or delete that folder"
+        )

@@ -1,0 +1,157 @@
+"""Configuration: defaults, YAML and key=value give one typed object, and a mistake gives one clear line."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Optional
+
+import pytest
+
+from streamvid.config import load_config, read_config, save_config, to_plain
+
+
+@dataclass
+class Optimizer:
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: Optional[float] = 1.0
+
+
+@dataclass
+class Method:
+    lr_scale: float = 1.0
+    order: Literal["chunked", "rolling"] = "chunked"
+    times: tuple[float, ...] = (1.0, 0.5)
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=3e-4))
+
+
+@dataclass
+class Other:
+    width: int = 4
+
+
+@dataclass
+class Config:
+    name: str
+    steps: int = 10
+    verbose: bool = False
+    precision: Literal["no", "bf16"] = "bf16"
+    out: Path = Path("runs")
+    note: str | None = None
+    method: Method = field(default_factory=Method)
+    optimizers: dict[str, Optimizer] = field(default_factory=lambda: {"student": Optimizer(lr=1e-5)})
+    sizes: list[int] = field(default_factory=list)
+    part: Method | Other | None = None
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+
+
+def load(*overrides, path=None):
+    return load_config(Config, path, ["name=x", *overrides])
+
+
+def test_yaml_overrides_defaults_and_the_command_line_overrides_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "name: file\nsteps: 1e2\nprecision: no\nmethod: {times: [1, 0.75, 0.5], optimizer: {betas: [0, 0.99]}}\n"
+        "optimizers: {fake_score: {lr: 2e-6, clip_norm: null}}\nnote: ${name}-${method.order}\n"
+    )
+    config = load_config(Config, path, ["method.order=rolling", "optimizers.student.betas=[0.5,0.9]", "out=a/b"])
+    assert config == Config(
+        name="file",
+        steps=100,
+        precision="no",
+        out=Path("a/b"),
+        note="file-rolling",
+        method=Method(order="rolling", times=(1.0, 0.75, 0.5), optimizer=Optimizer(lr=3e-4, betas=(0.0, 0.99))),
+        optimizers={
+            "student": Optimizer(lr=1e-5, betas=(0.5, 0.9)),
+            "fake_score": Optimizer(lr=2e-6, clip_norm=None),
+        },
+    )
+    assert isinstance(config.steps, int) and isinstance(config.method.times[0], float)
+
+
+@pytest.mark.parametrize("name", ["007", "yes", "a: b", "null and void", "x=y", ""])
+def test_a_text_needs_no_quotes_on_the_command_line(name):
+    """`name=007` used to become the number 7, and a prompt with a colon a mapping."""
+    assert load_config(Config, None, [f"name={name}"]).name == name
+
+
+def test_null_and_unions():
+    config = load("note=null", "part.width=8", "optimizers.student=null", "method.optimizer.clip_norm=null")
+    assert config.note is None and config.part == Other(8) and config.optimizers == {}
+    assert config.method.optimizer == Optimizer(lr=3e-4, clip_norm=None)
+    assert load("note=7").note == "7"
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("metod.lr_scale=1", "unknown key 'metod.lr_scale'; did you mean 'method.lr_scale'?"),
+        ("method.ordr=1", "unknown key 'method.ordr'; did you mean 'method.order'?"),
+        ("lr_scale=2", "unknown key 'lr_scale'; did you mean 'method.lr_scale'?"),
+        ("optimizers.student.beta=1", "unknown key 'optimizers.student.beta'; did you mean 'optimizers.student.betas'"),
+        ("method.zzz=1", "unknown key 'method.zzz'; 'method' knows lr_scale, order, times, optimizer"),
+        ("steps=many", "steps: expected int, got str 'many'"),
+        ("steps=1.5", "steps: expected int, got float 1.5"),
+        ("steps=true", "steps: expected int, got bool True"),
+        ("steps=null", "steps: expected int, got null"),
+        ("verbose=1", "verbose: expected bool, got int 1"),
+        ("precision=fp8", "precision: expected one of 'no', 'bf16', got str 'fp8'"),
+        ("method.times=[1,x]", "method.times[1]: expected float, got str 'x'"),
+        ("method=3", "method: expected a mapping of lr_scale, order, times, optimizer, got int 3"),
+        ("optimizers.student.betas=[1]", "expected a list of 2 values (float, float), got list [1]"),
+        ("optimizers.student.lr=x", "optimizers.student.lr: expected float, got str 'x'"),
+        ("method.optimizer.clip_norm=x", "method.optimizer.clip_norm: expected float, got str 'x'"),
+        ("steps.a=1", "steps: expected int, got dict {'a': '1'}"),
+        ("steps", "override 'steps' is not of the form key=value"),
+        ("note=${nothing}", "Interpolation key 'nothing' not found"),
+        ("steps=0", "steps=0 must be at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_key_expectation_and_value(override, message):
+    with pytest.raises(ValueError) as error:
+        load(override)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_required_key():
+    with pytest.raises(ValueError, match="name has no default: set it, it is str"):
+        load_config(Config)
+
+
+def test_bases_are_relative_and_later_ones_win(tmp_path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "a.yaml").write_text("steps: 1\nmethod: {order: rolling}\n")
+    (tmp_path / "parts" / "b.yaml").write_text("base: c.yaml\nsteps: 2\n")
+    (tmp_path / "parts" / "c.yaml").write_text("steps: 3\nsizes: [1, 2]\n")
+    run = tmp_path / "run.yaml"
+    run.write_text("base: [parts/a.yaml, parts/b.yaml]\nmethod: {lr_scale: 2}\n")
+    assert read_config(run) == {"steps": 2, "method": {"order": "rolling", "lr_scale": 2}, "sizes": [1, 2]}
+    (tmp_path / "parts" / "c.yaml").write_text("base: ../run.yaml\n")
+    with pytest.raises(ValueError, match="is its own base"):
+        read_config(run)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [(None, "does not exist"), ("a: [1", "is not valid YAML"), ("- 1", "must hold"), ("a: 1\na: 2", "not valid"),
+     ("base: no.yaml", "named as a base in")],
+)  # fmt: skip
+def test_a_file_that_is_missing_or_no_yaml_is_one_line(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load(path=path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_saved_loads_to_an_equal_object(tmp_path):
+    config = load("method.times=[0.1,1e-7]", "note=a: ü", "precision=no", "part.order=rolling", "sizes=[1,2]")
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(Config, tmp_path / "config.yaml") == config
+    assert to_plain(config)["method"]["times"] == [0.1, 1e-7]
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

@@ -1,0 +1,331 @@
+"""The trainer: resume equals not stopping, accumulation and processes equal a larger batch, errors are clear."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import streamvid
+import torch
+from tiny_run import everything, make_trainer
+from torch import nn
+
+from streamvid.training.checkpoint import list_checkpoints, read_checkpoint
+from streamvid.training.metrics import read_metrics
+from streamvid.training.trainer import TrainConfig, Trainer, TrainingError
+
+SCRIPT = Path(__file__).with_name("tiny_run.py")
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(streamvid.__file__).parents[1])
+}  # fmt: skip
+
+
+def train(output_dir, *overrides, **options):
+    trainer = make_trainer(output_dir, *overrides, **options)
+    trainer.train()
+    return trainer
+
+
+def metrics_of(trainer):
+    """The metrics without the clock."""
+    lines = read_metrics(trainer.run_dir / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def assert_same_run(got, expected):
+    assert metrics_of(got) == metrics_of(expected)
+    got, expected = everything(got), everything(expected)
+    assert got.keys() == expected.keys() and len(got) > 15
+    for name in got:
+        assert torch.equal(got[name], expected[name]), name
+
+
+class StopAt:
+    """Makes a source fail at a step, as a crash would."""
+
+    def __init__(self, source, step):
+        self.source, self.step = source, step
+
+    def batch(self, step, *rest):
+        if step == self.step:
+            raise OSError("the power went")
+        return self.source.batch(step, *rest)
+
+
+def crash(output_dir, at, *overrides):
+    trainer = make_trainer(output_dir, *overrides)
+    trainer.source = StopAt(trainer.source, at)
+    with pytest.raises(OSError):
+        trainer.train()
+
+
+# Resume
+
+
+@pytest.mark.parametrize("at", [2, 4, 7, 11])
+def test_resume_equals_not_having_stopped(tmp_path, at):
+    """Bitwise: weights, optimisers, averages, the reference, metrics, and draws from the global generator.
+
+    Checkpoints come every 4 steps and log lines every 5, so that a checkpoint falls between two lines.
+    """
+    noisy = "knobs.global_noise=true"
+    whole = train(tmp_path / "whole", noisy)
+    crash(tmp_path / "parts", at, noisy)
+    torch.manual_seed(at)  # a resumed run must not depend on what was drawn before
+    assert_same_run(train(tmp_path / "parts", noisy), whole)
+
+
+def test_metrics_beyond_the_checkpoint_are_dropped_and_torn_lines_too(tmp_path):
+    crash(tmp_path / "parts", 11, "train.log_every=1")
+    path = tmp_path / "parts" / "tiny" / "metrics.jsonl"
+    assert [line["step"] for line in read_metrics(path)] == list(range(1, 12))
+    path.write_text(path.read_text() + '{"step": 12, "stud')
+    resumed = train(tmp_path / "parts", "train.log_every=1")
+    assert [line["step"] for line in read_metrics(path)] == list(range(1, 13))
+    assert_same_run(resumed, train(tmp_path / "whole", "train.log_every=1"))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_process_saves_says_how_to_resume_and_resumes(tmp_path, number, code):
+    slow = ["knobs.seconds_per_loss=0.05", "train.log_every=1", "train.save_every=1000"]
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "parts"), *slow]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    path = tmp_path / "parts" / "tiny" / "metrics.jsonl"
+    while process.poll() is None and not (path.is_file() and path.read_text().count("\n") >= 2):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=120)
+    (saved,) = list_checkpoints(tmp_path / "parts" / "tiny" / "checkpoints")
+    assert process.returncode == code
+    assert f"stopped by {number.name}; the same command resumes from {saved}" in error
+    assert 2 <= int(saved.name[5:]) < 12
+    assert_same_run(train(tmp_path / "parts", *slow), train(tmp_path / "whole", *slow))
+
+
+def test_a_finished_run_trains_no_more_and_exports_again(tmp_path):
+    exports = []
+    first = train(tmp_path, save_fn=exports.append)
+    again = train(tmp_path, save_fn=exports.append)
+    assert again.method.updates == [] and exports == [first.run_dir] * 2
+    assert_same_run(again, first)
+
+
+def test_a_longer_run_continues_and_keeps_the_newest_checkpoints(tmp_path):
+    train(tmp_path)
+    longer = train(tmp_path, "train.max_steps=20", "train.keep_checkpoints=3", "train.trackers=[]")
+    assert len(longer.method.updates) == 8 + 3  # steps 12 to 19; the student in 12, 15 and 18
+    kept = [path.name for path in list_checkpoints(longer.checkpoints)]
+    assert kept == ["step-0000012", "step-0000016", "step-0000020"]
+
+
+def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
+    train(tmp_path)
+    with pytest.raises(ValueError) as error:
+        train(tmp_path, "train.optimizers.student.lr=0.5", "knobs.student_every=2", "train.max_steps=20")
+    assert "knobs.student_every was 3, now 2; train.optimizers.student.lr was 0.02, now 0.5." in str(error.value)
+    assert "max_steps" not in str(error.value)
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path):
+    run = train(tmp_path)
+    file = list_checkpoints(run.checkpoints)[-1] / "student.optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="step-0000012 is damaged: student.optimizer.safetensors can't be read"):
+        train(tmp_path)
+
+
+# Steps, batches and gradients
+
+
+def test_each_network_takes_its_own_number_of_steps(tmp_path):
+    run = train(tmp_path)
+    assert run.method.updates.count("student") == 4 and run.method.updates.count("fake_score") == 12
+    state = everything(run)
+    assert state["student.optimizer/weight/step"] == 4 and state["fake_score.optimizer/bias/step"] == 12
+    assert run.learners["student"].ema.updates == 4
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    """accelerate's shared counter would never step the student here."""
+    whole = train(tmp_path / "whole", "train.batch_size=4")
+    halves = train(
+        tmp_path / "halves", "train.optimizers.student.accumulate=2", "train.optimizers.fake_score.accumulate=2"
+    )
+    got, expected = everything(halves), everything(whole)
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-6)
+    assert metrics_of(halves)[-1]["samples"] == metrics_of(whole)[-1]["samples"] == 16 * 4
+
+
+def test_a_repeated_turn_draws_anew(tmp_path):
+    trainer = make_trainer(tmp_path, "train.max_steps=1")
+    trainer.method.turns = lambda step: ("fake_score", "fake_score", "student")
+    seen, draw = [], trainer.source.batch
+    trainer.source.batch = lambda *key: seen.append(key) or draw(*key)
+    trainer.train()
+    assert seen == [
+        (0, "fake_score", 0, range(2)), (0, "fake_score", 1, range(2)), (0, "student", 0, range(2))
+    ]  # fmt: skip
+
+
+def test_clipping_bounds_the_whole_gradient(tmp_path):
+    """With plain gradient steps of rate 1 the weights move by the clipped norm."""
+    trainer = make_trainer(tmp_path, "train.max_steps=1", "train.log_every=1")
+    learner = trainer.learners["student"]
+    learner.optimizer = torch.optim.SGD(learner.parameters.values(), lr=1.0)
+    learner.config.schedule, learner.config.warmup_steps, learner.config.lr = "constant", 0, 1.0
+    before = nn.utils.parameters_to_vector(learner.parameters.values()).clone()
+    trainer.train()
+    moved = nn.utils.parameters_to_vector(learner.parameters.values()) - before
+    assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
+    assert metrics_of(trainer)[0]["student/grad_norm"] > 1
+
+
+def test_a_turn_leaves_gradients_only_where_it_updates(tmp_path):
+    trainer = make_trainer(tmp_path)
+    flags = []
+    loss = trainer.method.loss
+
+    def watched(turn, batch, step):
+        flags.append((turn, *(net.weight.requires_grad for net in trainer.method.networks().values())))
+        return loss(turn, batch, step)
+
+    trainer.method.loss = watched
+    trainer.train()
+    assert set(flags) == {("student", True, False), ("fake_score", False, True)}
+    parameters = [p for network in trainer.method.networks().values() for p in network.parameters()]
+    assert all(p.requires_grad and p.grad is None for p in parameters)
+
+
+def test_a_time_budget_ends_the_run_and_its_learning_rates(tmp_path):
+    budget = ["train.max_minutes=0.005", "train.max_steps=1000000", "knobs.seconds_per_loss=0.01", "train.log_every=1"]
+    run = train(tmp_path, *budget)
+    lines = read_metrics(run.run_dir / "metrics.jsonl")
+    assert 0.3 <= run.seconds < 5 and lines[-1]["step"] == run.step < 100
+    assert lines[0]["fake_score/lr"] == 0.05 and lines[-1]["fake_score/lr"] < 0.01
+    assert list_checkpoints(run.checkpoints)[-1].name == f"step-{run.step:07d}"
+
+
+def test_averaged_weights_for_the_export(tmp_path):
+    run = train(tmp_path)
+    own = run.method.student.weight.clone()
+    with run.ema_weights("student"):
+        assert torch.equal(run.method.student.weight, everything(run)["student.ema/weight"])
+        assert not torch.equal(run.method.student.weight, own)
+    assert torch.equal(run.method.student.weight, own)
+    with pytest.raises(ValueError, match="network 'fake_score' has no moving average; set ema.fake_score.decay"):
+        run.ema_weights("fake_score")
+
+
+def test_an_overflow_of_scaled_gradients_is_skipped_and_not_counted(tmp_path):
+    """What fp16 does on a GPU: the scale halves until the gradient fits; clip, rate and average don't notice."""
+    trainer = make_trainer(tmp_path, "train.log_every=1")
+    for learner in trainer.learners.values():
+        learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    weights = [trainer.method.fake_score.weight.clone()]
+    trainer.method.after_step = lambda turn, step: (
+        turn == "fake_score" and weights.append(trainer.method.fake_score.weight.clone())
+    )
+    trainer.train()
+    learner, lines = trainer.learners["fake_score"], metrics_of(trainer)
+    for before, after, line in zip(weights[:-1], weights[1:], lines, strict=True):
+        assert torch.equal(before, after) == ("fake_score/loss" not in line)
+    skipped = sum("fake_score/loss" not in line for line in lines)
+    assert 1 <= skipped < 12 and learner.updates == 12 - skipped
+    assert learner.scaler.get_scale() == 2.0 ** (127 - skipped) and lines[-1]["fake_score/grad_norm"] < 100
+
+
+# Errors
+
+
+def test_a_loss_that_is_not_a_number_stops_and_names_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(TrainingError) as error:
+        train(tmp_path, "knobs.nan_at=9")
+    good = tmp_path / "tiny" / "checkpoints" / "step-0000008"
+    assert str(error.value) == (
+        f"loss of turn 'student' is nan in step 10; training stopped, the last good checkpoint is {good}"
+    )
+    assert list_checkpoints(good.parent)[-1] == good
+    with pytest.raises(TrainingError, match="no checkpoint was written yet"):
+        train(tmp_path / "other", "knobs.nan_at=0")
+
+
+def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
+    """The square root has an infinite slope at 0 while the loss is finite."""
+    trainer = make_trainer(tmp_path)
+    trainer.method.loss = lambda turn, batch, step: (
+        sum((p * 0).sum() for p in trainer.method.networks()[turn].parameters()).sqrt(), {}
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match="gradient norm of turn 'fake_score' is nan in step 1"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.optimizers.studnet.lr=1", "optimizers.studnet is for no network .*; did you mean 'optimizers.student'"),
+        ("train.ema.fake.decay=0.9", "ema.fake is for no network of the method; did you mean 'ema.fake_score'"),
+        ("train.optimizers.student=null", "network 'student' has no optimizer; set optimizers.student.lr"),
+        ("train.mixed_precision=fp16", "mixed_precision=fp16 needs a GPU"),
+        ("train.gradient_checkpointing=true", "no network of the method supports it"),
+        ("train.compile=true", "no network of the method supports it"),
+        ("train.trackers=[wandb]", "tracker 'wandb' is not installed"),
+        ("train.trackers=[wanbd]", "tracker .wanbd. is unknown; known are aim, "),
+        ("train.name=a/b", "must be one folder name"),
+        ("train.max_steps=0", "max_steps=0 must be at least 1"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_trained_is_refused_at_construction(tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, override)
+
+
+def test_half_precision_parameters_are_refused(tmp_path):
+    run = make_trainer(tmp_path)
+    run.method.student.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="weight of network 'student' is torch.bfloat16"):
+        Trainer(run.config, run.method, run.source)
+
+
+def test_a_turn_of_no_network(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.method.turns = lambda step: ("critic",)
+    with pytest.raises(ValueError, match="turn 'critic' is of no network; networks.. has student, fake_score"):
+        trainer.train()
+
+
+def test_the_default_configuration_is_valid():
+    assert TrainConfig(name="x").optimizers == {}
+
+
+# Processes
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate launches CUDA processes itself")
+def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
+    """`accelerate launch --cpu --num_processes 2` used to start one process; decisions and weights agree."""
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2"]
+    command = [*launcher, str(SCRIPT), str(tmp_path / "two"), "train.batch_size=1"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = train(tmp_path / "one", "train.batch_size=2")
+    two = tmp_path / "two" / "tiny"
+    for rank in (0, 1):
+        seen = json.loads((two / f"seen-{rank}.json").read_text())
+        assert seen == {"decisions": one.method.decisions, "processes": 2}
+    for got, expected in zip(read_metrics(two / "metrics.jsonl"), metrics_of(one), strict=True):
+        got.pop("seconds")
+        assert got == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="train.batch_size was 1, now 2"):
+        train(tmp_path / "two", "train.batch_size=2")
+    with pytest.raises(ValueError, match="was trained with 2 processes, not 1"):
+        train(tmp_path / "two", "train.batch_size=1")
+    names = list(one._tensors())
+    saved = read_checkpoint(list_checkpoints(two / "checkpoints")[-1], names, 1).tensors
+    for name, expected in everything(one).items():
+        file, _, key = name.partition("/")
+        torch.testing.assert_close(saved[file][key], expected, rtol=0, atol=1e-6)

@@ -1,0 +1,53 @@
+"""Train a network by a method: a teacher, a causal start, or a distilled student.
+
+    python tools/train.py --config configs/run/tiny_dmd.yaml
+    python tools/train.py --config configs/run/tiny_dmd.yaml train.max_steps=200 train.name=trial
+    accelerate launch --cpu --num_processes 2 tools/train.py --config configs/run/tiny_dmd.yaml
+
+A run writes runs/NAME/: config.yaml, metrics.jsonl, checkpoints/ and, at the end, student/. The same command
+resumes it. `--dry-run` prints the resolved configuration and the networks' sizes and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+import yaml
+
+from streamvid.training.processes import launch_all_processes
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a run file, such as configs/run/tiny_dmd.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, then stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the run file's")
+    args = parser.parse_intermixed_args(argv)
+    launch_all_processes()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+
+    from streamvid.config import to_plain
+    from streamvid.training.run import build_trainer, load_run
+    from streamvid.training.trainer import TrainingError
+
+    try:
+        config = load_run(args.config, args.overrides)
+        trainer = build_trainer(config)
+        if args.dry_run:
+            print(yaml.safe_dump(to_plain(config), sort_keys=False))
+            for name, learner in trainer.learners.items():
+                print(f"{name}: {sum(p.numel() for p in learner.parameters.values()) / 1e6:.2f} M trainable parameters")
+            return 0
+        run_dir = trainer.train()
+    except (ValueError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if trainer.is_main:
+        print(f"wrote {run_dir}/student")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
