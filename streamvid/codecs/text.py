@@ -54,10 +54,12 @@ class PromptEncoder:
             ValueError: if one of them is missing or damaged.
         """
         from transformers import AutoTokenizer, UMT5EncoderModel
+        from transformers.utils import logging
 
         for part in ("text_encoder", "tokenizer"):
             if not (Path(path) / part).is_dir():
                 raise ValueError(f"{path} has no folder {part}/; expected a Wan checkpoint in the diffusers layout")
+        logging.disable_progress_bar()  # it would draw a bar for 32 small tensors
         try:
             text_encoder = UMT5EncoderModel.from_pretrained(Path(path) / "text_encoder")
             tokenizer = AutoTokenizer.from_pretrained(Path(path) / "tokenizer")

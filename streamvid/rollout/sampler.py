@@ -173,7 +173,7 @@ class GuidedModel:
     """
 
     predict: Callable[[Tensor, Tensor, Any], Tensor]
-    uncond: Tensor | None = None  # the negative prompts [B, L, D]
+    uncond: Tensor | None = None  # the negative prompts [B, L, D], or one for all [1, L, D]
     guidance_scale: float = 1.0  # 1 is none, and runs no second pass
 
     def __post_init__(self) -> None:
@@ -188,7 +188,8 @@ class GuidedModel:
         cond = self.predict(hidden_states, t, encoder_hidden_states)
         if self.guidance_scale == 1:
             return Velocity(cond)
-        return Velocity(guide(cond, self.predict(hidden_states, t, self.uncond), self.guidance_scale))
+        uncond = self.uncond.to(encoder_hidden_states).expand(len(hidden_states), -1, -1)
+        return Velocity(guide(cond, self.predict(hidden_states, t, uncond), self.guidance_scale))
 
 
 def _without_gradient(results: Iterator[ChunkResult]) -> Iterator[ChunkResult]:

@@ -67,7 +67,7 @@ class WanTeacher:
         if not path.is_dir():
             raise ValueError(f"no teacher folder at {path}; expected a Wan checkpoint in the diffusers layout")
         shift = read_shift(path)
-        transformer = _load_transformer(path, torch_dtype or torch.float32)
+        transformer = load_wan_transformer(path, torch_dtype or torch.float32)
         encoder = PromptEncoder.from_pretrained(path, cache_dir=cache_dir) if load_text_encoder else None
         text_dim = transformer.config.text_dim
         if encoder is not None and encoder.embedding_dim != text_dim:
@@ -129,8 +129,9 @@ def read_shift(path: Path) -> float:
     return float(shift)
 
 
-def _load_transformer(path: Path, dtype: torch.dtype) -> WanTransformer3DModel:
-    folder = path / "transformer"
+def load_wan_transformer(path: str | Path, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
+    """``path/transformer``, bidirectional; a ValueError of one line if it is missing or does not fit."""
+    folder = Path(path) / "transformer"
     if not (folder / "config.json").is_file():
         raise ValueError(f"{path} has no transformer/config.json; expected a Wan checkpoint in the diffusers layout")
     try:

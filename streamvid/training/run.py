@@ -10,11 +10,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from contextlib import nullcontext
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 import streamvid.methods
@@ -29,10 +29,9 @@ from streamvid.methods.base import BatchSource, Method
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.teachers.base import check_needs
-from streamvid.teachers.wan import WanTeacher
+from streamvid.serving.student import TINY_TEACHER, load_transformer, save_student
+from streamvid.teachers.wan import WanTeacher, load_wan_transformer
 from streamvid.training.trainer import TrainConfig, Trainer
-
-TINY_TEACHER = str(Path(__file__).parents[1] / "assets" / "teacher")
 
 
 @dataclass
@@ -62,7 +61,7 @@ class StudentConfig:
 class TeacherConfig:
     """The teacher, loaded by methods that ask for its score."""
 
-    path: str = TINY_TEACHER
+    path: str = str(TINY_TEACHER)
     negative_prompt: str = ""
 
 
@@ -96,7 +95,7 @@ class RunConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
-    components: str = TINY_TEACHER  # the folder whose text_encoder/, tokenizer/ and vae/ are used
+    components: str = str(TINY_TEACHER)  # the folder whose text_encoder/, tokenizer/ and vae/ are used
     latent_size: tuple[int, int] = (8, 8)  # height and width of a latent frame, for methods that roll out
 
 
@@ -125,28 +124,15 @@ def load_run(path: str | Path | None, overrides: list[str]) -> RunConfig:
 
 def build_student(config: StudentConfig) -> nn.Module:
     """The network to train, in float32."""
+    if config.path is not None:
+        return load_transformer(config.path) if config.kind == "causal" else load_wan_transformer(config.path)
     from diffusers import WanTransformer3DModel
 
     cls = CausalWanTransformer3DModel if config.kind == "causal" else WanTransformer3DModel
-    if config.path is not None:
-        return open_transformer(config.path, cls)
     sizes = {name: getattr(config.geometry, name) for name in Geometry.__dataclass_fields__}
     network = cls(**sizes, patch_size=(1, 2, 2), cross_attn_norm=True, qk_norm="rms_norm_across_heads")
     nn.init.zeros_(network.proj_out.weight)
     return network
-
-
-def open_transformer(path: str | Path, cls: type) -> nn.Module:
-    """`path/transformer` as `cls` in float32; one line if it is missing or does not fit."""
-    folder = Path(path) / "transformer"
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json; expected a diffusers folder with transformer/")
-    try:
-        return cls.from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"cannot load {folder}: {str(error).splitlines()[0]}") from error
 
 
 def build_source(config: RunConfig, prompts: PromptEncoder) -> BatchSource:
@@ -197,15 +183,28 @@ def build_trainer(config: RunConfig, progress: bool = True) -> Trainer:
 
 
 def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
-    """Write `run_dir/student` (averaged weights where there are any): transformer/ and stream_config.json."""
-    learner = trainer.learners["student"]
-    target = run_dir / "student"
-    with atomic_folder(target) as temporary:
-        if learner.ema is None:
-            learner.network.save_pretrained(temporary / "transformer")
-        else:
-            with trainer.ema_weights("student"):
-                learner.network.save_pretrained(temporary / "transformer")
+    """Write `run_dir/student`, with the averaged weights where there are any.
+
+    A causal student is complete in itself and can be streamed from there; of a teacher only transformer/ is written.
+    """
+    learner, target = trainer.learners["student"], run_dir / "student"
+    weights = trainer.ema_weights("student") if learner.ema is not None else nullcontext()
+    with weights:
         if config.student.kind == "causal":
-            (temporary / "stream_config.json").write_text(config.stream.to_json())
+            save_student(target, learner.network, config.stream, config.components, model_card(trainer, config))
+            return target
+        with atomic_folder(target) as temporary:
+            learner.network.save_pretrained(temporary / "transformer")
     return target
+
+
+def model_card(trainer: Trainer, config: RunConfig) -> str:
+    """The README.md of an exported student."""
+    stream = config.stream
+    return (
+        f"# {config.train.name}\n\nA causal Wan student, made with streamvid.\n\n"
+        f"- method: {config.method}, {trainer.step} steps, seed {config.train.seed}\n"
+        f"- started from: {config.student.path or 'random weights'}\n- teacher: {config.teacher.path}\n"
+        f"- data: {config.data.kind}\n- streamed with: {stream.num_steps} steps a chunk of {stream.chunk_frames} latent "
+        f"frames, shift {stream.shift:g}, window {stream.window_frames}, sink {stream.sink_frames}\n"
+    )

@@ -120,18 +120,19 @@ def test_the_fake_score_is_fitted_to_the_students_clips():
 
 
 class LearnedGaussian(nn.Module):
-    """The velocity of N(0, L L^T) over the frames, L learned."""
+    """The velocity of N(m, L L^T) over the frames, m and L learned."""
 
     def __init__(self):
         super().__init__()
+        self.mean = nn.Parameter(torch.zeros(FRAMES, 1))
         self.factor = nn.Parameter(torch.eye(FRAMES))
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict=False):
         t = (timestep / 1000).reshape(-1, 1, 1)
         x_t, covariance = hidden_states.flatten(1)[:, :, None], self.factor @ self.factor.T
         noisy = (1 - t) ** 2 * covariance + t**2 * torch.eye(FRAMES)
-        r = torch.linalg.solve(noisy, x_t)
-        return ((t * r - (1 - t) * covariance @ r).view_as(hidden_states),)
+        r = torch.linalg.solve(noisy, x_t - (1 - t) * self.mean)
+        return ((t * r - self.mean - (1 - t) * covariance @ r).view_as(hidden_states),)
 
 
 def test_a_student_with_a_learned_fake_score_finds_the_process():

@@ -1,0 +1,154 @@
+"""Running a model on held-out prompts: its clips, their world scores, what they cost and how long they take.
+
+Shapes: B batch, T pixel frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from streamvid.codecs.base import VideoCodec, latent_frames_of
+from streamvid.data.world import FPS, SIZE, caption, sample_spec
+from streamvid.evaluation.world_score import WorldScore, mean_scores, score
+from streamvid.rollout.sampler import GuidedModel, generate, stream
+from streamvid.rollout.schedule import StreamConfig, build_schedule, cost_of
+from streamvid.seeding import key_to_seed
+
+HELD_OUT_SEED = 5_000_000
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model as it is run: a student under its stream configuration, or a guided teacher."""
+
+    label: str
+    model: Any  # a causal student, or a GuidedModel
+    stream: StreamConfig
+    passes: int = 1  # forwards of the network a model call; 2 with guidance
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a clip takes: ``nfe`` and ``commits`` are network forwards, ``latent_frames`` what they push through,
+    the seconds are medians at batch 1."""
+
+    nfe: int
+    commits: int
+    latent_frames: int
+    denoise_s: float
+    decode_s: float
+    first_frame_s: float
+
+    @property
+    def clip_s(self) -> float:
+        return self.denoise_s + self.decode_s
+
+
+def student_runner(label: str, student: Any, config: StreamConfig) -> Runner:
+    """A student as it streams."""
+    return Runner(label, student, config)
+
+
+def teacher_runner(
+    label: str, teacher: Any, num_steps: int, guidance_scale: float, latent_frames: int, shift: float | None = None
+) -> Runner:
+    """A teacher with Euler steps over the whole clip; ``shift`` None is the checkpoint's own."""
+    model = GuidedModel(teacher.predict, teacher.uncond[None], guidance_scale)
+    config = StreamConfig(
+        num_steps=num_steps, shift=shift or teacher.shift, chunk_frames=latent_frames, commit="none",
+        stepper="euler", order="full_sequence",
+    )
+    return Runner(label, model, config, 1 if guidance_scale == 1 else 2)
+
+
+def held_out_prompts(num: int, first_seed: int = HELD_OUT_SEED) -> list[str]:
+    """Captions of combinations of attributes that no training clip has."""
+    seeds = range(first_seed, first_seed + num)
+    return [caption(sample_spec(seed, held_out=True), key_to_seed("held-out caption", seed)) for seed in seeds]
+
+
+def make_clips(
+    runner: Runner, codec: VideoCodec, embeddings: Tensor, seeds: Sequence[int], num_frames: int, batch_size: int = 16
+) -> Tensor:
+    """Clips ``[B, T, 3, H, W]`` of the prompts, in batches; a clip does not depend on the batch it is in."""
+    clips = []
+    for start in tqdm(range(0, len(seeds), batch_size), desc=runner.label, unit="batch", leave=False):
+        rows = slice(start, start + batch_size)
+        clips.append(
+            generate(
+                runner.model, codec, embeddings[rows], runner.stream, seeds=list(seeds[rows]), height=SIZE, width=SIZE,
+                num_frames=num_frames,
+            )
+        )
+    return torch.cat(clips)
+
+
+def score_clips(clips: Tensor, prompts: Sequence[str], window: int | None = None) -> list[WorldScore]:
+    """The world score of each clip ``[B, T, 3, H, W]``."""
+    return [score(clip, prompt, window) for clip, prompt in zip(clips, prompts)]
+
+
+def score_by_seed(
+    runner: Runner, codec: VideoCodec, embeddings: Tensor, prompts: Sequence[str], seeds: Sequence[int],
+    num_frames: int, batch_size: int = 16,
+) -> list[dict[str, float]]:
+    """Mean scores of all prompts, one dictionary a seed."""
+    rows = []
+    for seed in seeds:
+        keys = [key_to_seed("evaluation", seed, index) for index in range(len(prompts))]
+        clips = make_clips(runner, codec, embeddings, keys, num_frames, batch_size)
+        rows.append(mean_scores(score_clips(clips, prompts)))
+    return rows
+
+
+def score_windows(
+    runner: Runner, codec: VideoCodec, embeddings: Tensor, prompts: Sequence[str], seed: int, num_frames: int,
+    window: int, batch_size: int = 16,
+) -> list[dict[str, float]]:
+    """Mean scores of each time window of ``window`` frames of long streams, first to last."""
+    keys = [key_to_seed("evaluation", seed, index) for index in range(len(prompts))]
+    clips = make_clips(runner, codec, embeddings, keys, num_frames, batch_size)
+    scores = score_clips(clips, prompts, window)
+    return [mean_scores(column) for column in zip(*(each.windows for each in scores))]
+
+
+def measure_cost(
+    runner: Runner, codec: VideoCodec, embedding: Tensor, num_frames: int, repeats: int = 3
+) -> Cost:
+    """Count a clip's forwards and time it at batch 1, the median of ``repeats`` after one to warm up.
+
+    Args:
+        embedding: of one prompt ``[1, L, D]``.
+    """
+    chunks = latent_frames_of(num_frames, codec.temporal_ratio) // runner.stream.chunk_frames
+    count = cost_of(build_schedule(runner.stream, chunks), runner.stream.chunk_frames, runner.stream.commit)
+    times = [_time_clip(runner, codec, embedding, num_frames) for _ in range(repeats + 1)][1:]
+    denoise_s, decode_s, first_frame_s = (statistics.median(column) for column in zip(*times))
+    return Cost(
+        count.nfe * runner.passes, count.commits, count.latent_frames * runner.passes, denoise_s, decode_s, first_frame_s
+    )
+
+
+def _time_clip(runner: Runner, codec: VideoCodec, embedding: Tensor, num_frames: int) -> tuple[float, float, float]:
+    started, first_frame_s, denoise_s, decode_s = time.perf_counter(), None, 0.0, 0.0
+    chunks = stream(
+        runner.model, codec, embedding, runner.stream, seeds=[0], height=SIZE, width=SIZE, num_frames=num_frames
+    )
+    for chunk in chunks:
+        if first_frame_s is None:
+            first_frame_s = time.perf_counter() - started
+        denoise_s, decode_s = denoise_s + chunk.denoise_s, decode_s + chunk.decode_s
+    return denoise_s, decode_s, first_frame_s
+
+
+def seconds_of_video(num_frames: int) -> float:
+    """Playing time of frames of the world."""
+    return num_frames / FPS

@@ -1,0 +1,87 @@
+"""The main job in a few minutes: distil the shipped starting student, stream it, and compare.
+
+    make quickstart            (or: python tools/quickstart.py)
+    python tools/quickstart.py --minutes 2 --prompts 24
+
+Writes runs/quickstart/: student/ (the distilled student), four streamed clips (.mp4), contact_sheet.png (teacher,
+student before, student after; same prompts, same seeds), report.json and report.md, and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+
+CONFIG = Path(__file__).parents[1] / "configs" / "run" / "quickstart.yaml"
+NUM_FRAMES, LATENT_FRAMES, TEACHER_STEPS, GUIDANCE = 33, 9, 50, 3.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=4.0, help="of training (default 4)")
+    parser.add_argument("--prompts", type=int, default=48, help="held-out prompts to score (default 48)")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs"))
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        run(args.minutes, args.prompts, args.output_dir)
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(minutes: float, num_prompts: int, output_dir: Path) -> None:
+    from streamvid.training.run import build_trainer, load_run
+
+    evaluation_s = 3 + num_prompts * 2.0
+    print(f"Distilling for {minutes:g} minutes, then about {evaluation_s / 60:.0f} minutes of sampling and scoring.")
+    run_dir = output_dir / "quickstart"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    started = time.monotonic()
+    overrides = [f"train.max_minutes={minutes}", f"train.output_dir={output_dir}"]
+    build_trainer(load_run(CONFIG, overrides)).train()
+    print(f"Trained in {time.monotonic() - started:.0f} s. Sampling {num_prompts} held-out prompts.")
+    compare(run_dir, num_prompts)
+    print(f"Everything is in {run_dir}/, after {(time.monotonic() - started) / 60:.1f} minutes.")
+
+
+def compare(run_dir: Path, num_prompts: int) -> None:
+    """Clips, the contact sheet and the table of teacher, student before and student after."""
+    from streamvid.evaluation.report import result_row, table, write_report
+    from streamvid.evaluation.runs import held_out_prompts, make_clips, measure_cost, score_clips, student_runner, teacher_runner
+    from streamvid.evaluation.world_score import mean_scores
+    from streamvid.serving.student import TINY_START, TINY_TEACHER, load_student
+    from streamvid.teachers.wan import WanTeacher
+    from streamvid.video import contact_sheet, write_video
+
+    before, after = load_student(TINY_START), load_student(run_dir / "student")
+    teacher = WanTeacher.from_pretrained(TINY_TEACHER)
+    prompts = held_out_prompts(num_prompts)
+    embeddings = teacher.encode_prompt(prompts)
+    runners = [
+        teacher_runner("teacher", teacher, TEACHER_STEPS, GUIDANCE, LATENT_FRAMES),
+        student_runner("student before", before.transformer, before.stream),
+        student_runner("student after", after.transformer, after.stream),
+    ]
+    clips, rows, reference = {}, [], None
+    for runner in runners:
+        clips[runner.label] = make_clips(runner, before.codec, embeddings, range(num_prompts), NUM_FRAMES)
+        cost = measure_cost(runner, before.codec, embeddings[:1], NUM_FRAMES)
+        reference = reference or cost
+        rows.append(result_row(runner.label, [mean_scores(score_clips(clips[runner.label], prompts))], cost, reference))
+    shown = min(4, num_prompts)
+    for index in range(shown):
+        write_video(clips["student after"][index], run_dir / f"clip_{index}.mp4", 16)
+    groups = [(prompts[i], [(label, each[i]) for label, each in clips.items()]) for i in range(shown)]
+    contact_sheet(groups, run_dir / "contact_sheet.png")
+    write_report(run_dir / "report.json", rows)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
