@@ -13,7 +13,7 @@ from pathlib import Path
 import imageio.v2 as imageio
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageSequence
 from torch import Tensor
 
 from streamvid.files import atomic_folder
@@ -133,6 +133,10 @@ def read_video(path: str | Path) -> tuple[Tensor, float]:
 
 
 def _decode(path: Path) -> tuple[np.ndarray, float]:
+    if path.suffix.lower() == ".gif":  # decord does not read it
+        image = Image.open(path)
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+        return np.stack(frames), 1000 / (image.info.get("duration") or 100)
     try:
         import decord
     except ImportError:
