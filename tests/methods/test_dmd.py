@@ -151,7 +151,7 @@ def test_a_student_with_a_learned_fake_score_finds_the_process():
             method.loss(turn, batch, step)[0].backward()
             optimizers[turn].step()
     found = [p.item() for p in (student.a, student.b, student.s, student.mean)]
-    assert found == pytest.approx([RHO, 0.6, 1.0, 0.0], abs=0.08)
+    assert found == pytest.approx([RHO, 0.6, 1.0, 0.0], abs=0.1)
 
 
 # Decisions and noise ------------------------------------------------------------------------------------
