@@ -1,25 +1,30 @@
 """Reading and writing clips: frames ``[T, 3, H, W]`` in [0, 1] to and from files.
 
 Written: .mp4 and .webm (H.264 and VP9, by imageio's ffmpeg), .gif, or a folder of numbered PNGs (a path without a
-suffix). A file appears under its name when it is complete. Read: by decord where it is installed, else by imageio.
+suffix, or one that ends with a slash). A file or folder appears under its name when it is complete. Read: by decord
+where it is installed, else by imageio.
 """
 
 from __future__ import annotations
 
-import os
+import re
+import tempfile
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 import imageio.v2 as imageio
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageSequence
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from torch import Tensor
 
-from streamvid.files import atomic_folder
+from streamvid.files import atomic_file, atomic_folder
 
 CODECS = {".mp4": "libx264", ".webm": "libvpx-vp9"}
 SUFFIXES = (*CODECS, ".gif", "")
+OWN_PNG = re.compile(r"\d{6}\.png|\.\d{6}\.tmp-\w+\.png")  # what a writer of PNGs, or its crash, leaves in its folder
 
 
 def to_uint8(frames: Tensor) -> np.ndarray:
@@ -27,26 +32,54 @@ def to_uint8(frames: Tensor) -> np.ndarray:
     return (frames.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def suffix_of(path: str | Path) -> str:
+    """The suffix that says what to write, in lower case; "" for a folder."""
+    return "" if str(path).endswith("/") else Path(path).suffix.lower()
+
+
+def ensure_place(path: str | Path) -> None:
+    """Check that something can be written beside ``path``, by writing; folders that are not there yet are not made.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    place = Path(path).parent
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):  # asking for permission is not enough: root may do all, /proc nothing
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {place}: {(error.strerror or str(error)).lower()}") from error
+
+
 def ensure_writable(path: str | Path) -> Path:
     """Check a clip's path before anything is computed for it.
 
     Raises:
-        ValueError: if the suffix is unknown or the place can't be written to.
+        ValueError: if the suffix is unknown, the place can't be written to, or a folder of PNGs would replace one
+            that holds anything else.
     """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
+    suffix, place = suffix_of(path), Path(path)
+    if suffix not in SUFFIXES:
         known = ", ".join(suffix or "no suffix (a folder of PNGs)" for suffix in SUFFIXES)
-        raise ValueError(f"{path}: unknown suffix {path.suffix!r}; use one of {known}")
-    if path.suffix and path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file")
-    if not path.suffix and path.is_file():
-        raise ValueError(f"{path} is a file; a path without a suffix names a folder of PNGs")
-    place = path.parent
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(f"cannot write {path}: {place} is not a folder that you may write to")
-    return path
+        raise ValueError(f"{place}: unknown suffix {suffix!r}; use one of {known}")
+    if suffix and place.is_dir():
+        raise ValueError(f"{place} is a folder; give the name of a file")
+    if not suffix:
+        _ensure_folder_of_pngs(place)
+    ensure_place(place)
+    return place
+
+
+def _ensure_folder_of_pngs(folder: Path) -> None:
+    if folder.name in ("", ".."):
+        raise ValueError(f"{folder}: name a new folder for the PNGs")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; a path without a suffix names a folder of PNGs")
+    others = [file.name for file in folder.iterdir() if not OWN_PNG.fullmatch(file.name)] if folder.exists() else []
+    if others:
+        raise ValueError(f"{folder} holds {others[0]}, which writing PNGs there would remove; name a new folder")
 
 
 class VideoWriter:
@@ -55,54 +88,76 @@ class VideoWriter:
     Args:
         path: see ``ensure_writable``.
         fps: frames a second.
+        live: a folder of PNGs is there from the start and each PNG as soon as it is complete; they stay on an error.
 
     Raises:
-        ValueError: for a path that can't be written, or frames of an odd size in .mp4 and .webm.
+        ValueError: for a path that can't be written, frames of an odd size in .mp4 and .webm (nothing is resized or
+            padded), frames that change their size, or no frames at all.
     """
 
-    def __init__(self, path: str | Path, fps: float):
+    def __init__(self, path: str | Path, fps: float, live: bool = False):
+        if not fps > 0:
+            raise ValueError(f"fps={fps}, expected a positive number of frames a second")
         self.path = ensure_writable(path)
+        self.suffix = suffix_of(path)
         self.fps = fps
+        self.live = live
         self.num_frames = 0
-        self._writer = None
-        self._folder = None
-        self._temporary = self.path.with_name(f".{self.path.stem}.tmp-{os.getpid()}{self.path.suffix}")
+        self._size: tuple[int, int] | None = None
 
     def __enter__(self) -> VideoWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        suffix = self.path.suffix.lower()
-        if suffix in CODECS:
-            self._writer = imageio.get_writer(
-                self._temporary, fps=self.fps, codec=CODECS[suffix], macro_block_size=1, ffmpeg_log_level="error",
-                output_params=["-pix_fmt", "yuv420p", "-crf", "16"],
-            )
-        elif suffix == ".gif":
-            self._writer = imageio.get_writer(self._temporary, duration=1000 / self.fps, loop=0)
-        else:
-            self._folder = atomic_folder(self.path)
-            self._temporary = self._folder.__enter__()
+        with ExitStack() as stack:
+            self._target = stack.enter_context(self._place())
+            self._writer = stack.enter_context(closing(self._open())) if self.suffix else None
+            self._stack = stack.pop_all()
         return self
+
+    def _place(self) -> AbstractContextManager[Path]:
+        if self.suffix:
+            return atomic_file(self.path)
+        if not self.live:
+            return atomic_folder(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file in self.path.iterdir():  # of a clip before; ensure_writable has seen that there is nothing else
+            file.unlink()
+        return nullcontext(self.path)
+
+    def _open(self) -> Any:
+        if self.suffix == ".gif":
+            return imageio.get_writer(self._target, duration=1000 / self.fps, loop=0)
+        return imageio.get_writer(
+            self._target, fps=self.fps, codec=CODECS[self.suffix], macro_block_size=1, ffmpeg_log_level="error",
+            output_params=["-pix_fmt", "yuv420p", "-crf", "16"],
+        )
 
     def append(self, frames: Tensor) -> None:
         """The next frames ``[T, 3, H, W]``."""
-        height, width = frames.shape[2:]
-        if self.path.suffix.lower() in CODECS and (height % 2 or width % 2):
-            raise ValueError(f"{self.path.suffix} needs an even size, got {width} x {height}; use .gif or a folder of PNGs")
+        self._check_size(*frames.shape[2:])
         for image in to_uint8(frames):
-            if self._folder is not None:
-                imageio.imwrite(self._temporary / f"{self.num_frames:06d}.png", image)
-            else:
-                self._writer.append_data(image)
+            self._write(image)
             self.num_frames += 1
 
-    def __exit__(self, kind, error, trace) -> None:
-        if self._folder is not None:
-            self._folder.__exit__(kind, error, trace)
+    def _check_size(self, height: int, width: int) -> None:
+        if self.suffix in CODECS and (height % 2 or width % 2):
+            raise ValueError(f"{self.suffix} needs an even size, got {width} x {height}; use .gif or a folder of PNGs")
+        self._size = self._size or (height, width)
+        if (height, width) != self._size:
+            raise ValueError(f"{self.path}: frames of {height} x {width} after frames of {self._size[0]} x {self._size[1]}")
+
+    def _write(self, image: np.ndarray) -> None:
+        if self._writer is not None:
+            self._writer.append_data(image)
             return
-        self._writer.close()
-        if kind is None and self.num_frames:
-            os.replace(self._temporary, self.path)
-        self._temporary.unlink(missing_ok=True)
+        name = self._target / f"{self.num_frames:06d}.png"
+        with atomic_file(name) if self.live else nullcontext(name) as file:
+            imageio.imwrite(file, image)
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None and not self.num_frames:
+            empty = ValueError(f"{self.path}: no frames came, nothing is written")
+            self._stack.__exit__(ValueError, empty, None)
+            raise empty
+        self._stack.__exit__(kind, error, trace)
 
 
 def write_video(frames: Tensor, path: str | Path, fps: float) -> None:
@@ -119,20 +174,20 @@ def read_video(path: str | Path) -> tuple[Tensor, float]:
     """
     path = Path(path)
     if path.is_dir():
-        images = [np.asarray(Image.open(file).convert("RGB")) for file in sorted(path.glob("*.png"))]
-        if not images:
+        if not any(path.glob("*.png")):
             raise ValueError(f"{path} holds no PNGs")
-        return _from_uint8(np.stack(images)), 0.0
-    if not path.is_file():
+    elif not path.is_file():
         raise ValueError(f"no video at {path}")
     try:
         frames, fps = _decode(path)
     except Exception as error:  # each backend has its own kinds
-        raise ValueError(f"{path} can't be read as a video: {str(error).strip().splitlines()[-1][:120]}") from error
+        raise ValueError(f"{path} can't be read as a video: {' '.join(str(error).split())[-120:]}") from error
     return _from_uint8(frames), fps
 
 
 def _decode(path: Path) -> tuple[np.ndarray, float]:
+    if path.is_dir():
+        return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in sorted(path.glob("*.png"))]), 0.0
     if path.suffix.lower() == ".gif":  # decord does not read it
         image = Image.open(path)
         frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
@@ -160,24 +215,24 @@ def contact_sheet(
         columns: frames shown of each clip, evenly spaced.
         scale: how much a frame is enlarged.
     """
-    groups, margin, line = list(groups), 130, 18
+    groups, line = list(groups), 18
     height, width = groups[0][1][0][1].shape[2:]
     row = height * scale + 4
+    font = ImageFont.load_default()
+    texts = [font.getlength(label) for _, clips in groups for label, _ in clips]
+    margin = 12 + int(max(texts))
     size = (margin + columns * (width * scale + 2), sum(line + len(clips) * row for _, clips in groups))
     sheet = Image.new("RGB", size, "white")
     draw, top = ImageDraw.Draw(sheet), 0
     for title, clips in groups:
-        draw.text((4, top + 3), title, fill="black")
+        draw.text((4, top + 3), title, fill="black", font=font)
         top += line
         for label, frames in clips:
-            draw.text((4, top + row // 2 - 8), label, fill="black")
+            draw.text((4, top + row // 2 - 8), label, fill="black", font=font)
             picks = np.linspace(0, len(frames) - 1, columns).round().astype(int)
             for place, image in enumerate(to_uint8(frames[torch.as_tensor(picks)])):
                 cell = Image.fromarray(image).resize((width * scale, height * scale), Image.NEAREST)
                 sheet.paste(cell, (margin + place * (width * scale + 2), top))
             top += row
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.png")
-    sheet.save(temporary)
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        sheet.save(temporary, format="PNG")

@@ -2,11 +2,12 @@
 
     python tools/evaluate.py --suite world --out report.json
     python tools/evaluate.py --student runs/tiny_dmd/student --prompts 200 --seeds 3 --long 10 --out report.json
-    python tools/evaluate.py --student A --student B --teacher streamvid/assets/teacher --teacher-steps 50,4 --out r.json
+    python tools/evaluate.py --student A --student B --label before --label after --teacher-steps 50,4 --out r.json
 
 Writes the report as JSON, as Markdown and as a contact sheet (.png) beside it, and prints the table. `forwards`
-are student forwards + commits a clip, `work` the latent frames that they push through the transformer, the times
-are medians at batch 1, the speed-up is that of a whole clip, decoding included, over the first teacher row.
+are student forwards + commits a clip, `work` the latent frames that they push through the transformer (a guided
+teacher counts twice), the times are medians at batch 1, the speed-up is that of a whole clip, decoding included, over
+the first teacher row. The first row is the true clips after the codec: what a perfect model would score.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ import argparse
 import sys
 from pathlib import Path
 
+NUM_SHOWN = 4
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
     parser.add_argument("--suite", choices=["world"], default="world")
     parser.add_argument("--student", action="append", help="a student folder, may be repeated; default: start and student as shipped")
+    parser.add_argument("--label", action="append", help="name of a student in the report, one a --student; default: its folder")
+    parser.add_argument("--components", help="folder of vae/, text_encoder/ and tokenizer/ for students that lack them")
     parser.add_argument("--teacher", help="a teacher folder; default: the shipped one")
     parser.add_argument("--teacher-steps", default="50", help="Euler steps, comma-separated (default 50; '' leaves it out)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="of the teacher (default 3)")
+    parser.add_argument("--guidance", type=float, default=2.0, help="of the teacher (default 2)")
     parser.add_argument("--prompts", type=int, default=200, help="number of held-out prompts (default 200)")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the students (default 1)")
     parser.add_argument("--num-frames", type=int, default=33)
@@ -36,66 +42,83 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         evaluate(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
+def check(args: argparse.Namespace) -> None:
+    """What can be found wrong before anything is loaded."""
+    from streamvid.video import ensure_place
+
+    if Path(args.out).suffix != ".json" or Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out}: the report is a .json file")
+    ensure_place(args.out)
+    for name, least in {"prompts": 1, "seeds": 1, "long": 0, "long_prompts": 1}.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
+    labels = args.label or []
+    if labels and (len(labels) != len(args.student or ()) or len(set(labels)) < len(labels)):
+        raise ValueError(f"--label {' '.join(labels)}: give each of the {len(args.student or ())} --student one of its own")
+    if not all(text.strip().isdecimal() and int(text) for text in args.teacher_steps.split(",") if args.teacher_steps):
+        raise ValueError(f"--teacher-steps {args.teacher_steps}: expected numbers such as 50,4")
+
+
 def evaluate(args: argparse.Namespace) -> None:
     from streamvid.codecs.base import latent_frames_of
-    from streamvid.evaluation.report import result_row, table, write_report
-    from streamvid.evaluation.runs import held_out_prompts, make_clips, measure_cost, score_by_seed, student_runner, teacher_runner
+    from streamvid.codecs.load import open_codec
+    from streamvid.evaluation import report, runs
+    from streamvid.evaluation.world_score import mean_scores
     from streamvid.serving.student import TINY_START, TINY_STUDENT, TINY_TEACHER, load_student
     from streamvid.teachers.wan import WanTeacher
     from streamvid.video import contact_sheet
 
-    out = Path(args.out)
-    if out.suffix != ".json":
-        raise ValueError(f"--out {out}: the report is a .json file")
-    if args.prompts < 1 or args.seeds < 1:
-        raise ValueError(f"--prompts {args.prompts} and --seeds {args.seeds} must be at least 1")
-    students = [load_student(path) for path in args.student or (TINY_START, TINY_STUDENT)]
-    labels = [str(path) for path in args.student or ("start", "student")]
-    codec, prompts = students[0].codec, held_out_prompts(args.prompts)
-    embeddings = students[0].prompts.encode(prompts)
-    runners = [(student_runner(f"{label}, {s.stream.num_steps} steps", s.transformer, s.stream), args.seeds) for label, s in zip(labels, students)]
+    check(args)
+    out, prompts, home = Path(args.out), runs.held_out_prompts(args.prompts), args.teacher or TINY_TEACHER
+    students = [load_student(path, args.components) for path in args.student or (TINY_START, TINY_STUDENT)]
+    labels = args.label or args.student or ["start", "student"]
+    jobs, codec = [], students[0].codec  # of each model: runner, codec, embeddings, number of seeds
     if args.teacher_steps:
-        teacher = WanTeacher.from_pretrained(args.teacher or TINY_TEACHER)
-        frames = latent_frames_of(args.num_frames, codec.temporal_ratio)
-        steps = [int(text) for text in args.teacher_steps.split(",")]
-        runners = [(teacher_runner(f"teacher, {n} steps", teacher, n, args.guidance, frames), 1) for n in steps] + runners
-    rows, reference = [], None
-    for runner, num_seeds in runners:
-        scores = score_by_seed(runner, codec, embeddings, prompts, range(num_seeds), args.num_frames)
-        cost = measure_cost(runner, codec, embeddings[:1], args.num_frames)
-        reference = reference or cost
-        rows.append(result_row(runner.label, scores, cost, reference))
-        print(table(rows[-1:]), file=sys.stderr)
-    long = {"long": long_streams(args, students, labels, codec, embeddings, prompts)} if args.long else {}
-    write_report(out, rows, **long)
-    clips = [(r.label, make_clips(r, codec, embeddings[:4], range(4), args.num_frames)) for r, _ in runners]
-    groups = [(prompts[i], [(label, each[i]) for label, each in clips]) for i in range(min(4, len(prompts)))]
+        teacher, codec = WanTeacher.from_pretrained(home), open_codec(home)
+        embeddings, frames = teacher.encode_prompt(prompts), latent_frames_of(args.num_frames, codec.temporal_ratio)
+        for n in map(int, args.teacher_steps.split(",")):
+            runner = runs.teacher_runner(f"teacher, {n} steps", teacher, n, args.guidance, frames)
+            jobs.append((runner, codec, embeddings, 1))
+    for label, s in zip(labels, students):
+        runner = runs.student_runner(f"{label}, {s.stream.num_steps} steps", s.transformer, s.stream)
+        jobs.append((runner, s.codec, s.prompts.encode(prompts), args.seeds))
+    costs = [runs.measure_cost(job[0], job[1], job[2][:1], args.num_frames) for job in jobs]  # also finds what can't run
+    long = [long_row(args, job, prompts) for job in jobs if job[0].stream.commit != "none"] if args.long else []
+    true_clips = runs.reconstructed_clips(codec, args.prompts, args.num_frames)
+    truth = report.result_row("true clips", [mean_scores(runs.score_clips(true_clips, prompts))], None)
+    rows, shown = [], [("true clips", true_clips[:NUM_SHOWN])]
+    for (runner, codec, embeddings, num_seeds), cost in zip(jobs, costs):
+        scores, first = [], None
+        for clips in runs.clips_by_seed(runner, codec, embeddings, range(num_seeds), args.num_frames):
+            scores.append(mean_scores(runs.score_clips(clips, prompts)))
+            first = clips[:NUM_SHOWN] if first is None else first
+        against = (costs[0], rows[0]["scores"]["overall"] if rows else None) if args.teacher_steps else (None, None)
+        rows.append(report.result_row(runner.label, scores, cost, *against))
+        shown.append((runner.label, first))
+        print(report.table(rows[-1:]), file=sys.stderr)
+    groups = [(prompts[i], [(label, clips[i]) for label, clips in shown]) for i in range(min(NUM_SHOWN, len(prompts)))]
     contact_sheet(groups, out.with_suffix(".png"))
-    print(table(rows))
-    for line in long.get("long", "").splitlines():
-        print(line)
+    report.write_report(out, rows, truth, long)
+    print(report.table([truth, *rows]))
+    if long:
+        print(report.window_table(long))
 
 
-def long_streams(args, students, labels, codec, embeddings, prompts) -> str:
-    """World score of the first and the last window of long streams, one line a student."""
-    from streamvid.evaluation.runs import score_windows, student_runner
+def long_row(args: argparse.Namespace, job: tuple, prompts: list[str]) -> dict:
+    """The scores of one student's long streams by windows of the length of a clip."""
+    from streamvid.evaluation import report, runs
 
-    window, lines = args.num_frames - 1, []
-    chunk = 4 * students[0].stream.chunk_frames
-    num_frames = 1 + 4 * (students[0].stream.chunk_frames - 1) + -(-args.long * window // chunk) * chunk
-    for label, student in zip(labels, students):
-        runner = student_runner(label, student.transformer, student.stream)
-        n = min(args.long_prompts, len(prompts))
-        windows = score_windows(runner, codec, embeddings[:n], prompts[:n], 0, num_frames, window, batch_size=8)
-        scores = " ".join(f"{each['overall']:.3f}" for each in windows)
-        lines.append(f"{label}: {num_frames} frames, {n} prompts, overall by window of {window} frames: {scores}")
-    return "\n".join(lines)
+    runner, codec, embeddings, _ = job
+    window, num = args.num_frames - 1, min(args.long_prompts, len(prompts))
+    num_frames = runs.long_frames(args.long, window, runner.stream.chunk_frames, codec.temporal_ratio)
+    windows = runs.score_windows(runner, codec, embeddings[:num], prompts[:num], 0, num_frames, window, batch_size=8)
+    return report.window_row(runner.label, windows, num_frames, window, num)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 CONFIG = Path(__file__).parents[1] / "configs" / "run" / "quickstart.yaml"
-NUM_FRAMES, LATENT_FRAMES, TEACHER_STEPS, GUIDANCE = 33, 9, 50, 3.0
+NUM_FRAMES, LATENT_FRAMES, TEACHER_STEPS, GUIDANCE = 33, 9, 50, 2.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(minutes: float, num_prompts: int, output_dir: Path) -> None:
+    from streamvid.serving.student import TINY_START
     from streamvid.training.run import build_trainer, load_run
 
     evaluation_s = 3 + num_prompts * 2.0
@@ -43,7 +44,7 @@ def run(minutes: float, num_prompts: int, output_dir: Path) -> None:
     run_dir = output_dir / "quickstart"
     shutil.rmtree(run_dir, ignore_errors=True)
     started = time.monotonic()
-    overrides = [f"train.max_minutes={minutes}", f"train.output_dir={output_dir}"]
+    overrides = [f"train.max_minutes={minutes}", f"train.output_dir={output_dir}", f"student.path={TINY_START}"]
     build_trainer(load_run(CONFIG, overrides)).train()
     print(f"Trained in {time.monotonic() - started:.0f} s. Sampling {num_prompts} held-out prompts.")
     compare(run_dir, num_prompts)

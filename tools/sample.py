@@ -2,10 +2,11 @@
 
     python tools/sample.py --prompt "a small red circle moves up quickly" --out clip.mp4
     python tools/sample.py --prompts prompts.txt --num-frames 321 --steps 2 --out clips/
-    python tools/sample.py --student runs/tiny_dmd/student --prompt "..." --stream --out frames/
-    python tools/sample.py --teacher streamvid/assets/teacher --steps 50 --guidance 3 --prompt "..." --out teacher.gif
+    python tools/sample.py --student runs/tiny_dmd/student --prompt "..." --num-frames 0 --stream --out frames/
+    python tools/sample.py --teacher streamvid/assets/teacher --steps 50 --guidance 2 --prompt "..." --out teacher.gif
 
-With one prompt, --out is a file (.mp4, .webm, .gif) or a folder of PNGs; with several, a folder of .mp4 files.
+With one prompt, --out is a file (.mp4, .webm, .gif) or a folder of PNGs; with several, a folder of .mp4 files, or a
+pattern such as clips/{}.gif. Prompt i has the seed --seed + i.
 """
 
 from __future__ import annotations
@@ -21,56 +22,37 @@ from tqdm import tqdm
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", help="a student folder; by default the shipped student")
-    parser.add_argument("--teacher", help="a teacher folder: sample the teacher instead")
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
+    model, prompt, steps = (parser.add_mutually_exclusive_group(required=needed) for needed in (False, True, False))
+    model.add_argument("--student", help="a student folder; by default the shipped student")
+    model.add_argument("--teacher", help="a teacher folder: sample the teacher instead, all frames together")
     parser.add_argument("--components", help="folder of vae/, text_encoder/ and tokenizer/, if the student's lacks them")
-    prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="one prompt")
     prompt.add_argument("--prompts", help="a UTF-8 text file with a prompt a line")
     parser.add_argument("--num-frames", type=int, default=33, help="pixel frames (default 33)")
-    parser.add_argument("--steps", type=int, help="steps a chunk; by default the student's own, 50 for a teacher")
-    parser.add_argument("--schedule", help="a stream_config.json that replaces the student's own")
-    parser.add_argument("--guidance", type=float, default=3.0, help="of a teacher (default 3)")
+    steps.add_argument("--steps", type=int, help="steps a chunk; by default the student's own, 50 for a teacher")
+    steps.add_argument("--schedule", help="autoregressive or rolling, or a stream_config.json in place of the student's")
+    parser.add_argument("--window", type=int, help="latent frames that the student sees; by default its own")
+    parser.add_argument("--sink", type=int, help="first latent frames kept in the window; by default the student's own")
+    parser.add_argument("--guidance", type=float, help="of a teacher (default 2); 1 is none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fps", type=float, default=16)
     parser.add_argument("--size", type=int, nargs=2, default=(64, 64), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--stream", action="store_true", help="write frames as they come; --num-frames 0 never ends")
+    parser.add_argument("--stream", action="store_true", help="PNGs are there as they come, Ctrl-C keeps what there is; "
+                        "--num-frames 0 never ends")
     parser.add_argument("--out", required=True)
     return parser.parse_args(argv)
-
-
-def build_runner(args: argparse.Namespace):
-    """The model as it will run, its codec and its prompt encoder."""
-    from streamvid.codecs.base import latent_frames_of
-    from streamvid.codecs.load import open_codec
-    from streamvid.evaluation.runs import student_runner, teacher_runner
-    from streamvid.rollout.schedule import StreamConfig
-    from streamvid.serving.student import TINY_STUDENT, TINY_TEACHER, load_student
-    from streamvid.teachers.wan import WanTeacher
-
-    if args.teacher:
-        teacher, codec = WanTeacher.from_pretrained(args.teacher), open_codec(args.components or args.teacher)
-        frames = latent_frames_of(args.num_frames, codec.temporal_ratio)
-        return teacher_runner("teacher", teacher, args.steps or 50, args.guidance, frames), codec, teacher.prompt_encoder
-    student = load_student(args.student or TINY_STUDENT, args.components or TINY_TEACHER)
-    config = student.stream
-    if args.schedule:
-        if not Path(args.schedule).is_file():
-            raise ValueError(f"no schedule file at {args.schedule}; it is a stream_config.json")
-        config = StreamConfig.from_json(Path(args.schedule).read_text())
-    if args.steps:
-        config = replace(config, num_steps=args.steps)
-    return student_runner("student", student.transformer, config), student.codec, student.prompts
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         sample(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("error: interrupted; the clip under way is not kept (--stream keeps it)", file=sys.stderr)
         return 130
     return 0
 
@@ -82,36 +64,89 @@ def sample(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts) if args.prompts else [args.prompt]
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("the prompt is empty; say what to show")
-    if len(prompts) > 1 and Path(args.out).suffix:
-        raise ValueError(f"--out {args.out} is one file for {len(prompts)} prompts; name a folder")
-    outs = [Path(args.out) / f"{i:03d}.mp4" for i in range(len(prompts))] if len(prompts) > 1 else [Path(args.out)]
+    if args.num_frames < (0 if args.stream and not args.teacher else 1):
+        raise ValueError(f"--num-frames {args.num_frames}: a clip has at least 1 frame; 0 goes with --stream and a student")
+    outs = name_outs(args.out, len(prompts))
     for out in outs:
         ensure_writable(out)
-    if args.num_frames < 1 and not args.stream:
-        raise ValueError(f"--num-frames {args.num_frames}: a clip has at least 1 frame; 0 goes with --stream")
     runner, codec, encoder = build_runner(args)
     for index, (prompt, out) in enumerate(zip(prompts, outs)):
         write_clip(args, runner, codec, encoder.encode([prompt]), args.seed + index, out)
 
 
-def write_clip(args: argparse.Namespace, runner, codec, embedding, seed: int, out: Path) -> None:
+def name_outs(out: str, num: int) -> list[str]:
+    """A path a prompt."""
+    if "{}" in out:
+        return [out.replace("{}", f"{index:03d}") for index in range(num)]
+    if num > 1 and Path(out).suffix and not out.endswith("/"):
+        raise ValueError(f"--out {out} is one file for {num} prompts; name a folder, or a pattern such as clips/{{}}.gif")
+    return [out] if num == 1 else [str(Path(out) / f"{index:03d}.mp4") for index in range(num)]
+
+
+def build_runner(args: argparse.Namespace):
+    """The model as it will run, its codec and its prompt encoder."""
+    from streamvid.codecs.base import latent_frames_of
+    from streamvid.codecs.load import open_codec
+    from streamvid.evaluation.runs import student_runner, teacher_runner
+    from streamvid.serving.student import TINY_STUDENT, load_student
+    from streamvid.teachers.wan import WanTeacher
+
+    if args.teacher:
+        for name in ("schedule", "window", "sink"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} is of students; a teacher denoises all frames together")
+        teacher, codec = WanTeacher.from_pretrained(args.teacher), open_codec(args.components or args.teacher)
+        steps, guidance = (default if x is None else x for x, default in ((args.steps, 50), (args.guidance, 2.0)))
+        frames = latent_frames_of(args.num_frames, codec.temporal_ratio)
+        return teacher_runner("teacher", teacher, steps, guidance, frames), codec, teacher.prompt_encoder
+    if args.guidance is not None:
+        raise ValueError("--guidance is of teachers; a student has it distilled in")
+    student = load_student(args.student or TINY_STUDENT, args.components)
+    return student_runner("student", student.transformer, stream_config(args, student.stream)), student.codec, student.prompts
+
+
+def stream_config(args: argparse.Namespace, config):
+    """The student's own configuration with what the command line overrides."""
+    from streamvid.rollout.schedule import StreamConfig
+
+    if args.schedule in ("autoregressive", "rolling"):
+        config = replace(config, order=args.schedule)
+    elif args.schedule is not None:
+        if not Path(args.schedule).is_file():
+            raise ValueError(f"no schedule {args.schedule}: neither autoregressive nor rolling nor a .json file that exists")
+        config = StreamConfig.from_json(Path(args.schedule).read_text(encoding="utf-8"))
+    if args.steps is not None:  # a table of times would win over the number
+        config = replace(config, num_steps=args.steps, step_table=())
+    given = {"window_frames": args.window, "sink_frames": args.sink}
+    return replace(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def write_clip(args: argparse.Namespace, runner, codec, embedding, seed: int, out: str) -> None:
     """Stream one clip into its file and say what it took."""
     from streamvid.rollout.sampler import stream
+    from streamvid.rollout.schedule import build_schedule, cost_of
     from streamvid.video import VideoWriter
 
-    height, width = args.size
-    started, first_s = time.perf_counter(), None
+    (height, width), num_frames = args.size, args.num_frames or None
+    started, first_s, num_chunks = time.perf_counter(), 0.0, 0
     chunks = stream(
-        runner.model, codec, embedding, runner.stream, seeds=[seed], height=height, width=width,
-        num_frames=args.num_frames or None,
+        runner.model, codec, embedding, runner.stream, seeds=[seed], height=height, width=width, num_frames=num_frames
     )
-    with VideoWriter(out, args.fps) as writer, tqdm(total=args.num_frames or None, unit="frame", desc=out.name) as bar:
-        for chunk in chunks:
-            first_s = first_s or time.perf_counter() - started
-            writer.append(chunk.frames[0])
-            bar.update(chunk.frames.shape[1])
+    with VideoWriter(out, args.fps, args.stream) as writer, tqdm(total=num_frames, unit="frame", desc=str(out)) as bar:
+        try:
+            for num_chunks, chunk in enumerate(chunks, 1):
+                first_s = first_s or time.perf_counter() - started
+                writer.append(chunk.frames[0])
+                bar.update(chunk.frames.shape[1])
+        except KeyboardInterrupt:
+            if not args.stream or not num_chunks:
+                raise
     seconds = time.perf_counter() - started
-    print(f"wrote {out}: {writer.num_frames} frames in {seconds:.2f} s, first frames after {1000 * first_s:.0f} ms")
+    cost = cost_of(build_schedule(runner.stream, num_chunks), runner.stream.chunk_frames, runner.stream.commit)
+    print(
+        f"wrote {out}: {writer.num_frames} frames in {seconds:.2f} s, first frames after {1000 * first_s:.0f} ms, "
+        f"{cost.nfe * runner.passes} forwards + {cost.commits} commits"
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def environment() -> dict[str, Any]:
 
     import streamvid
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu_name()}, threads: {threads}"
     return {
         "machine": f"{platform.machine()}, {device}",
         "python": platform.python_version(),
@@ -33,6 +34,13 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else "CPU"
+
+
 def mean_and_spread(rows: Sequence[dict[str, float]]) -> tuple[dict[str, float], dict[str, float]]:
     """Mean over seeds of each score, and the distance of its greatest from its least."""
     names = [name for name in rows[0] if all(name in row for row in rows)]
@@ -41,10 +49,25 @@ def mean_and_spread(rows: Sequence[dict[str, float]]) -> tuple[dict[str, float],
     return means, spread
 
 
-def result_row(label: str, rows: Sequence[dict[str, float]], cost: Cost | None, reference: Cost | None = None) -> dict[str, Any]:
-    """One line of a report; ``reference`` is the cost that speed-ups and work are compared with."""
+def result_row(
+    label: str,
+    rows: Sequence[dict[str, float]],
+    cost: Cost | None,
+    reference: Cost | None = None,
+    reference_overall: float | None = None,
+) -> dict[str, Any]:
+    """One line of a report.
+
+    Args:
+        rows: mean scores, one dictionary a seed.
+        cost: None where nothing was run, for true clips.
+        reference: the cost that speed-ups and work are compared with.
+        reference_overall: the overall score that this one is compared with.
+    """
     means, spread = mean_and_spread(rows)
     row: dict[str, Any] = {"label": label, "scores": means, "spread": spread, "seeds": len(rows)}
+    if reference_overall:
+        row["score_ratio"] = means["overall"] / reference_overall
     if cost is not None:
         row |= {
             "nfe": cost.nfe, "commits": cost.commits, "latent_frames": cost.latent_frames,
@@ -60,22 +83,41 @@ def result_row(label: str, rows: Sequence[dict[str, float]], cost: Cost | None, 
     return row
 
 
+def window_row(label: str, windows: Sequence[dict[str, float]], num_frames: int, window: int, num_prompts: int) -> dict[str, Any]:
+    """The scores of long streams, window by window."""
+    overall = [each["overall"] for each in windows]
+    return {
+        "label": label, "num_frames": num_frames, "window": window, "prompts": num_prompts, "windows": list(windows),
+        "first": overall[0], "last": overall[-1], "least": min(overall),
+    }
+
+
+def window_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Overall scores by window as a Markdown table."""
+    lines = [["", "frames", "prompts", "first", "last", "least", f"overall by window of {rows[0]['window']} frames"]]
+    for row in rows:
+        each = " ".join(f"{window['overall']:.3f}" for window in row["windows"])
+        numbers = [f"{row[name]:.3f}" for name in ("first", "last", "least")]
+        lines.append([row["label"], str(row["num_frames"]), str(row["prompts"]), *numbers, each])
+    return _markdown(lines)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table, readable as plain text too."""
     names = [name for name in SHOWN if any(name in row["scores"] for row in rows)]
-    columns = ["", *names, "forwards", "work", "s/clip", "first frame", "speed-up"]
-    lines = [columns] + [_cells(row, names) for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
-    return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
+    compared = any("score_ratio" in row for row in rows)
+    columns = ["", *names, *(["of teacher"] if compared else []), "forwards", "work", "s/clip", "first frame", "speed-up"]
+    return _markdown([columns] + [_cells(row, names, compared) for row in rows])
 
 
-def _cells(row: dict[str, Any], names: Sequence[str]) -> list[str]:
+def _cells(row: dict[str, Any], names: Sequence[str], compared: bool) -> list[str]:
     cells = [row["label"]]
     for name in names:
         cell = f"{row['scores'][name]:.3f}" if name in row["scores"] else "-"
         many = row["seeds"] > 1 and name == "overall"
         cells.append(f"{cell} ±{row['spread'][name] / 2:.3f}" if many else cell)
+    if compared:
+        cells.append(f"{100 * row['score_ratio']:.0f}%" if "score_ratio" in row else "-")
     if "nfe" not in row:
         return cells + ["-"] * 5
     commits = f" + {row['commits']}" if row["commits"] else ""
@@ -86,12 +128,28 @@ def _cells(row: dict[str, Any], names: Sequence[str]) -> list[str]:
     ]
 
 
-def write_report(path: str | Path, rows: Sequence[dict[str, Any]], **more: Any) -> None:
-    """Write ``path`` (JSON) and the same as Markdown beside it."""
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, the first one the head, with columns of one width."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
+    return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
+
+
+def write_report(
+    path: str | Path, rows: Sequence[dict[str, Any]], truth: dict[str, Any] | None = None, long: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Write ``path`` (JSON) and the same as Markdown beside it.
+
+    Args:
+        rows: of ``result_row``, one a model.
+        truth: of ``result_row``, of true clips.
+        long: of ``window_row``.
+    """
     path, about = Path(path), environment()
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps({"environment": about, "rows": list(rows), **more}, indent=1) + "\n")
-    notes = "".join(f"\n{key}: {value}" for key, value in about.items())
-    extra = "".join(f"\n\n{title}:\n\n{text}" for title, text in more.items() if isinstance(text, str))
+    content = {"environment": about, "truth": truth, "rows": list(rows), "long": list(long)}
+    notes = "".join(f"\n- {key}: {value}" for key, value in about.items())
+    windows = f"\n\n{window_table(long)}" if long else ""
     with atomic_file(path.with_suffix(".md")) as temporary:
-        temporary.write_text(f"{table(rows)}{extra}\n{notes}\n")
+        temporary.write_text(f"{table([truth, *rows] if truth else rows)}{windows}\n{notes}\n")
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")

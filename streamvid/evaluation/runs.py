@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamvid.codecs.base import VideoCodec, latent_frames_of
-from streamvid.data.world import FPS, SIZE, caption, sample_spec
+from streamvid.data.world import SIZE, caption, render, sample_spec
 from streamvid.evaluation.world_score import WorldScore, mean_scores, score
 from streamvid.rollout.sampler import GuidedModel, generate, stream
 from streamvid.rollout.schedule import StreamConfig, build_schedule, cost_of
@@ -75,6 +75,18 @@ def held_out_prompts(num: int, first_seed: int = HELD_OUT_SEED) -> list[str]:
     return [caption(sample_spec(seed, held_out=True), key_to_seed("held-out caption", seed)) for seed in seeds]
 
 
+@torch.no_grad()
+def reconstructed_clips(
+    codec: VideoCodec, num: int, num_frames: int, first_seed: int = HELD_OUT_SEED, batch_size: int = 16
+) -> Tensor:
+    """The true clips ``[B, T, 3, H, W]`` of ``held_out_prompts`` after the codec: what a perfect model would score."""
+    seeds, clips = range(first_seed, first_seed + num), []
+    for start in tqdm(range(0, num, batch_size), desc="true clips", unit="batch", leave=False):
+        batch = [render(sample_spec(seed, held_out=True), num_frames) for seed in seeds[start : start + batch_size]]
+        clips.append(codec.decode_latents(codec.encode_frames(torch.stack(batch))))
+    return torch.cat(clips)
+
+
 def make_clips(
     runner: Runner, codec: VideoCodec, embeddings: Tensor, seeds: Sequence[int], num_frames: int, batch_size: int = 16
 ) -> Tensor:
@@ -96,17 +108,26 @@ def score_clips(clips: Tensor, prompts: Sequence[str], window: int | None = None
     return [score(clip, prompt, window) for clip, prompt in zip(clips, prompts)]
 
 
+def clips_by_seed(
+    runner: Runner, codec: VideoCodec, embeddings: Tensor, seeds: Sequence[int], num_frames: int, batch_size: int = 16
+) -> Iterator[Tensor]:
+    """The clips ``[B, T, 3, H, W]`` of all prompts, for one seed after the other; what a runner is scored on."""
+    for seed in seeds:
+        yield make_clips(runner, codec, embeddings, evaluation_keys(seed, len(embeddings)), num_frames, batch_size)
+
+
+def evaluation_keys(seed: int, num: int) -> list[int]:
+    """A seed a prompt; they don't depend on the runner, so that all are compared on the same noise."""
+    return [key_to_seed("evaluation", seed, index) for index in range(num)]
+
+
 def score_by_seed(
     runner: Runner, codec: VideoCodec, embeddings: Tensor, prompts: Sequence[str], seeds: Sequence[int],
     num_frames: int, batch_size: int = 16,
 ) -> list[dict[str, float]]:
     """Mean scores of all prompts, one dictionary a seed."""
-    rows = []
-    for seed in seeds:
-        keys = [key_to_seed("evaluation", seed, index) for index in range(len(prompts))]
-        clips = make_clips(runner, codec, embeddings, keys, num_frames, batch_size)
-        rows.append(mean_scores(score_clips(clips, prompts)))
-    return rows
+    clips = clips_by_seed(runner, codec, embeddings, seeds, num_frames, batch_size)
+    return [mean_scores(score_clips(each, prompts)) for each in clips]
 
 
 def score_windows(
@@ -114,10 +135,15 @@ def score_windows(
     window: int, batch_size: int = 16,
 ) -> list[dict[str, float]]:
     """Mean scores of each time window of ``window`` frames of long streams, first to last."""
-    keys = [key_to_seed("evaluation", seed, index) for index in range(len(prompts))]
-    clips = make_clips(runner, codec, embeddings, keys, num_frames, batch_size)
+    clips = make_clips(runner, codec, embeddings, evaluation_keys(seed, len(prompts)), num_frames, batch_size)
     scores = score_clips(clips, prompts, window)
     return [mean_scores(column) for column in zip(*(each.windows for each in scores))]
+
+
+def long_frames(num_times: int, window: int, chunk_frames: int, temporal_ratio: int) -> int:
+    """The shortest whole number of chunks that has ``num_times`` windows of pixel frames after its first chunk."""
+    chunks = -(-num_times * window // (temporal_ratio * chunk_frames))
+    return 1 + temporal_ratio * (chunk_frames * (1 + chunks) - 1)
 
 
 def measure_cost(
@@ -147,8 +173,3 @@ def _time_clip(runner: Runner, codec: VideoCodec, embedding: Tensor, num_frames:
             first_frame_s = time.perf_counter() - started
         denoise_s, decode_s = denoise_s + chunk.denoise_s, decode_s + chunk.decode_s
     return denoise_s, decode_s, first_frame_s
-
-
-def seconds_of_video(num_frames: int) -> float:
-    """Playing time of frames of the world."""
-    return num_frames / FPS

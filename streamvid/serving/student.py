@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from streamvid.codecs.base import VideoCodec
 from streamvid.codecs.load import open_codec
@@ -23,7 +24,8 @@ ASSETS = Path(__file__).parents[1] / "assets"
 TINY_TEACHER = ASSETS / "teacher"
 TINY_START = ASSETS / "start"
 TINY_STUDENT = ASSETS / "student"
-COMPONENTS = ("vae", "text_encoder", "tokenizer")
+TEXT_PARTS = ("text_encoder", "tokenizer")
+COMPONENTS = ("vae", *TEXT_PARTS)
 
 
 @dataclass(frozen=True)
@@ -37,42 +39,92 @@ class Student:
 
 
 def load_student(
-    path: str | Path, components: str | Path | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    components: str | Path | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Student:
-    """Open a student folder, in float32.
+    """Open a student folder.
+
+    Args:
+        components: where parts that the folder lacks come from; None is the shipped teacher.
+        device: of the transformer and the codec; prompts are encoded on the CPU.
+        dtype: of the transformer, whatever the file has; the codec and the text encoder are float32.
 
     Raises:
-        ValueError: one line, if a part is missing, damaged or of another shape.
+        ValueError: one line, if a part is missing, damaged or does not fit the others.
     """
-    path = Path(path)
+    path, components = Path(path), Path(components or TINY_TEACHER)
     if not path.is_dir():
         raise ValueError(f"no student folder at {path}; it should hold transformer/ and {STREAM_CONFIG_FILE}")
-    transformer = load_transformer(path).to(device)
-    homes = {part: path if (path / part).is_dir() else Path(components or TINY_TEACHER) for part in COMPONENTS}
-    prompts = PromptEncoder.from_pretrained(homes["text_encoder"])
+    stream = load_stream_config(path)
+    transformer = load_transformer(path, dtype)
+    text_home, vae_home = _home(path, components, TEXT_PARTS), _home(path, components, ("vae",))
+    for home, part in ((vae_home, "vae"), (text_home, "text_encoder")):
+        check_weights(home / part)
+    prompts, codec = PromptEncoder.from_pretrained(text_home), open_codec(vae_home, device)
     if prompts.embedding_dim != transformer.config.text_dim:
         raise ValueError(
             f"{path}: the transformer takes embeddings of {transformer.config.text_dim} numbers, the text encoder of "
-            f"{homes['text_encoder']} makes {prompts.embedding_dim}; name the right folder with --components"
+            f"{text_home} makes {prompts.embedding_dim}; name the folder of the right one with --components"
         )
-    return Student(transformer.eval(), load_stream_config(path), open_codec(homes["vae"], device), prompts)
+    if codec.latent_channels != transformer.config.in_channels:
+        raise ValueError(
+            f"{path}: the transformer takes latents of {transformer.config.in_channels} channels, the codec of "
+            f"{vae_home} has {codec.latent_channels}; name the folder of the right one with --components"
+        )
+    return Student(transformer.to(device).eval(), stream, codec, prompts)
 
 
-def load_transformer(path: str | Path) -> CausalWanTransformer3DModel:
-    """`path/transformer` as a causal student in float32."""
+def _home(path: Path, components: Path, parts: tuple[str, ...]) -> Path:
+    """The folder that parts which belong together are taken from."""
+    there = [part for part in parts if (path / part).is_dir()]
+    if there and len(there) < len(parts):
+        raise ValueError(f"{path} has {there[0]}/ but not all of {', '.join(parts)}, which belong together; add the rest")
+    home = path if there else components
+    for part in parts:
+        if not (home / part).is_dir():
+            raise ValueError(f"{home} has no folder {part}/, nor has {path}; name one that has with --components")
+    return home
+
+
+def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32) -> CausalWanTransformer3DModel:
+    """`path/transformer` as a causal student.
+
+    Raises:
+        ValueError: one line, if it is missing, damaged or of other shapes than its configuration says.
+    """
     folder = Path(path) / "transformer"
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; expected a diffusers folder with transformer/")
+    check_weights(folder)
     try:
         transformer, info = CausalWanTransformer3DModel.from_pretrained(
-            folder, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True
         )
-    except Exception as error:  # diffusers and safetensors raise many kinds for a damaged folder
+    except Exception as error:  # diffusers raises many kinds for a folder that does not fit
         raise ValueError(f"cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
     wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if wrong:
         raise ValueError(f"cannot load {folder}: {wrong[0]} and {len(wrong) - 1} more are missing or unknown")
     return transformer
+
+
+def check_weights(folder: Path) -> None:
+    """Check that all weight files of a folder are complete; reads their headers only.
+
+    Raises:
+        ValueError: if there are none, or one ends early; safetensors' own words for it don't name the file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no .safetensors file; the checkpoint is incomplete, copy it again")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or damaged ({error}); copy it again") from error
 
 
 def load_stream_config(path: str | Path) -> StreamConfig:
@@ -81,7 +133,7 @@ def load_stream_config(path: str | Path) -> StreamConfig:
     if not file.is_file():
         raise ValueError(f"{path} has no {STREAM_CONFIG_FILE}; it says how the student is streamed")
     try:
-        return StreamConfig.from_json(file.read_text())
+        return StreamConfig.from_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -94,7 +146,13 @@ def save_student(
 
     Args:
         card: text of the folder's README.md: method, teacher, schedule, scores.
+
+    Raises:
+        ValueError: if ``components`` lacks a part; nothing is written then.
     """
+    for part in COMPONENTS if components else ():
+        if not (Path(components) / part).is_dir():
+            raise ValueError(f"{components} has no folder {part}/; expected vae/, text_encoder/ and tokenizer/")
     with atomic_folder(path) as temporary:
         transformer.save_pretrained(temporary / "transformer")
         (temporary / STREAM_CONFIG_FILE).write_text(stream.to_json())

@@ -79,10 +79,10 @@ def test_a_teacher_learns_from_every_frame_of_a_cut():
 @pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
 def test_prompts_are_dropped_at_the_configured_share(share):
     student = Zero()
-    batch = clips(1000, frames=2)
+    batch = clips(400, frames=2)
     method_of(student, uncond_share=share).loss("student", batch, 0)
     dropped = (student.calls[0][2] == 0).all(dim=(1, 2))
-    assert dropped.float().mean().item() == pytest.approx(share, abs=0.04)
+    assert dropped.float().mean().item() == pytest.approx(share, abs=0.06)
     assert torch.equal(student.calls[0][2][~dropped], batch["cond"][~dropped])
 
 

@@ -1,0 +1,72 @@
+"""Prompts are read strictly, and batches of them are a function of their place."""
+
+import pytest
+import torch
+
+from streamvid.data.latents import WorldSet, world_clips
+from streamvid.data.prompts import PromptBatches, read_prompts, world_prompts
+from streamvid.data.world import read_caption
+
+
+def test_a_file_has_a_prompt_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeff# a comment\r\n  a cat \r\n\r\nein Bär # no comment\n   # one\n".encode())
+    assert read_prompts(path) == ["a cat", "ein Bär # no comment"]
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "no prompt file at .*one prompt a line"),
+    (b"", "holds no prompt"),
+    (b"# only\n\n", "holds no prompt"),
+    (b"a cat\n\xff\xfe", "is not UTF-8 text .byte 6."),
+])  # fmt: skip
+def test_a_bad_file_is_refused(tmp_path, content, message):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_prompts_of_the_world_are_the_captions_of_its_clips(held_out):
+    clips = world_clips(WorldSet(num_clips=4, num_frames=1, first_seed=30, held_out=held_out))
+    assert world_prompts(4, 30, held_out) == [captions[0] for _, captions in clips]
+    assert all(read_caption(prompt).bodies for prompt in world_prompts(4, 30, held_out))
+
+
+def test_held_out_prompts_are_others():
+    said = [{repr(read_caption(prompt)) for prompt in world_prompts(60, held_out=held_out)} for held_out in (False, True)]
+    assert not said[0] & said[1]
+    with pytest.raises(ValueError, match="num=0"):
+        world_prompts(0)
+
+
+def source(seed=0):
+    return PromptBatches(torch.arange(7.0).reshape(7, 1, 1).expand(7, 3, 2).half(), [f"p{i}" for i in range(7)], seed)
+
+
+def test_a_sample_is_a_function_of_its_place():
+    whole = source().batch(4, "student", 0, range(8))
+    parts = [source().batch(4, "student", 0, indices) for indices in (range(3), range(3, 8))]
+    assert torch.equal(whole["cond"], torch.cat([part["cond"] for part in parts]))
+    assert whole["keys"] == parts[0]["keys"] + parts[1]["keys"] and len(set(whole["keys"])) == 8
+    assert whole["cond"].dtype == torch.float32
+    assert whole["prompts"] == [f"p{int(c)}" for c in whole["cond"][:, 0, 0]]
+
+
+def test_each_step_turn_repetition_and_seed_draws_anew():
+    places = [(0, "student", 0), (1, "student", 0), (0, "fake_score", 0), (0, "student", 1)]
+    drawn = [source().batch(*place, range(4))["keys"] for place in places] + [source(1).batch(*places[0], range(4))["keys"]]
+    assert len({key for keys in drawn for key in keys}) == 20
+
+
+def test_every_prompt_comes():
+    prompts = source().batch(0, "student", 0, range(200))["prompts"]
+    assert len(set(prompts)) == 7
+
+
+@pytest.mark.parametrize("embeddings, prompts", [(torch.zeros(2, 3, 4), ["a"]), (torch.zeros(0, 3, 4), []), (torch.zeros(3, 4), ["a"] * 3)])
+def test_embeddings_that_do_not_fit_are_refused(embeddings, prompts):
+    with pytest.raises(ValueError, match="one embedding a prompt"):
+        PromptBatches(embeddings, prompts, 0)

@@ -1,0 +1,110 @@
+"""A set of trajectories survives interruptions, refuses mixtures, and is read a sample at a time."""
+
+import pytest
+import torch
+
+from streamvid.data.trajectories import Trajectories, time_indices, write_trajectories
+from streamvid.seeding import keyed_normal
+
+TIMES = (1.0, 0.75, 0.0)
+PROMPTS = [f"prompt {i}" for i in range(7)]
+
+
+class Solver:
+    """States that tell their seed and time; it may break down after some clips."""
+
+    def __init__(self, breaks_after=None):
+        self.seeds, self.breaks_after = [], breaks_after
+
+    def __call__(self, cond, seeds):
+        if self.breaks_after is not None and len(self.seeds) >= self.breaks_after:
+            raise KeyboardInterrupt
+        self.seeds += seeds
+        states = torch.tensor(seeds)[:, None] + torch.tensor(TIMES)
+        return states[:, :, None, None, None, None].expand(len(seeds), 3, 2, 4, 1, 1).double()
+
+
+def embed(prompts):
+    return torch.stack([keyed_normal((5, 2), prompt) for prompt in prompts])
+
+
+def write(folder, solve, prompts=PROMPTS, times=TIMES, first_seed=10, **settings):
+    write_trajectories(folder, prompts, times, embed, solve, settings, first_seed, clips_per_part=3, batch_size=2)
+
+
+def test_what_is_written_is_read(tmp_path):
+    solver = Solver()
+    write(tmp_path / "set", solver, guidance=4.0)
+    assert solver.seeds == list(range(10, 17))
+    data = Trajectories(tmp_path / "set", 0)
+    assert len(data) == 7 and data.times == TIMES and data.settings["guidance"] == 4.0
+    batch = data.batch(0, "student", 0, range(50))
+    assert set(batch["prompts"]) == set(PROMPTS)
+    assert batch["states"].shape == (50, 3, 2, 4, 1, 1) and batch["states"].dtype == torch.float32
+    for i, prompt in enumerate(batch["prompts"]):
+        seed = 10 + PROMPTS.index(prompt)
+        torch.testing.assert_close(batch["states"][i, :, 0, 0, 0, 0], seed + torch.tensor(TIMES))
+        assert torch.equal(batch["cond"][i], embed([prompt])[0].half().float())
+        assert batch["times"][i].tolist() == list(TIMES)
+
+
+def test_a_sample_is_a_function_of_its_place(tmp_path):
+    write(tmp_path, Solver())
+    data = Trajectories(tmp_path, 0)
+    whole = data.batch(4, "student", 0, range(8))
+    parts = [data.batch(4, "student", 0, indices) for indices in (range(3), range(3, 8))]
+    assert torch.equal(whole["states"], torch.cat([part["states"] for part in parts]))
+    assert whole["keys"] == parts[0]["keys"] + parts[1]["keys"] and len(set(whole["keys"])) == 8
+    assert Trajectories(tmp_path, 1).batch(4, "student", 0, range(8))["keys"] != whole["keys"]
+
+
+def test_an_interrupted_job_goes_on_where_it_was(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "broken", Solver(breaks_after=4))
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["part-00000-of-00003.safetensors"]
+    with pytest.raises(ValueError, match="1 of 3 parts; the command that made them goes on"):
+        Trajectories(tmp_path / "broken", 0)
+    rest = Solver()
+    write(tmp_path / "broken", rest)
+    assert rest.seeds == [13, 14, 15, 16]
+    write(tmp_path / "whole", Solver())
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "broken" / path.name).read_bytes()
+    write(tmp_path / "whole", Solver(breaks_after=0))  # nothing is left to do
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"guidance": 2.0}, "guidance was 4.0, now 2.0"),
+    ({"times": (1.0, 0.5, 0.0)}, "times was"),
+    ({"prompts": PROMPTS[:6]}, "num_clips was 7, now 6"),
+    ({"prompts": PROMPTS[::-1]}, "prompts was"),
+    ({"first_seed": 11}, "first_seed was 10, now 11"),
+])  # fmt: skip
+def test_other_settings_do_not_go_into_the_same_folder(tmp_path, change, message):
+    write(tmp_path, Solver(), guidance=4.0)
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path, Solver(), **{"guidance": 4.0, **change})
+
+
+def test_a_missing_or_damaged_set_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="no trajectories in .*tools/make_trajectories.py"):
+        Trajectories(tmp_path / "nothing", 0)
+    write(tmp_path, Solver())
+    part = tmp_path / "part-00001-of-00003.safetensors"
+    part.write_bytes(part.read_bytes()[:-40])
+    with pytest.raises(ValueError, match="part-00001-of-00003.safetensors is damaged") as caught:
+        Trajectories(tmp_path, 0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("times", [(1.0, 0.5), (0.5, 0.75, 0.0), (1.5, 0.0), (0.0,), (1.0, 1.0, 0.0)])
+def test_times_that_do_not_fall_to_0_are_refused(tmp_path, times):
+    with pytest.raises(ValueError, match="falling from at most 1 to 0"):
+        write(tmp_path, Solver(), times=times)
+
+
+def test_times_are_found_to_float32_and_others_are_named():
+    stored = torch.tensor([1.0, 0.9375, 5 / 6, 0.625, 0.0]).tolist()
+    assert time_indices(stored, [5 / 6, 0.0, 1.0]) == [2, 4, 0]
+    with pytest.raises(ValueError, match=r"no states at t=0.9, 0.6, .* only at 1, 0.9375"):
+        time_indices(stored, [0.9, 0.625, 0.6])
