@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
-
-from tqdm import tqdm
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -59,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def sample(args: argparse.Namespace) -> None:
     from streamvid.data.prompts import read_prompts
+    from streamvid.serving.export import export_clip
     from streamvid.video import ensure_writable
 
     prompts = read_prompts(args.prompts) if args.prompts else [args.prompt]
@@ -71,7 +69,14 @@ def sample(args: argparse.Namespace) -> None:
         ensure_writable(out)
     runner, codec, encoder = build_runner(args)
     for index, (prompt, out) in enumerate(zip(prompts, outs)):
-        write_clip(args, runner, codec, encoder.encode([prompt]), args.seed + index, out)
+        made = export_clip(
+            runner.model, codec, encoder.encode([prompt]), runner.stream, out, seed=args.seed + index, size=args.size,
+            num_frames=args.num_frames or None, fps=args.fps, live=args.stream,
+        )
+        print(
+            f"wrote {out}: {made.num_frames} frames in {made.seconds:.2f} s, first frames after "
+            f"{1000 * made.first_frame_s:.0f} ms, {made.cost.nfe * runner.passes} forwards + {made.cost.commits} commits"
+        )
 
 
 def name_outs(out: str, num: int) -> list[str]:
@@ -109,44 +114,14 @@ def stream_config(args: argparse.Namespace, config):
     """The student's own configuration with what the command line overrides."""
     from streamvid.rollout.schedule import StreamConfig
 
-    if args.schedule in ("autoregressive", "rolling"):
-        config = replace(config, order=args.schedule)
-    elif args.schedule is not None:
+    order = args.schedule if args.schedule in ("autoregressive", "rolling") else None
+    if args.schedule and not order:
         if not Path(args.schedule).is_file():
             raise ValueError(f"no schedule {args.schedule}: neither autoregressive nor rolling nor a .json file that exists")
         config = StreamConfig.from_json(Path(args.schedule).read_text(encoding="utf-8"))
-    if args.steps is not None:  # a table of times would win over the number
-        config = replace(config, num_steps=args.steps, step_table=())
-    given = {"window_frames": args.window, "sink_frames": args.sink}
+    table = None if args.steps is None else ()  # a table of times would win over the number
+    given = {"order": order, "num_steps": args.steps, "step_table": table, "window_frames": args.window, "sink_frames": args.sink}
     return replace(config, **{name: value for name, value in given.items() if value is not None})
-
-
-def write_clip(args: argparse.Namespace, runner, codec, embedding, seed: int, out: str) -> None:
-    """Stream one clip into its file and say what it took."""
-    from streamvid.rollout.sampler import stream
-    from streamvid.rollout.schedule import build_schedule, cost_of
-    from streamvid.video import VideoWriter
-
-    (height, width), num_frames = args.size, args.num_frames or None
-    started, first_s, num_chunks = time.perf_counter(), 0.0, 0
-    chunks = stream(
-        runner.model, codec, embedding, runner.stream, seeds=[seed], height=height, width=width, num_frames=num_frames
-    )
-    with VideoWriter(out, args.fps, args.stream) as writer, tqdm(total=num_frames, unit="frame", desc=str(out)) as bar:
-        try:
-            for num_chunks, chunk in enumerate(chunks, 1):
-                first_s = first_s or time.perf_counter() - started
-                writer.append(chunk.frames[0])
-                bar.update(chunk.frames.shape[1])
-        except KeyboardInterrupt:
-            if not args.stream or not num_chunks:
-                raise
-    seconds = time.perf_counter() - started
-    cost = cost_of(build_schedule(runner.stream, num_chunks), runner.stream.chunk_frames, runner.stream.commit)
-    print(
-        f"wrote {out}: {writer.num_frames} frames in {seconds:.2f} s, first frames after {1000 * first_s:.0f} ms, "
-        f"{cost.nfe * runner.passes} forwards + {cost.commits} commits"
-    )
 
 
 if __name__ == "__main__":

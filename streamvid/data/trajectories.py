@@ -4,7 +4,7 @@ A set is a folder of parts ``part-00000-of-00016.safetensors``, each with
 
     states      [N, K, C, T, h, w]  float16, at K falling times, the last of which is 0
     embeddings  [N, L, D]           float16
-    metadata                        JSON: ``times``, ``captions``, ``settings`` (how the set was made)
+    metadata "about"                JSON: ``times``, ``captions``, ``settings`` (how the set was made)
 
 A part appears when it is complete, so that an interrupted job goes on with the first missing one. A set is read
 from the disk as it is needed, it may be larger than memory.
@@ -84,7 +84,7 @@ def write_trajectories(
             about = {"times": list(times), "captions": texts, "settings": made_of}
             tensors = {"states": torch.cat(states).contiguous(), "embeddings": torch.cat(embeddings).contiguous()}
             with atomic_file(path) as temporary:
-                save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in about.items()})
+                save_file(tensors, temporary, metadata={"about": json.dumps(about)})  # one key: safetensors shuffles
 
 
 class Trajectories:
@@ -100,8 +100,7 @@ class Trajectories:
 
     def __init__(self, path: str | Path, seed: int):
         self.seed = seed
-        self._parts = [_open_part(part) for part in _complete_parts(Path(path))]
-        abouts = [{key: json.loads(value) for key, value in part.metadata().items()} for part in self._parts]
+        self._parts, abouts = zip(*(_open_part(part) for part in _complete_parts(Path(path))))
         if any((a["times"], a["settings"]) != (abouts[0]["times"], abouts[0]["settings"]) for a in abouts):
             raise ValueError(f"the parts of {path} are of different sets; keep each set in a folder of its own")
         self.times: tuple[float, ...] = tuple(abouts[0]["times"])
@@ -177,21 +176,19 @@ def _complete_parts(folder: Path) -> list[Path]:
     return parts
 
 
-def _open_part(path: Path) -> Any:
-    """A part, whose tensors are read later; a file cut short does not open."""
+def _open_part(path: Path) -> tuple[Any, dict[str, Any]]:
+    """A part, whose tensors are read later, and what it is about; a file cut short does not open."""
     try:
         part = safe_open(path, "pt")
-        if not {"times", "captions", "settings"} <= (part.metadata() or {}).keys():
-            raise ValueError("no metadata of trajectories")
-        return part
+        return part, json.loads(part.metadata()["about"])
     except Exception as error:  # safetensors raises its own kind
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); delete it and make it again") from error
 
 
 def _check_same_settings(folder: Path, times: list[float], settings: dict[str, Any]) -> None:
     for path in _parts_of(folder):
-        about = _open_part(path).metadata()
-        was = json.loads(about["settings"]) | {"times": json.loads(about["times"])}
+        _, about = _open_part(path)
+        was = about["settings"] | {"times": about["times"]}
         now = settings | {"times": times}
         differing = [key for key in now if was.get(key) != now[key]]
         if differing:

@@ -222,7 +222,7 @@ CORRUPTIONS = [
     (second_body, "number", ("move",), 0.9),
     (swapped_order, "order", ("cross",), 0.9),
     (wrong_elasticity, "physics", ("fall",), 0.5),
-    (turned_in_mid_air, "physics", FAMILIES, 0.5),
+    (turned_in_mid_air, "physics", ("move", "cross"), 0.5),
 ]
 
 

@@ -56,8 +56,8 @@ def test_a_teacher_can_be_sampled(tmp_path, capsys):
     (("--out", "clip.mp4", "--num-frames", 17), "chunk_frames=3"),
     (("--out", "clip.mp4", "--num-frames", 0), "at least 1 frame"),
     (("--out", "clip.mp4", "--student", "nowhere"), "no student folder"),
-    (("--out", "clip.mp4", "--schedule", "nowhere.json"), "no schedule file"),
-    (("--out", "clip.mp4", "--size", 60, 64), "multiple of 8"),
+    (("--out", "clip.mp4", "--schedule", "nowhere.json"), "no schedule nowhere.json"),
+    (("--out", "clip.mp4", "--size", 60, 64), "multiples of 8"),
 ])
 def test_mistakes_end_with_one_line(tmp_path, capsys, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
