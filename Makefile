@@ -19,7 +19,8 @@ venv: $(VENV)/.installed
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12)) ' \
 	  || { echo "error: Python 3.10 to 3.12 is needed, $$($(PYTHON) --version) came; set PYTHON=python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: $(PYTHON) can't make a virtual environment; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 ifeq ($(HAS_NVIDIA),yes)

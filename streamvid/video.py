@@ -195,8 +195,8 @@ def _decode(path: Path) -> tuple[np.ndarray, float]:
     try:
         import decord
     except ImportError:
-        reader = imageio.get_reader(path)
-        return np.stack(list(reader)), float(reader.get_meta_data().get("fps", 0.0))
+        with imageio.get_reader(path) as reader:  # its len is infinite, which list(reader) does not stand
+            return np.stack(list(reader.iter_data())), float(reader.get_meta_data().get("fps", 0.0))
     reader = decord.VideoReader(str(path), num_threads=1)
     return reader.get_batch(range(len(reader))).asnumpy(), float(reader.get_avg_fps())
 

@@ -29,7 +29,7 @@ from streamvid.methods.base import BatchSource, Method
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.teachers.base import check_needs
-from streamvid.serving.student import TINY_TEACHER, load_transformer, save_student
+from streamvid.serving.student import ASSETS, TINY_TEACHER, load_transformer, save_student
 from streamvid.teachers.wan import WanTeacher, load_wan_transformer
 from streamvid.training.trainer import TrainConfig, Trainer
 
@@ -198,13 +198,20 @@ def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
     return target
 
 
+def shown(path: str) -> str:
+    """A path as a card may show it: shipped folders without the place of the installation."""
+    path = Path(path).absolute()
+    return f"streamvid/assets/{path.relative_to(ASSETS)}" if path.is_relative_to(ASSETS) else path.name
+
+
 def model_card(trainer: Trainer, config: RunConfig) -> str:
     """The README.md of an exported student."""
     stream = config.stream
     return (
         f"# {config.train.name}\n\nA causal Wan student, made with streamvid.\n\n"
         f"- method: {config.method}, {trainer.step} steps, seed {config.train.seed}\n"
-        f"- started from: {config.student.path or 'random weights'}\n- teacher: {config.teacher.path}\n"
+        f"- started from: {shown(config.student.path) if config.student.path else 'random weights'}\n"
+        f"- teacher: {shown(config.teacher.path)}\n"
         f"- data: {config.data.kind}\n- streamed with: {stream.num_steps} steps a chunk of {stream.chunk_frames} latent "
         f"frames, shift {stream.shift:g}, window {stream.window_frames}, sink {stream.sink_frames}\n"
     )

@@ -55,7 +55,7 @@ def test_teacher_start_student_and_clip(tmp_path):
     start = train("tiny_start", tmp_path, *long, f"student.path={teacher}") / "student"
     folder = train(
         "tiny_dmd", tmp_path, f"student.path={start}", f"teacher.path={teacher}", "data.num_prompts=4",
-        "options.fake_updates_per_student=1",
+        "options.fake_updates_per_student=1", "options.student_start_step=0",
     ) / "student"
 
     before, after = load_student(start), load_student(folder)
