@@ -89,7 +89,11 @@ def evaluate(args: argparse.Namespace) -> None:
         runner = runs.student_runner(f"{label}, {s.stream.num_steps} steps", s.transformer, s.stream)
         jobs.append((runner, s.codec, s.prompts.encode(prompts), args.seeds))
     costs = [runs.measure_cost(job[0], job[1], job[2][:1], args.num_frames) for job in jobs]  # also finds what can't run
-    long = [long_row(args, job, prompts) for job in jobs if job[0].stream.commit != "none"] if args.long else []
+    window, num = args.num_frames - 1, min(args.long_prompts, args.prompts)
+    long = [
+        runs.score_long(runner, codec, embeddings[:num], prompts[:num], args.long, window)
+        for runner, codec, embeddings, _ in jobs if args.long and runner.stream.commit != "none"
+    ]
     true_clips = runs.reconstructed_clips(codec, args.prompts, args.num_frames)
     truth = report.result_row("true clips", [mean_scores(runs.score_clips(true_clips, prompts))], None)
     rows, shown = [], [("true clips", true_clips[:NUM_SHOWN])]
@@ -108,17 +112,6 @@ def evaluate(args: argparse.Namespace) -> None:
     print(report.table([truth, *rows]))
     if long:
         print(report.window_table(long))
-
-
-def long_row(args: argparse.Namespace, job: tuple, prompts: list[str]) -> dict:
-    """The scores of one student's long streams by windows of the length of a clip."""
-    from streamvid.evaluation import report, runs
-
-    runner, codec, embeddings, _ = job
-    window, num = args.num_frames - 1, min(args.long_prompts, len(prompts))
-    num_frames = runs.long_frames(args.long, window, runner.stream.chunk_frames, codec.temporal_ratio)
-    windows = runs.score_windows(runner, codec, embeddings[:num], prompts[:num], 0, num_frames, window, batch_size=8)
-    return report.window_row(runner.label, windows, num_frames, window, num)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def sample(args: argparse.Namespace) -> None:
     from streamvid.data.prompts import read_prompts
-    from streamvid.serving.export import export_clip
+    from streamvid.serving.export import export_clip, name_outs
     from streamvid.video import ensure_writable
 
     prompts = read_prompts(args.prompts) if args.prompts else [args.prompt]
@@ -77,15 +77,6 @@ def sample(args: argparse.Namespace) -> None:
             f"wrote {out}: {made.num_frames} frames in {made.seconds:.2f} s, first frames after "
             f"{1000 * made.first_frame_s:.0f} ms, {made.cost.nfe * runner.passes} forwards + {made.cost.commits} commits"
         )
-
-
-def name_outs(out: str, num: int) -> list[str]:
-    """A path a prompt."""
-    if "{}" in out:
-        return [out.replace("{}", f"{index:03d}") for index in range(num)]
-    if num > 1 and Path(out).suffix and not out.endswith("/"):
-        raise ValueError(f"--out {out} is one file for {num} prompts; name a folder, or a pattern such as clips/{{}}.gif")
-    return [out] if num == 1 else [str(Path(out) / f"{index:03d}.mp4") for index in range(num)]
 
 
 def build_runner(args: argparse.Namespace):

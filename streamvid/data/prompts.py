@@ -77,7 +77,7 @@ class PromptBatches:
         return len(self.prompts)
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
-        """Samples ``indices`` of the joint batch: cond ``[B, L, D]`` (float32), prompts, and ``keys``, a seed a sample."""
+        """Samples ``indices`` of the joint batch: cond ``[B, L, D]`` (float32), prompts, ``keys``, a seed a sample."""
         keys = [key_to_seed(self.seed, "prompt", step, turn, micro, index) for index in indices]
         rows = [int(torch.randint(len(self), (), generator=keyed_generator("row", key))) for key in keys]
         return {

@@ -83,17 +83,8 @@ def result_row(
     return row
 
 
-def window_row(label: str, windows: Sequence[dict[str, float]], num_frames: int, window: int, num_prompts: int) -> dict[str, Any]:
-    """The scores of long streams, window by window."""
-    overall = [each["overall"] for each in windows]
-    return {
-        "label": label, "num_frames": num_frames, "window": window, "prompts": num_prompts, "windows": list(windows),
-        "first": overall[0], "last": overall[-1], "least": min(overall),
-    }
-
-
 def window_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Overall scores by window as a Markdown table."""
+    """Overall scores of ``runs.score_long`` as a Markdown table."""
     lines = [["", "frames", "prompts", "first", "last", "least", f"overall by window of {rows[0]['window']} frames"]]
     for row in rows:
         each = " ".join(f"{window['overall']:.3f}" for window in row["windows"])
@@ -143,7 +134,7 @@ def write_report(
     Args:
         rows: of ``result_row``, one a model.
         truth: of ``result_row``, of true clips.
-        long: of ``window_row``.
+        long: of ``runs.score_long``.
     """
     path, about = Path(path), environment()
     content = {"environment": about, "truth": truth, "rows": list(rows), "long": list(long)}

@@ -140,6 +140,19 @@ def score_windows(
     return [mean_scores(column) for column in zip(*(each.windows for each in scores))]
 
 
+def score_long(
+    runner: Runner, codec: VideoCodec, embeddings: Tensor, prompts: Sequence[str], num_times: int, window: int
+) -> dict[str, Any]:
+    """Scores of streams ``num_times`` windows long, window by window, as a row of a report."""
+    num_frames = long_frames(num_times, window, runner.stream.chunk_frames, codec.temporal_ratio)
+    windows = score_windows(runner, codec, embeddings, prompts, 0, num_frames, window, batch_size=8)
+    overall = [each["overall"] for each in windows]
+    return {
+        "label": runner.label, "num_frames": num_frames, "window": window, "prompts": len(prompts), "windows": windows,
+        "first": overall[0], "last": overall[-1], "least": min(overall),
+    }
+
+
 def long_frames(num_times: int, window: int, chunk_frames: int, temporal_ratio: int) -> int:
     """The shortest whole number of chunks that has ``num_times`` windows of pixel frames after its first chunk."""
     chunks = -(-num_times * window // (temporal_ratio * chunk_frames))

@@ -134,7 +134,7 @@ class DMD:
     ):
         check_needs(self, teacher)
         if config.guidance_scale != 1 and teacher.uncond is None:
-            raise ValueError(f"guidance_scale={config.guidance_scale} needs the teacher's uncond; use 1 for no guidance")
+            raise ValueError(f"guidance_scale={config.guidance_scale} needs the teacher's uncond; 1 is no guidance")
         if stream.order == "rolling" and config.exit == "random":
             raise ValueError("order='rolling' denoises chunks of all levels jointly and has no exit; set exit='last'")
         self.config = config

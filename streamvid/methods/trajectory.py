@@ -117,7 +117,7 @@ class TrajectoryRegression:
     def _num_chunks(self, frames: int) -> int:
         if frames % self.stream.chunk_frames:
             raise ValueError(
-                f"chunk_frames={self.stream.chunk_frames} does not divide the {frames} latent frames of the trajectories"
+                f"chunk_frames={self.stream.chunk_frames} does not divide the trajectories' {frames} latent frames"
             )
         return frames // self.stream.chunk_frames
 

@@ -1,9 +1,10 @@
-"""A stream into a file: what `tools/sample.py` does for each prompt."""
+"""Streams into files: what `tools/sample.py` does for each prompt."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from streamvid.codecs.base import VideoCodec
 from streamvid.rollout.sampler import stream
 from streamvid.rollout.schedule import Cost, StreamConfig, build_schedule, cost_of
-from streamvid.video import VideoWriter
+from streamvid.video import VideoWriter, suffix_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,21 @@ class Exported:
     seconds: float
     first_frame_s: float
     cost: Cost  # of the chunks that were finished
+
+
+def name_outs(out: str, num: int) -> list[str]:
+    """A path for each of ``num`` clips: ``out`` itself for one, a pattern with ``{}``, or .mp4 files in a folder.
+
+    Raises:
+        ValueError: if ``out`` is one file for several clips.
+    """
+    if "{}" in out:
+        return [out.replace("{}", f"{index:03d}") for index in range(num)]
+    if num == 1:
+        return [out]
+    if suffix_of(out):
+        raise ValueError(f"{out} is one file for {num} prompts; name a folder, or a pattern such as clips/{{}}.gif")
+    return [str(Path(out) / f"{index:03d}.mp4") for index in range(num)]
 
 
 def export_clip(

@@ -63,9 +63,10 @@ class Counting(torch.nn.Module):
 
 def test_a_prompt_is_encoded_once_and_then_read_from_memory_and_disk(tmp_path):
     first, again = Counting(make_text_encoder()), Counting(make_text_encoder())
-    embeddings = PromptEncoder(make_tokenizer(), first, cache_dir=tmp_path).encode(["a cat", "a ball", "a cat"])
+    prompts = ["a cat", "a ball", "a cat"]
+    embeddings = PromptEncoder(make_tokenizer(), first, cache_dir=tmp_path).encode(prompts)
     assert first.passes == 2 and len(list(tmp_path.glob("*.safetensors"))) == 2
-    assert torch.equal(PromptEncoder(make_tokenizer(), again, cache_dir=tmp_path).encode(["a cat", "a ball", "a cat"]), embeddings)
+    assert torch.equal(PromptEncoder(make_tokenizer(), again, cache_dir=tmp_path).encode(prompts), embeddings)
     assert again.passes == 0
     assert all(load_file(path)["embedding"].shape == (12, 8) for path in tmp_path.glob("*.safetensors"))
 

@@ -57,7 +57,8 @@ def test_a_sample_is_a_function_of_its_place(path):
 
 @pytest.mark.parametrize("first_share", [0.0, 0.5, 1.0])
 def test_cuts_begin_at_multiples_of_the_stride_and_at_the_beginning_as_often_as_asked(path, first_share):
-    batch = LatentClips(path, 0, latent_frames=3, window_stride=2, first_share=first_share).batch(0, "x", 0, range(2000))
+    data = LatentClips(path, 0, latent_frames=3, window_stride=2, first_share=first_share)
+    batch = data.batch(0, "student", 0, range(2000))
     starts = batch["latents"][:, 1, :, 0, 0]
     assert torch.equal(starts, batch["offset"][:, None] + torch.arange(3))
     assert set(batch["offset"].tolist()) == ({0} if first_share == 1 else {0, 2, 4})

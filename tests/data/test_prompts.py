@@ -36,8 +36,8 @@ def test_prompts_of_the_world_are_the_captions_of_its_clips(held_out):
 
 
 def test_held_out_prompts_are_others():
-    said = [{repr(read_caption(prompt)) for prompt in world_prompts(60, held_out=held_out)} for held_out in (False, True)]
-    assert not said[0] & said[1]
+    seen, held = ({repr(read_caption(p)) for p in world_prompts(60, held_out=held_out)} for held_out in (False, True))
+    assert not seen & held
     with pytest.raises(ValueError, match="num=0"):
         world_prompts(0)
 
@@ -57,7 +57,8 @@ def test_a_sample_is_a_function_of_its_place():
 
 def test_each_step_turn_repetition_and_seed_draws_anew():
     places = [(0, "student", 0), (1, "student", 0), (0, "fake_score", 0), (0, "student", 1)]
-    drawn = [source().batch(*place, range(4))["keys"] for place in places] + [source(1).batch(*places[0], range(4))["keys"]]
+    drawn = [source().batch(*place, range(4))["keys"] for place in places]
+    drawn += [source(1).batch(*places[0], range(4))["keys"]]
     assert len({key for keys in drawn for key in keys}) == 20
 
 
@@ -66,7 +67,7 @@ def test_every_prompt_comes():
     assert len(set(prompts)) == 7
 
 
-@pytest.mark.parametrize("embeddings, prompts", [(torch.zeros(2, 3, 4), ["a"]), (torch.zeros(0, 3, 4), []), (torch.zeros(3, 4), ["a"] * 3)])
-def test_embeddings_that_do_not_fit_are_refused(embeddings, prompts):
+@pytest.mark.parametrize("shape, num_prompts", [((2, 3, 4), 1), ((0, 3, 4), 0), ((3, 4), 3)])
+def test_embeddings_that_do_not_fit_are_refused(shape, num_prompts):
     with pytest.raises(ValueError, match="one embedding a prompt"):
-        PromptBatches(embeddings, prompts, 0)
+        PromptBatches(torch.zeros(shape), ["a"] * num_prompts, 0)

@@ -16,7 +16,7 @@ TINY_WAN = dict(
 
 
 class Ar1Student(nn.Module):
-    """Frames x_1 = mean + s z_1 and x_{k+1} = mean + a (x_k - mean) + b z; the cache is a list of what was committed."""
+    """Frames x_1 = mean + s z_1, x_{k+1} = mean + a (x_k - mean) + b z; the cache is a list of committed chunks."""
 
     def __init__(self, a=0.1, b=0.5, s=1.5, mean=0.0):
         super().__init__()
@@ -57,10 +57,12 @@ class ScoreOf(nn.Module):
 
     def __init__(self, teacher):
         super().__init__()
-        self.teacher, self.weight, self.inputs = teacher, nn.Parameter(torch.tensor(1.0)), []
+        self.teacher, self.weight = teacher, nn.Parameter(torch.tensor(1.0))
+        self.inputs, self.grad_modes = [], []
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict=False):
         self.inputs.append((hidden_states, timestep / 1000))
+        self.grad_modes.append(torch.is_grad_enabled())
         return (self.weight * self.teacher.predict(hidden_states, timestep / 1000, encoder_hidden_states),)
 
 

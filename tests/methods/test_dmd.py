@@ -105,6 +105,18 @@ def test_a_turn_trains_its_own_network_and_nothing_else():
     assert fake.weight.grad is not None and all(p.grad is None for p in student.parameters())
 
 
+def test_no_graph_is_built_that_no_gradient_needs():
+    """It would change nothing but the memory: that of the fake score in one turn, of a rollout in the other."""
+    student = ClipStudent(noise(6, 1, FRAMES, 1, 1))
+    method = ar1_method(student, stream=FOUR_STEPS, exit="last")
+    batch = prompt_batch(method.teacher, KEYS)
+    method.loss("student", batch, 0)
+    assert [grad for _, grad in student.calls] == 3 * [False, False, False, True]
+    method.loss("fake_score", batch, 0)
+    assert not any(grad for _, grad in student.calls[12:])
+    assert method.fake_score.grad_modes == [False, True]
+
+
 def test_the_fake_score_is_fitted_to_the_students_clips():
     """For a network that says 0 the loss is mean |eps - x|^2, with the noise of its own input."""
     clip = noise(6, 1, FRAMES, 1, 1)
@@ -145,10 +157,10 @@ def test_a_student_with_a_learned_fake_score_finds_the_process():
     steps = 240
     for step in range(steps):
         for turn in method.turns(step):
-            batch = prompt_batch(method.teacher, [1000 * step + 100 * (turn == "student") + i for i in range(32)])
+            keys = [1000 * step + 100 * (turn == "student") + i for i in range(32)]
             optimizers[turn].param_groups[0]["lr"] = 0.06 * (1 - step / steps)
             optimizers[turn].zero_grad()
-            method.loss(turn, batch, step)[0].backward()
+            method.loss(turn, prompt_batch(method.teacher, keys), step)[0].backward()
             optimizers[turn].step()
     found = [p.item() for p in (student.a, student.b, student.s, student.mean)]
     assert found == pytest.approx([RHO, 0.6, 1.0, 0.0], abs=0.1)
@@ -163,7 +175,7 @@ def test_all_processes_end_their_rollouts_at_the_same_step():
     exits = [[method.loss("student", half, step)[1]["exit_index"] for half in halves] for step in range(30)]
     assert all(first == second for first, second in exits)
     assert {first for first, _ in exits} == {0, 1, 2, 3}
-    assert len({method.decide("student", 0, micro).exit_index for micro in range(30)}) == 4  # a repeated turn draws anew
+    assert len({method.decide("student", 0, micro).exit_index for micro in range(30)}) == 4  # repeated
 
 
 def test_a_sample_does_not_depend_on_the_slice_that_it_comes_in():

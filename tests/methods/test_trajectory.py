@@ -127,7 +127,7 @@ def test_trajectories_of_another_step_list_are_refused():
 
 def test_chunks_that_do_not_fit_the_clip_are_refused():
     batch = trajectories(frames=5)
-    with pytest.raises(ValueError, match="chunk_frames=2 does not divide the 5 latent frames"):
+    with pytest.raises(ValueError, match="chunk_frames=2 does not divide the trajectories' 5 latent frames"):
         method_of(Knows(batch["states"][:, -1])).loss("student", batch, 0)
     with pytest.raises(ValueError, match="mode='teacher'"):
         Config(mode="teacher")
@@ -143,7 +143,8 @@ def test_a_causal_wan_gets_a_gradient_everywhere(mode, level):
 
 
 def test_states_are_selected_a_chunk():
-    states = torch.arange(3.0).reshape(1, 3, 1, 1, 1, 1).expand(2, 3, 1, 4, 2, 2) + torch.arange(4.0).reshape(4, 1, 1) / 10
+    states = torch.arange(3.0).reshape(1, 3, 1, 1, 1, 1).expand(2, 3, 1, 4, 2, 2)
+    states = states + torch.arange(4.0).reshape(4, 1, 1) / 10  # frames
     chosen = select_states(states, torch.tensor([[0, 2], [1, 1]]), 2)[:, 0, :, 0, 0]
     torch.testing.assert_close(chosen, torch.tensor([[0.0, 0.1, 2.2, 2.3], [1.0, 1.1, 1.2, 1.3]]))
 
