@@ -20,7 +20,8 @@ def key_to_seed(*key: int | str) -> int:
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator in the state that the key names."""
+    """A CPU generator in the state that the key names; torch uses 32 bits of the seed, so of a million keys about
+    a hundred pairs share their numbers."""
     return torch.Generator().manual_seed(key_to_seed(*key))
 
 

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{name}: {sum(p.numel() for p in learner.parameters.values()) / 1e6:.2f} M trainable parameters")
             return 0
         run_dir = trainer.train()
-    except (ValueError, TrainingError) as error:
+    except (ValueError, OSError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if trainer.is_main:

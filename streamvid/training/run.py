@@ -28,8 +28,8 @@ from streamvid.files import atomic_folder
 from streamvid.methods.base import BatchSource, Method
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import StreamConfig
-from streamvid.teachers.base import check_needs
 from streamvid.serving.student import ASSETS, TINY_TEACHER, load_transformer, save_student
+from streamvid.teachers.base import check_needs
 from streamvid.teachers.wan import WanTeacher, load_wan_transformer
 from streamvid.training.trainer import TrainConfig, Trainer
 
@@ -178,6 +178,8 @@ def build_trainer(config: RunConfig, progress: bool = True) -> Trainer:
     source = build_source(config, prompts)
     method = build_method(config, student, prompts)
     trainer = Trainer(config.train, method, source, None, resolved=config, progress=progress)
+    if "teacher" in vars(method):  # frozen: the trainer moves only what it trains
+        method.teacher.transformer.to(trainer.accelerator.device)
     trainer.save_fn = lambda run_dir: export(trainer, run_dir, config)
     return trainer
 
