@@ -1,4 +1,4 @@
-"""The fit of a velocity network to samples: flow matching, for teachers, students and fake scores alike.
+"""The fit of a velocity network to samples, for teachers, students and fake scores, and how a fake score follows.
 
 Lipman et al., arXiv 2210.02747. A fake score is fitted to detached student samples with the same law of t
 that distribution matching evaluates it at.
@@ -6,9 +6,13 @@ that distribution matching evaluates it at.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
 from torch import Tensor
 
-from streamvid.core.process import as_work, expand_time, velocity
+from streamvid.core.process import Time, as_work, expand_time, masked_reduce, velocity
 
 
 def flow_matching_loss(
@@ -27,7 +31,58 @@ def flow_matching_loss(
     error = (as_work(v_pred) - velocity(x0, eps).detach()).square()  # sg
     if weight is not None:
         error = error * expand_time(weight, error)
-    if mask is None:
-        return error.mean()
-    keep = mask.to(error.dtype) if mask.shape == error.shape else expand_time(mask, error).expand_as(error)
-    return (error * keep).sum() / keep.sum()
+    return masked_reduce(error, mask=mask)
+
+
+Weighting = Literal["v", "x0", "eps", "edm", "dmd2_edm", "swiftbrush"]
+
+
+def loss_weight(kind: Weighting, t: Time, sigma_data: float = 0.5) -> Time:
+    """The weight on the squared error of the velocity that makes it the loss that others write.
+
+    =============  ==========================================  ===================================================
+    "v"            1                                           flow matching
+    "x0", "eps"    t^2, (1 - t)^2                              mean squared error of x0, of eps
+    "edm"          (t^2 + (1 - t)^2 sd^2) / sd^2               EDM, (sigma^2 + sd^2) / (sigma sd)^2 on x0: 2206.00364
+    "dmd2_edm"     (1 - t)^2 + t^2 / sd^2                      DMD2's fake score, 1/sigma^2 + 1/sd^2 on x0: 2405.14867
+    "swiftbrush"   (1 - t)^4 / (t^2 + (1 - t)^2)               SwiftBrush's, alpha^2 on eps: 2312.05239
+    =============  ==========================================  ===================================================
+
+    Args:
+        sigma_data: sd, the deviation of the data that EDM assumes.
+
+    Raises:
+        ValueError: on another kind.
+    """
+    if kind not in _WEIGHTS:
+        raise ValueError(f"kind={kind!r}, expected one of {tuple(_WEIGHTS)}")
+    return _WEIGHTS[kind](t, sigma_data)
+
+
+_WEIGHTS = {
+    "v": lambda t, sd: 1 + 0 * t,
+    "x0": lambda t, sd: t**2,
+    "eps": lambda t, sd: (1 - t) ** 2,
+    "edm": lambda t, sd: (t**2 + (1 - t) ** 2 * sd**2) / sd**2,
+    "dmd2_edm": lambda t, sd: (1 - t) ** 2 + t**2 / sd**2,
+    "swiftbrush": lambda t, sd: (1 - t) ** 4 / (t**2 + (1 - t) ** 2),
+}
+
+
+@torch.no_grad()
+def couple(destination: Iterable[Tensor], source: Iterable[Tensor], keep: float) -> None:
+    """``destination <- keep destination + (1 - keep) source``, in place: 1 leaves it, 0 copies.
+
+    An average of the student's weights, and, from the student into the fake score, the implicit alignment of
+    SenseFlow (arXiv 2506.00523) that Flash-DMD (arXiv 2511.20549) uses to follow with fewer updates.
+
+    Raises:
+        ValueError: unless 0 <= keep <= 1, or if the numbers of tensors differ.
+    """
+    if not 0 <= keep <= 1:
+        raise ValueError(f"keep={keep}, expected a number in [0, 1]")
+    destination, source = list(destination), list(source)
+    if len(destination) != len(source):
+        raise ValueError(f"{len(source)} tensors to follow for {len(destination)}; expected the same network")
+    for kept, new in zip(destination, source):
+        kept.lerp_(new.to(kept), 1 - keep)

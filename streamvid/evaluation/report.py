@@ -144,3 +144,16 @@ def write_report(
         temporary.write_text(f"{table([truth, *rows] if truth else rows)}{windows}\n{notes}\n")
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write_bench(path: str | Path, rows: Sequence[dict[str, Any]]) -> str:
+    """Write measurements, one dictionary a row, as JSON and as Markdown beside it; returns the Markdown table."""
+    path, about = Path(path), environment()
+    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    text = _markdown([list(rows[0]), *cells])
+    notes = "".join(f"\n- {key}: {value}" for key, value in about.items())
+    with atomic_file(path.with_suffix(".md")) as temporary:
+        temporary.write_text(f"{text}\n{notes}\n")
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps({"environment": about, "rows": list(rows)}, indent=1) + "\n")
+    return text

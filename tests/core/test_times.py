@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from streamvid.core.times import euler_times, sample_times, shift_time, step_times, unshift_time
+from streamvid.core.times import (
+    choose_times,
+    euler_times,
+    mean_flow_pair,
+    phase_target,
+    sample_times,
+    scheduled_target,
+    shift_time,
+    step_times,
+    uniform_target,
+    unshift_time,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,3 +78,68 @@ def test_bad_requests_are_refused():
         sample_times(1, "uniform", 1.0, generator, low=0.5, high=0.5)
     with pytest.raises(ValueError, match="'normal'"):
         sample_times(1, "normal", 1.0, generator)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_a_log_normal_law_is_edms():
+    """ln sigma = ln(t / (1 - t)) has the mean and deviation asked for."""
+    t = sample_times(40000, "log_normal", 1.0, generator(), mean=-1.2, std=1.2).double()
+    log_sigma = torch.log(t / (1 - t))
+    assert float(log_sigma.mean()) == pytest.approx(-1.2, abs=0.02)
+    assert float(log_sigma.std()) == pytest.approx(1.2, abs=0.02)
+
+
+def test_the_cubic_law_is_one_minus_u_cubed():
+    t = sample_times(40000, "cubic", 1.0, generator())
+    assert float(t.mean()) == pytest.approx(0.75, abs=0.005)
+    for level in (0.2, 0.9):  # P(t <= level) = 1 - (1 - level)^(1/3)
+        assert float((t <= level).float().mean()) == pytest.approx(1 - (1 - level) ** (1 / 3), abs=0.01)
+
+
+def test_a_bounded_law_is_truncated_and_not_clamped():
+    for law in ("log_normal", "cubic"):
+        t = sample_times(5000, law, 3.0, generator(), low=0.3, high=0.6)
+        assert 0.3 < float(t.min()) and float(t.max()) <= 0.6
+        assert float((t == t.max()).float().mean()) < 0.01
+
+
+def test_times_are_chosen_from_a_list():
+    t = choose_times((1.0, 0.9, 0.5), 3000, generator())
+    counts = [float((t == torch.tensor(value)).float().mean()) for value in (1.0, 0.9, 0.5)]
+    assert counts == pytest.approx([1 / 3] * 3, abs=0.03)
+    with pytest.raises(ValueError, match="empty"):
+        choose_times((), 3, generator())
+
+
+def test_phases_begin_at_the_edge_below():
+    t = torch.tensor([0.1, 0.25, 0.26, 0.75, 1.0])
+    assert phase_target(t, (0.0, 0.25, 0.5, 0.75)).tolist() == [0.0, 0.0, 0.25, 0.5, 0.75]
+    assert phase_target(t, (0.0,)).tolist() == [0.0] * 5  # PCM with one phase is consistency distillation
+    with pytest.raises(ValueError, match="expected 0"):
+        phase_target(t, (0.5,))
+
+
+def test_scheduled_targets_reduce():
+    """TDD: of the single target 0 it is consistency distillation, of one schedule with window 0 it is PCM's phases."""
+    r = torch.linspace(0.05, 1, 200)
+    assert scheduled_target(r, (0.0,), 1.0, 0.0, generator()).abs().max() == 0
+    edges = (0.0, 0.25, 0.5, 0.75)
+    between = r[(r % 0.25).abs() > 1e-3]
+    assert torch.equal(scheduled_target(between, edges, 0.0, 0.0, generator()), phase_target(between, edges))
+    s = scheduled_target(torch.full((4000,), 0.8), edges, 0.3, 0.0, generator())
+    assert sorted(set(s.tolist())) == [0.5, 0.75]
+    assert float((s == 0.5).float().mean()) == pytest.approx(0.5, abs=0.03)
+    shrunk = scheduled_target(torch.full((4000,), 0.8), edges, 0.0, 0.3, generator())
+    assert 0.75 * 0.7 <= float(shrunk.min()) and float(shrunk.max()) <= 0.75
+
+
+def test_pairs_are_in_order():
+    t = torch.rand(2000, generator=generator())
+    s = uniform_target(t, generator(1))
+    assert (s < t).all() and float((s / t).mean()) == pytest.approx(0.5, abs=0.02)
+    later, earlier = mean_flow_pair(t, torch.rand(2000, generator=generator(2)), 0.75, generator(3))
+    assert (earlier <= later).all()
+    assert float((earlier == later).float().mean()) == pytest.approx(0.75, abs=0.03)
