@@ -9,11 +9,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "streamvid"
 LEVELS = [
-    {"types", "config", "video", "files", "seeding"},
+    {"types", "config", "video", "files", "seeding", "weights"},
     {"core"},
     {"models", "codecs", "data", "teachers"},
     {"rollout"},
-    {"methods", "serving", "evaluation"},
+    {"methods", "serving", "evaluation", "presets", "toy2d"},
     {"training"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

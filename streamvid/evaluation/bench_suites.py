@@ -10,6 +10,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamvid.core.adversary import discriminator_loss, euler_pair, generator_loss
+from streamvid.core.critic import flow_matching_loss, loss_weight
+from streamvid.core.flowmap import (
+    adaptive,
+    arc_displacement,
+    bootstrap_target,
+    consistency_pair,
+    distance,
+    mean_velocity_target,
+    normalized_tangent,
+    secant_velocity,
+    straightness,
+    subpath_input,
+    total_derivative,
+)
+from streamvid.core.guidance import guide
+from streamvid.core.inject import (
+    dmd_gradient,
+    f_weight,
+    residual_gradient,
+    sid_loss,
+    surrogate,
+    temporal_difference,
+)
+from streamvid.core.moments import RandomFeatures, mmd2, relational_kl, spectral_distance
+from streamvid.core.policy import nft_loss, pairwise, step_logp
+from streamvid.core.process import add_noise, eta_step, gamma_step
 from streamvid.evaluation.bench import measure
 from streamvid.rollout.loop import rollout
 from streamvid.rollout.noise import KeyedNoise
@@ -91,3 +118,82 @@ def _cache_bytes(student: Any, config: StreamConfig, size: tuple[int, int], embe
         ):
             pass
     return cache.memory_bytes()
+
+
+# ---- terms of the loss core ---------------------------------------------------------------------------
+
+
+def losses(shape: tuple[int, ...], device: torch.device, repeats: int) -> list[Row]:
+    """A row for each term: forward and backward on a latent ``[B, C, T, h, w]``, seconds and peak bytes against an MSE's.
+
+    Networks are left out: predictions are given, and where a term calls one it is a multiplication.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    x, *given = (torch.randn(shape, generator=generator, device=device) for _ in range(5))
+    x.requires_grad_()
+    t = torch.full(shape[:1], 0.6, device=device)
+
+    def work(term: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            torch.autograd.backward(term(), inputs=[x])
+            x.grad = None
+
+        return run
+
+    measured = measure({name: work(term) for name, term in _terms(x, given, t).items()}, device, repeats)
+    plain = measured["mse"]
+    return [
+        {
+            "": name, "ms": 1000 * each.seconds, "time / MSE": each.seconds / plain.seconds,
+            "peak MiB": each.peak_bytes / 2**20, "peak / MSE": each.peak_bytes / plain.peak_bytes,
+        }
+        for name, each in measured.items()
+    ]  # fmt: skip
+
+
+def _terms(x: Tensor, given: Sequence[Tensor], t: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Each term as a scalar of ``x``."""
+    a, b, c, d = given
+    s, r, one = 0.2 * t, 0.9 * t, torch.ones_like(t)
+    scaled = lambda z, time, *_: 0.9 * z  # noqa: E731  a network
+    nets = {channels: RandomFeatures(channels, seed=0, width=16, depth=2).to(x.device) for channels in {x.shape[1]}}
+    net = nets[x.shape[1]]
+    mean = lambda z: z.flatten(1).mean(1, keepdim=True)  # noqa: E731  a discriminator
+    arcs = lambda: (torch.stack([x, a], 1), torch.zeros(1, 2, 1, 1, 1, 1).to(x), torch.full((1, 2, 1, 1, 1, 1), 0.5).to(x))  # noqa: E731
+    moves = temporal_difference
+    tangent = lambda u: total_derivative(lambda z, time, _: 0.9 * z * time.reshape(-1, 1, 1, 1, 1), a, t, s, b)[1] + 0 * u  # noqa: E731
+    return {
+        "mse": lambda: (x - a).square().mean(),
+        "flow matching": lambda: flow_matching_loss(x, a, b),
+        "flow matching, weighted": lambda: flow_matching_loss(x, a, b, loss_weight("edm", t)),
+        "DMD": lambda: surrogate(x, dmd_gradient(x, a, b)),
+        "DMD, guided teacher": lambda: surrogate(x, dmd_gradient(x, a, guide(b, c, 4.0))),
+        "DMD, group normaliser": lambda: surrogate(x, dmd_gradient(x, a, b, "group", torch.zeros(len(x), device=x.device))),
+        "DMD, Huber": lambda: surrogate(x, dmd_gradient(x, a, b), form="huber"),
+        "DMD, dot": lambda: surrogate(x, dmd_gradient(x, a, b), form="dot"),
+        "f-distill weight": lambda: surrogate(x, dmd_gradient(x, a, b), weight=f_weight(mean(a)[:, 0])),
+        "residual (SDS)": lambda: surrogate(x, residual_gradient(x, a)),
+        "SiD": lambda: sid_loss(x, a, b, 1.0),
+        "motion (flow DMD)": lambda: surrogate(moves(x), dmd_gradient(moves(x), moves(a), moves(b))),
+        "noising": lambda: add_noise(x, a, t).mean(),
+        "eta step": lambda: eta_step(x, a, t, s, 0.5, b).mean(),
+        "gamma step": lambda: gamma_step(x, a, t, s, 0.5, b).mean(),
+        "game, logits only": lambda: generator_loss("paired", mean(x), mean(a)) + discriminator_loss("ns", mean(x), mean(a)),
+        "ADM pair": lambda: sum(each.mean() for each in euler_pair(x, t, 1 / 64, a, b)),
+        "consistency pair, squared": lambda: distance(*consistency_pair(scaled, scaled, x, t, a, r, s)).mean(),
+        "consistency pair, Huber": lambda: distance(*consistency_pair(scaled, scaled, x, t, a, r, s), "huber").mean(),
+        "CTM, mapped to data": lambda: distance(*consistency_pair(scaled, scaled, x, t, a, r, s, scaled)).mean(),
+        "SLAM input": lambda: subpath_input(x, a, t, r, 0.5)[0].mean(),
+        "BOOT target": lambda: distance(x, bootstrap_target(a, b, t, s)).mean(),
+        "MeanFlow": lambda: adaptive(distance(x, mean_velocity_target(b, tangent(c), t, s))).mean(),
+        "sCM, normalised": lambda: distance(x, normalized_tangent(d, mean_velocity_target(b, tangent(c), t, 0 * t))).mean(),
+        "secant": lambda: distance(x, secant_velocity(a, b, t, s)).mean(),
+        "straightness": lambda: straightness(a, x),
+        "ArcFlow jump, 2 components": lambda: arc_displacement(*arcs(), one, t, s).square().mean(),
+        "Embedding Loss, 16 features": lambda: mmd2(net(x), net(a), unbiased=False),
+        "spectral": lambda: spectral_distance(x, a),
+        "relational": lambda: relational_kl(torch.cat([x, 2 * x + a]).flatten(1), torch.cat([a, b]).flatten(1)),
+        "NFT": lambda: nft_loss(x, a, b, one, 0.5),
+        "NFT, self-normalised": lambda: nft_loss(x, a, b, one, 0.5, c, t),
+        "preference (PSO)": lambda: pairwise(step_logp(a, x, t, "mean"), step_logp(b, x, t, "mean"), 50.0),
+    }

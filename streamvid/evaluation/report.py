@@ -90,7 +90,7 @@ def window_table(rows: Sequence[dict[str, Any]]) -> str:
         each = " ".join(f"{window['overall']:.3f}" for window in row["windows"])
         numbers = [f"{row[name]:.3f}" for name in ("first", "last", "least")]
         lines.append([row["label"], str(row["num_frames"]), str(row["prompts"]), *numbers, each])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -98,7 +98,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     names = [name for name in SHOWN if any(name in row["scores"] for row in rows)]
     compared = any("score_ratio" in row for row in rows)
     columns = ["", *names, *(["of teacher"] if compared else []), "forwards", "work", "s/clip", "first frame", "speed-up"]
-    return _markdown([columns] + [_cells(row, names, compared) for row in rows])
+    return markdown([columns] + [_cells(row, names, compared) for row in rows])
 
 
 def _cells(row: dict[str, Any], names: Sequence[str], compared: bool) -> list[str]:
@@ -119,7 +119,7 @@ def _cells(row: dict[str, Any], names: Sequence[str], compared: bool) -> list[st
     ]
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
     """Lines of cells, the first one the head, with columns of one width."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
@@ -150,7 +150,7 @@ def write_bench(path: str | Path, rows: Sequence[dict[str, Any]]) -> str:
     """Write measurements, one dictionary a row, as JSON and as Markdown beside it; returns the Markdown table."""
     path, about = Path(path), environment()
     cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
-    text = _markdown([list(rows[0]), *cells])
+    text = markdown([list(rows[0]), *cells])
     notes = "".join(f"\n- {key}: {value}" for key, value in about.items())
     with atomic_file(path.with_suffix(".md")) as temporary:
         temporary.write_text(f"{text}\n{notes}\n")

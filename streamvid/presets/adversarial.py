@@ -17,7 +17,7 @@ from streamvid.core.inject import surrogate
 from streamvid.core.policy import group_advantage, nft_loss, optimality
 from streamvid.core.process import add_noise, euler_step, velocity, x0_from_v
 from streamvid.presets.preset import Context, Loss, Preset, fit_critic
-from streamvid.presets.score import dmd_term
+from streamvid.presets.score import dmd_term, with_penalty
 
 __all__ = ["ladd", "gdd", "nitrofusion", "adm", "dmdx", "tad_sr", "asd", "afd"]
 
@@ -43,26 +43,10 @@ def feature_game(kind: str, low: float, high: float, source: str, law: str = "un
     return student, disc
 
 
-def with_penalty(disc: Loss, weight: float, sigma: float, points: str) -> Loss:
-    """A discriminator's loss with an approximate gradient penalty on clean ``points``, "data" or "both" (R1, R1 + R2)."""
-
-    def loss(ctx: Context) -> Tensor:
-        t = torch.full((ctx.batch_size,), 0.02, dtype=ctx.dtype)
-        logits = lambda x: ctx.logits(x, t)  # noqa: E731
-        total = disc(ctx) + weight / sigma**2 * approximate_penalty(logits, ctx.data(ctx.cond), ctx.noise(), sigma)
-        if points == "both":
-            with torch.no_grad():
-                x = ctx.sample().x
-            total = total + weight / sigma**2 * approximate_penalty(logits, x, ctx.noise(), sigma)
-        return total
-
-    return loss
-
-
 def ladd(scale: float = 1.0) -> Preset:
     """LADD: a hinge game on the frozen teacher's features of re-noised samples; the reals are the teacher's own."""
     student, disc = feature_game("hinge", 0.02, 0.98, "teacher")
-    return Preset("2403.12015", student, disc=disc, heads="film", guidance=specs.dmd(scale))
+    return Preset("2403.12015", student, disc=with_penalty(disc, 0.1, 0.1, "both"), heads="film", guidance=specs.dmd(scale))
 
 
 def gdd(scale: float = 1.0) -> Preset:
@@ -75,6 +59,7 @@ def gdd(scale: float = 1.0) -> Preset:
 def nitrofusion(scale: float = 1.0) -> Preset:
     """NitroFusion: LADD's game with a pool of heads, of which each step uses some and some are made anew."""
     student, disc = feature_game("hinge", 0.02, 0.75, "teacher")
+    disc = with_penalty(disc, 0.1, 0.1, "both")
 
     def refresh(ctx: Context) -> None:
         ctx.networks.refresh_heads(0.01, ctx.rng)
@@ -82,20 +67,17 @@ def nitrofusion(scale: float = 1.0) -> Preset:
     return Preset("2412.02030", student, disc=disc, heads="film", guidance=specs.dmd(scale), after_student=refresh)
 
 
-def adm(scale: float = 1.0, dt: float = 1 / 64) -> Preset:
-    """ADM: which of two Euler steps is the teacher's and which the fake score's; the gradient passes through the fake score.
+def adm(scale: float = 1.0, dt: float = 1 / 8) -> Preset:
+    """ADM: which of two Euler steps of dt is the teacher's and which the fake score's; the gradient passes through the latter.
 
-    On Euler steps of dt the pair differs by dt / t of the difference of predictions, which heads of any slope must see: the
-    pair is taken to t - dt with dt = 1/64 of the way, as in the paper, and its contrast is enlarged by 1 / dt.
+    The paper's dt is 1/64, with a discriminator as large as the teacher; small heads need the longer step to see a
+    difference.
     """
 
     def pair(ctx: Context, x: Tensor, law: str) -> tuple[Tensor, Tensor, Tensor]:
-        t = ctx.times(law, low=0.1)
+        t = ctx.times(law, low=dt + 0.02)
         x_t = add_noise(x, ctx.noise(), t)
-        v_real = ctx.real(x_t, t)
-        real, fake = euler_pair(x_t, t, dt, v_real, ctx.fake(x_t, t))
-        middle = euler_step(x_t, v_real, t, t - dt).detach()  # sg
-        return middle + (real - middle) / dt, middle + (fake - middle) / dt, t - dt
+        return *euler_pair(x_t, t, dt, ctx.real(x_t, t), ctx.fake(x_t, t)), t - dt
 
     def student(ctx: Context) -> Tensor:
         _, fake, t = pair(ctx, ctx.sample().x, "cubic")
@@ -170,19 +152,19 @@ def asd(scale: float = 1.0, alpha: float = 0.3, steps: int = 2) -> Preset:
     def student(ctx: Context) -> Tensor:
         anchor = dmd_term(ctx, ctx.sample().x)
         fewer, more, t, n = branches(ctx)
-        own = slice(n, n + 1)
+        own = slice(n, None, ctx.preset.num_logits)
         return anchor + alpha * generator_loss("paired", ctx.logits(fewer, t)[:, own], ctx.logits(more, t)[:, own])
 
     def disc(ctx: Context) -> Tensor:
         with torch.no_grad():
             fewer, more, t, n = branches(ctx)
-        own = slice(n, n + 1)
+        own = slice(n, None, ctx.preset.num_logits)
         logits = lambda x: ctx.logits(x, t)[:, own]  # noqa: E731
         penalty = sum(approximate_penalty(logits, x, ctx.noise(), 0.05, divide=True) for x in (fewer, more))
         return discriminator_loss("paired", logits(fewer), logits(more)) + 0.1 * penalty
 
     return Preset(
-        "2511.01419", student, fit_critic(), disc, steps=steps, heads="query", num_logits=steps - 1,
+        "2511.01419", student, fit_critic(), disc, steps=steps, heads="film", num_logits=steps - 1,
         guidance=specs.dmd(scale), note="the student's own more steps are the reals",
     )  # fmt: skip
 
@@ -220,6 +202,6 @@ def afd(scale: float = 1.0, beta: float = 0.5, prior: float = 1e-3) -> Preset:
         return discriminator_loss("paired", logits(fake), logits(real)) + 0.05 * penalty
 
     return Preset(
-        "2605.26105", student, disc=disc, steps=4, sampler="jump", heads="query",
+        "2605.26105", student, disc=disc, steps=4, sampler="euler", rate=0.2,
         note="moves a velocity, not a jump: a policy step, sampled with Euler steps",
     )  # fmt: skip

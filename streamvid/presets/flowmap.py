@@ -66,10 +66,12 @@ def pair_term(
         "phase": lambda: phase_target(t, edges),
         "scheduled": lambda: scheduled_target(r, edges, 0.26, 0.3, ctx.rng),
     }[land]()
-    x_in = x_t
-    if gamma:
-        x_in, _ = subpath_input(x_t, x_r, t, r, ctx.uniform(), "linear")
-    landed, aim = consistency_pair(ctx.flow_map(), target, x_in, t, x_r, r, s)
+    x_in, t_in = x_t, t
+    if gamma:  # the point is a state of our process, too, at another time: no embedding has to tell gamma
+        x_in, sigma = subpath_input(x_t, x_r, t, r, ctx.uniform(), "linear")
+        size = expand_time(1 - t, x_in) + sigma
+        x_in, t_in = x_in / size, (sigma / size).flatten()
+    landed, aim = consistency_pair(ctx.flow_map(), target, x_in, t_in, x_r, r, s)
     each = distance(landed, aim) if huber is None else distance(landed, aim, "huber", huber)
     return each.mean()
 
@@ -162,7 +164,7 @@ def scott(scale: float = 1.0, eta: float = 0.1, gan: float = 0.05) -> Preset:
 
 def slam(scale: float = 1.0) -> Preset:
     """SLAM: consistency from points between the two ends of a teacher's step."""
-    return _consistency("2404.13903", scale, gamma=True, note="sub-path points are not told apart by an embedding here")
+    return _consistency("2404.13903", scale, gamma=True)
 
 
 def boot(scale: float = 1.0, boundary: float = 1.0) -> Preset:
@@ -213,30 +215,38 @@ def traflow(scale: float = 1.0, straight: float = 0.01) -> Preset:
     return Preset("2502.16972", student, steps=1, sampler="jump", guidance=specs.dmd(scale), note="terms from an abstract: our reading")
 
 
-def _tangent_term(ctx: Context, land: str, share: float, normalize: bool) -> Tensor:
-    """A mean velocity or a consistency model against its exact target along the teacher's flow."""
+def _tangent_term(ctx: Context, land: str, share: float, c: float | None = None, power: float = 0.0, equal: float = 0.5) -> Tensor:
+    """A mean velocity or a consistency model against its exact target along the teacher's flow.
+
+    Args:
+        land: "data", or "between" for any earlier time.
+        share: of the tangent's second term.
+        c: of the normalised tangent; None does not normalise.
+        power: of the adaptive weight.
+        equal: share of pairs whose two times are one.
+    """
     x0, u = ctx.data(ctx.cond), ctx.flow_map()
     t, other = ctx.times(), ctx.times()
     if land == "data":
         t, s = t, torch.zeros_like(t)
     else:
-        t, s = mean_flow_pair(t, other, 0.5, ctx.rng)
+        t, s = mean_flow_pair(t, other, equal, ctx.rng)
     x_t = add_noise(x0, ctx.noise(), t)
     with torch.no_grad():
         v = ctx.real(x_t, t)
     mean, slope = total_derivative(u, x_t, t, s, v)
     target = mean_velocity_target(v, slope, t, s, share)
     predicted = u(x_t, t, s)
-    if normalize:
-        return distance(predicted, normalized_tangent(mean, target)).mean()
-    return adaptive(distance(predicted, target), 0.5).mean()
+    if c is not None:
+        target = normalized_tangent(mean, target, c)
+    return adaptive(distance(predicted, target), power).mean()
 
 
-def scm(scale: float = 1.0) -> Preset:
+def scm(scale: float = 1.0, c: float | None = 0.1) -> Preset:
     """sCM: consistency with the exact tangent, normalised, its second term warmed up."""
 
     def student(ctx: Context) -> Tensor:
-        return _tangent_term(ctx, "data", min(1.0, ctx.progress / 0.3), True)
+        return _tangent_term(ctx, "data", min(1.0, ctx.progress / 0.3), c)
 
     return Preset("2410.11081", student, steps=2, guidance=specs.dmd(scale))
 
@@ -245,16 +255,17 @@ def rcm(scale: float = 1.0, matching: float = 0.5) -> Preset:
     """rCM: sCM, and DMD on the student's samples."""
 
     def student(ctx: Context) -> Tensor:
-        return _tangent_term(ctx, "data", min(1.0, ctx.progress / 0.3), True) + matching * dmd_term(ctx, ctx.sample().x)
+        return _tangent_term(ctx, "data", min(1.0, ctx.progress / 0.3), 0.1) + matching * dmd_term(ctx, ctx.sample().x)
 
     return Preset("2510.08431", student, fit_critic(), steps=2, guidance=specs.dmd(scale))
 
 
-def meanflow(scale: float = 1.0) -> Preset:
+def meanflow(scale: float = 1.0, power: float = 0.5, equal: float = 0.5) -> Preset:
     """MeanFlow, distilled: the teacher's velocity in place of the data's; half of the pairs have s = t."""
     return Preset(
-        "2505.13447", lambda ctx: _tangent_term(ctx, "between", 1.0, False), steps=1, sampler="jump", guidance=specs.dmd(scale)
-    )
+        "2505.13447", lambda ctx: _tangent_term(ctx, "between", 1.0, power=power, equal=equal), steps=1, sampler="jump",
+        guidance=specs.dmd(scale),
+    )  # fmt: skip
 
 
 def arcflow(scale: float = 1.0, window: float = 3 / 64) -> Preset:

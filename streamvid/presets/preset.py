@@ -48,16 +48,20 @@ class Preset:
     """Kind of the discriminator heads, see ``core.adversary.FeatureHeads``."""
     num_logits: int = 1
     """Logits of each head."""
+    rate: float = 1.0
+    """Of the student's learning rate, against that of the others."""
     average: float | None = None
     """Decay of the student's average, where a loss uses it as target."""
-    sampler: Literal["renoise", "jump"] = "renoise"
-    """From step to step: fresh noise on the data prediction, or the flow map's own jump."""
+    sampler: Literal["renoise", "jump", "euler"] = "renoise"
+    """From step to step: fresh noise on the data prediction, the flow map's own jump, or an Euler step of its velocity."""
     after_student: Callable[[Context], None] | None = None
     """Called after each update of the student."""
     role: Literal["complete", "add-on", "baseline"] = "complete"
     """An add-on is shown with a host; a baseline is known to fall short and is there to show it."""
     covers: bool = False
     """Whether it claims to cover modes that distribution matching alone drops."""
+    on_points: bool = True
+    """Whether it makes sense on single points; motion does not."""
     note: str = ""
     """What a reader of the table should know."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from streamvid.core import guidance as specs
-from streamvid.core.adversary import discriminator_loss, generator_loss
+from streamvid.core.adversary import approximate_penalty, discriminator_loss, generator_loss
 from streamvid.core.critic import couple, loss_weight
 from streamvid.core.flowmap import distance
 from streamvid.core.guidance import GuidanceSpec
@@ -50,6 +50,22 @@ def play(kind: str = "ns", shared: bool = False, low: float = 0.02, high: float 
         t_real, eps_real = (t, eps) if shared else (ctx.times(low=low, high=high), ctx.noise())
         fake, real = add_noise(fake, eps, t), add_noise(real, eps_real, t_real)
         return discriminator_loss(kind, ctx.logits(fake, t), ctx.logits(real, t_real))
+
+    return loss
+
+
+def with_penalty(disc: Loss, weight: float, sigma: float, points: str) -> Loss:
+    """A discriminator's loss with an approximate gradient penalty on clean ``points``, "data" or "both" (R1, R1 + R2)."""
+
+    def loss(ctx: Context) -> Tensor:
+        t = torch.full((ctx.batch_size,), 0.02, dtype=ctx.dtype)
+        logits = lambda x: ctx.logits(x, t)  # noqa: E731
+        total = disc(ctx) + weight / sigma**2 * approximate_penalty(logits, ctx.data(ctx.cond), ctx.noise(), sigma)
+        if points == "both":
+            with torch.no_grad():
+                x = ctx.sample().x
+            total = total + weight / sigma**2 * approximate_penalty(logits, x, ctx.noise(), sigma)
+        return total
 
     return loss
 
@@ -189,6 +205,7 @@ def emd(scale: float = 1.0, num_langevin: int = 4, gamma: float = 0.1) -> Preset
         t = ctx.times(low=0.05, high=0.95)
         one, z, eps = torch.ones_like(t), ctx.noise(), ctx.noise()
         a, b = 1 - expand_time(t, z), expand_time(t, z)
+        gamma_z = gamma * b**2  # the pull on z grows as 1 / t^2
         led = torch.zeros_like(eps)
         for _ in range(num_langevin):
             with torch.enable_grad():
@@ -202,14 +219,14 @@ def emd(scale: float = 1.0, num_langevin: int = 4, gamma: float = 0.1) -> Preset
             with torch.no_grad():
                 led = (1 - gamma) * led + gamma * b * d
                 eps = (1 - gamma) * eps + gamma * b * d + math.sqrt(2 * gamma) * ctx.noise()
-                z = (1 - gamma) * z + gamma * pull + math.sqrt(2 * gamma) * ctx.noise()
+                z = (1 - gamma_z) * z + gamma_z * pull + (2 * gamma_z).sqrt() * ctx.noise()
         g = -b / a * led / (gamma * num_langevin)
         return surrogate(ctx.jump(z, one), g, weight=(1 - t) ** 2, form="dot")
 
     return Preset("2405.16852", student, fit_critic(), guidance=specs.dmd(scale), covers=True)
 
 
-def add(scale: float = 1.0, residual: float = 0.1) -> Preset:
+def add(scale: float = 1.0, residual: float = 0.02) -> Preset:
     """ADD: a hinge game and the teacher's residual, which would collapse without the game."""
 
     def student(ctx: Context) -> Tensor:
@@ -220,7 +237,7 @@ def add(scale: float = 1.0, residual: float = 0.1) -> Preset:
             g = residual_gradient(x, x0_from_v(x_t, ctx.real(x_t, t), t))
         return gan_term(ctx, x, "hinge") + residual * surrogate(x, g, weight=1 - t)
 
-    return Preset("2311.17042", student, disc=play("hinge"), guidance=specs.dmd(scale), note="the residual narrows the modes")
+    return Preset("2311.17042", student, disc=with_penalty(play("hinge"), 0.1, 0.1, "both"), guidance=specs.dmd(scale), note="the residual narrows the modes")
 
 
 def msd(scale: float = 1.0, warm_up: float = 0.2, gan: float = 0.03) -> Preset:
@@ -265,7 +282,7 @@ def flow_dmd(scale: float = 1.0, motion: float = 0.2) -> Preset:
             g_motion = dmd_gradient(moves(x), moves(fake), moves(real))
         return surrogate(x, g) + motion * surrogate(moves(x), g_motion)
 
-    return Preset("2603.09488", student, fit_critic(), guidance=specs.dmd(scale), role="add-on", note="needs clips")
+    return Preset("2603.09488", student, fit_critic(), guidance=specs.dmd(scale), role="add-on", on_points=False, note="needs clips")
 
 
 # ---- score identity -----------------------------------------------------------------------------------

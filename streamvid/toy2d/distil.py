@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,18 @@ from streamvid.core.critic import couple, flow_matching_loss
 from streamvid.core.process import add_noise, euler_step, renoise_step
 from streamvid.core.times import euler_times
 from streamvid.files import atomic_file
+from streamvid.presets import all_presets
 from streamvid.presets.preset import Context, Preset
 from streamvid.toy2d.metrics import NUM_POINTS, median_distance, modes_covered
 from streamvid.toy2d.networks import Laboratory, PointNet
-from streamvid.toy2d.targets import Target
+from streamvid.toy2d.targets import TARGETS, Target
 
 
 @dataclass(frozen=True)
 class Effort:
     """How long a run is."""
 
-    student_updates: int = 1500
+    student_updates: int = 1000
     batch_size: int = 512
     start_steps: int = 3000  # of the network that every run begins with
     num_sets: int = 9  # sets of points that are compared
@@ -69,7 +71,7 @@ def distil(preset: Preset, target: Target, start: PointNet, effort: Effort, seed
     lab, rng = Laboratory(target, start, preset), torch.Generator().manual_seed(seed + 1)
     bank = _bank(target, effort, seed + 2)
     phases = [name for name, loss in (("critic", preset.critic), ("disc", preset.disc)) if loss is not None]
-    rates = {"student": effort.rate / 2, "critic": effort.rate, "disc": effort.rate}
+    rates = {"student": effort.rate / 2 * preset.rate, "critic": effort.rate, "disc": effort.rate}
     betas = (0.5, 0.99) if phases else (0.9, 0.99)
     optimizers = {
         name: torch.optim.Adam(lab.parameters(name), rates[name], betas=betas) for name in [*phases, "student"]
@@ -177,3 +179,56 @@ def run(name: str, preset: Preset, target: Target, start: PointNet, effort: Effo
         "networks": 1 + sum(loss is not None for loss in (preset.critic, preset.disc)), **measure(points, target, effort),
         "points": points[:600].flatten(1).tolist(),
     }  # fmt: skip
+
+
+def baselines(target: Target, effort: Effort, folder: Path) -> list[dict[str, Any]]:
+    """The start, and the teacher, sampled with few Euler steps: what distillation has to beat."""
+    start, (cond, _) = load_start(target, effort, folder), reference(target, effort)
+    networks = {"start": lambda x, t, s, c: start(x, t, t, c), "teacher": lambda x, t, s, c: target.guided(x, t, c)}
+    rows = []
+    for label, steps in (("start", 1), ("start", 4), ("teacher", 4), ("teacher", 50)):
+        points = sample(networks[label], cond, steps, "euler", torch.Generator().manual_seed(7))
+        rows.append({
+            "preset": f"{label}, {steps} steps", "target": target.name, "seed": 0, "steps": steps, "seconds": 0.0, "networks": 1,
+            **measure(points, target, effort), "points": points[:600].flatten(1).tolist(),
+        })  # fmt: skip
+    return rows
+
+
+# ---- runs kept in files -------------------------------------------------------------------------------
+
+Job = tuple[str, str, int, Path, Effort]
+"""A preset, a target, a seed, the folder of finished runs, and the effort."""
+
+
+def result_file(folder: Path, name: str, target: str, seed: int) -> Path:
+    """Where a finished run is kept."""
+    return folder / f"{name}-{target}-{seed}.json"
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """A finished run.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it and run again") from error
+
+
+def run_job(job: Job) -> str:
+    """One run on one thread, unless it is done; a line about it. A run that diverges leaves no file."""
+    name, target_name, seed, folder, effort = job
+    torch.set_num_threads(1)
+    file, target = result_file(folder, name, target_name, seed), TARGETS[target_name]()
+    if file.exists():
+        return f"{name} on {target_name}: done before"
+    try:
+        result = run(name, all_presets()[name](target.scale), target, load_start(target, effort, folder), effort, seed)
+    except ValueError as error:
+        return f"{name} on {target_name}: {error}"
+    with atomic_file(file) as temporary:
+        temporary.write_text(json.dumps(result))
+    return f"{name} on {target_name}: {result['ratio']:.2f} times the floor, {result['seconds']:.0f} s"

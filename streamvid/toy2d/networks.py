@@ -12,6 +12,7 @@ from streamvid.presets.preset import Preset
 from streamvid.toy2d.targets import Target
 
 WIDTH = 128
+NUM_WAVES = 3  # octaves of the time features: high ones make du/dt rough, and the exact tangents unusable
 
 
 class PointNet(nn.Module):
@@ -20,7 +21,7 @@ class PointNet(nn.Module):
     def __init__(self, num_prompts: int):
         super().__init__()
         self.prompts = nn.Embedding(num_prompts + 1, WIDTH)  # the last is "no prompt"
-        self.inward = nn.Linear(2 + 2 * 2 * 6, WIDTH)
+        self.inward = nn.Linear(2 + 2 * 2 * NUM_WAVES, WIDTH)
         self.hidden = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.outward = nn.Linear(WIDTH, 2)
 
@@ -40,7 +41,7 @@ class PointNet(nn.Module):
 
 
 def _waves(t: Tensor) -> Tensor:
-    angles = t[:, None] * (torch.pi / 2 * 2.0 ** torch.arange(6))
+    angles = t[:, None] * (torch.pi / 2 * 2.0 ** torch.arange(NUM_WAVES))
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 

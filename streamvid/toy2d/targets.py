@@ -58,16 +58,18 @@ class Target:
         square = (x.flatten(1)[:, None] - self.means.to(x)).square().sum(2)
         return (self.weights(cond, len(x)).to(x).log() - square / (2 * self.width**2)).logsumexp(1)
 
+    def guided(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """The velocity at this target's guidance scale."""
+        v = self.velocity(x_t, t, cond)
+        return v if self.scale == 1 else guide(v, self.velocity(x_t, t, None), self.scale)
+
     @torch.no_grad()
     def flow(self, noise: Tensor, cond: Tensor, num_steps: int = 64) -> Tensor:
         """The guided teacher's samples of noises: Euler steps of its probability flow."""
         x, times = noise, torch.linspace(1, 0, num_steps + 1)
         for t, s in zip(times, times[1:]):
             t, s = t.expand(len(x)), s.expand(len(x))
-            v = self.velocity(x, t, cond)
-            if self.scale != 1:
-                v = guide(v, self.velocity(x, t, None), self.scale)
-            x = euler_step(x, v, t, s)
+            x = euler_step(x, self.guided(x, t, cond), t, s)
         return x
 
 
