@@ -12,7 +12,11 @@ from torch import Tensor
 
 
 class VideoCodec(Protocol):
-    """A causal video autoencoder with a streaming decoder."""
+    """A causal video autoencoder with a streaming decoder.
+
+    The state of a stream is a value: it lives outside the codec, is never changed in place, and may be kept,
+    copied and continued twice. Dropping it and taking ``new_decoder_state`` begins a new stream.
+    """
 
     latent_channels: int
     temporal_ratio: int
@@ -46,3 +50,30 @@ def latent_frames_of(num_frames: int, temporal_ratio: int) -> int:
             f"num_frames={num_frames} is not 1 + {temporal_ratio} k; use {lower} or {lower + temporal_ratio}"
         )
     return 1 + (num_frames - 1) // temporal_ratio
+
+
+def check_frames(frames: Tensor, temporal_ratio: int, spatial_ratio: int) -> None:
+    """A ValueError unless the frames are ``[B, 1 + r k, 3, H, W]`` of a size that the codec divides."""
+    shape = tuple(frames.shape)
+    if len(shape) != 5 or shape[2] != 3:
+        raise ValueError(f"expected frames [B, T, 3, H, W], got {shape}")
+    latent_frames_of(shape[1], temporal_ratio)
+    if shape[3] % spatial_ratio or shape[4] % spatial_ratio:
+        raise ValueError(f"frames of {shape[3]} x {shape[4]} pixels, expected multiples of {spatial_ratio}; crop or resize")
+
+
+def check_latents(latents: Tensor, channels: int) -> None:
+    """A ValueError unless the latents are ``[B, channels, T, h, w]`` with T at least 1."""
+    shape = tuple(latents.shape)
+    if len(shape) != 5 or shape[1] != channels or not shape[2]:
+        raise ValueError(f"expected latents [B, {channels}, T, h, w], got {shape}")
+
+
+def check_same_stream(latents: Tensor, before: Tensor) -> None:
+    """A ValueError if a chunk's batch or size is not that of ``before [B, ..., h, w]``, taken from the state."""
+    expected, came = [(len(x), *x.shape[-2:]) for x in (before, latents)]
+    if expected != came:
+        raise ValueError(
+            f"the stream has (batch, height, width) = {expected} in latent pixels, the chunk {came}; "
+            "begin a stream of another size with new_decoder_state()"
+        )

@@ -1,33 +1,44 @@
-"""Opening a codec from a folder: `vae/config.json` says which class it is."""
+"""Opening a codec: a folder's `vae/config.json` says which class it is, and a single file is a TAEHV."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from torch import nn
 
 from streamvid.codecs.base import VideoCodec
+from streamvid.codecs.taehv import AutoencoderTAEHV
 from streamvid.codecs.tiny_vae import AutoencoderTinyVideo
+from streamvid.codecs.wan_vae import StreamingAutoencoderKLWan
+from streamvid.weights import TENSOR_SUFFIXES, load_strictly, read_json
 
-CODECS = {cls.__name__: cls for cls in (AutoencoderTinyVideo,)}
+CODECS: dict[str, type[nn.Module]] = {
+    "AutoencoderTinyVideo": AutoencoderTinyVideo,
+    "AutoencoderKLWan": StreamingAutoencoderKLWan,
+    "AutoencoderTAEHV": AutoencoderTAEHV,
+}
+"""By the class name in `config.json`."""
 
 
 def open_codec(path: str | Path, device: torch.device | str | None = None) -> VideoCodec:
-    """The codec in `path/vae`, frozen, in float32.
+    """The codec in `path/vae`, or the TAEHV in the file `path`; frozen, in float32.
+
+    Args:
+        path: a folder in the diffusers layout, or a `.safetensors`, `.pth` or `.pt` file as TAEHV publishes them.
 
     Raises:
-        ValueError: if it is missing, damaged, or of a class that has no streaming decoder here.
+        ValueError: one line, if it is missing, damaged, or of a class that has no streaming decoder here.
     """
-    folder = Path(path) / "vae"
+    path = Path(path)
+    codec = AutoencoderTAEHV.from_file(path) if path.suffix in TENSOR_SUFFIXES else _open_folder(path / "vae")
+    return codec.requires_grad_(False).eval().to(device)
+
+
+def _open_folder(folder: Path) -> nn.Module:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; expected a diffusers folder with vae/")
-    name = json.loads((folder / "config.json").read_text()).get("_class_name")
+    name = read_json(folder / "config.json").get("_class_name")
     if name not in CODECS:
         raise ValueError(f"{folder} is a {name}; expected one of {', '.join(CODECS)}")
-    try:
-        codec = CODECS[name].from_pretrained(folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"cannot load the codec {folder}: {' '.join(str(error).split())[:200]}") from error
-    return codec.requires_grad_(False).eval().to(device)
+    return load_strictly(CODECS[name], folder)

@@ -71,7 +71,7 @@ def distillation_dpo(scale: float = 1.0, eta: float = 0.2) -> Preset:
             side, t = split(ctx, x), ctx.times()
             x_t = ctx.noised(x, t)
             real = x0_from_v(x_t, ctx.real(x_t, t), t)
-            networks = (ctx.networks.critic, ctx.networks.second_critic)
+            networks = (ctx.critic, ctx.networks.second_critic)
             winner, loser = (dmd_gradient(x, x0_from_v(x_t, net(x_t, t, ctx.cond), t), real) for net in networks)
         return surrogate(x, winner_loser_gradient(winner, loser, side, eta), form="dot")
 
@@ -80,7 +80,7 @@ def distillation_dpo(scale: float = 1.0, eta: float = 0.2) -> Preset:
             x = ctx.sample().x
         side, t, eps = split(ctx, x), ctx.times(), ctx.noise()
         x_t = add_noise(x, eps, t)
-        winner = flow_matching_loss(ctx.networks.critic(x_t, t, ctx.cond), x, eps, mask=side)
+        winner = flow_matching_loss(ctx.critic(x_t, t, ctx.cond), x, eps, mask=side)
         return winner + flow_matching_loss(ctx.networks.second_critic(x_t, t, ctx.cond), x, eps, mask=1 - side)
 
     note = "prefers the denser half: modes narrow"

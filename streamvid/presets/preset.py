@@ -42,6 +42,9 @@ class Preset:
     """Steps that the student is trained for, and sampled with."""
     critic_updates: int = 2
     """Updates of the fake score for each of the student."""
+    critic_knows_step: bool = True
+    """Of several steps, tell the fake score which one made a sample. Papers fit one to the mixture of all steps' outputs,
+    which can be right while every step is wrong."""
     guidance: GuidanceSpec = field(default_factory=GuidanceSpec)
     """Of teacher and fake score."""
     heads: Literal["token", "film", "query"] = "token"
@@ -89,7 +92,7 @@ class Networks(Protocol):
 
     def teacher(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...  # velocity; cond None is unconditional
 
-    def critic(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...
+    def critic(self, x: Tensor, t: Tensor, cond: Any, made_at: Tensor) -> Tensor: ...  # made_at: of ``Sample.t``
 
     def logits(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...  # [B, K]
 
@@ -111,6 +114,7 @@ class Context:
     reward: Callable[[Tensor, Tensor], Tensor] | None = None  # samples and prompts to [B]
     progress: float = 0.0  # of the run, in [0, 1]
     dtype: torch.dtype = torch.float32
+    made_at: Tensor | None = None  # when the last sample was predicted, which the fake score is told
 
     @property
     def batch_size(self) -> int:
@@ -159,6 +163,7 @@ class Context:
                 x = self.jump(x_t, t)
             if i < exit_index:
                 x_t = renoise_step(x, self.noise(), times[i + 1])
+        self.made_at = t if self.preset.critic_knows_step else torch.ones_like(t)
         return Sample(x, x_t, t, exit_index)
 
     def scales(self) -> tuple[Tensor, Tensor]:
@@ -170,8 +175,12 @@ class Context:
         return self._guided(self.networks.teacher, x_t, t, self.scales()[0] if scale is None else scale)
 
     def fake(self, x_t: Tensor, t: Tensor, scale: Tensor | float | None = None) -> Tensor:
-        """The fake score's velocity, guided; None is the preset's scale where it is compared."""
-        return self._guided(self.networks.critic, x_t, t, self.scales()[1] if scale is None else scale)
+        """The fake score's velocity for what ``sample`` made last, guided; None is the preset's scale where it is compared."""
+        return self._guided(self.critic, x_t, t, self.scales()[1] if scale is None else scale)
+
+    def critic(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """The fake score's own velocity for what ``sample`` made last."""
+        return self.networks.critic(x_t, t, cond, torch.ones_like(t) if self.made_at is None else self.made_at)
 
     def _guided(self, network: Any, x_t: Tensor, t: Tensor, scale: Tensor | float) -> Tensor:
         cond = network(x_t, t, self.cond)
@@ -201,7 +210,7 @@ def fit_critic(law: str = "uniform", weight: Callable[[Tensor], Tensor] | None =
         spec = ctx.preset.guidance
         unconditional = spec != GuidanceSpec(real=spec.real) and float(torch.rand((), generator=ctx.rng)) < 0.2
         x_t = add_noise(x, eps, t)
-        v = ctx.networks.critic(x_t, t, None) if unconditional else ctx.fake(x_t, t, spec.fake_train)
+        v = ctx.critic(x_t, t, None) if unconditional else ctx.fake(x_t, t, spec.fake_train)
         return flow_matching_loss(v, x, eps, None if weight is None else weight(t))
 
     return loss

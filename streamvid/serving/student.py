@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from streamvid.codecs.base import VideoCodec
 from streamvid.codecs.load import open_codec
@@ -19,6 +18,7 @@ from streamvid.codecs.text import PromptEncoder
 from streamvid.files import atomic_folder
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import STREAM_CONFIG_FILE, StreamConfig
+from streamvid.weights import check_weights, load_strictly
 
 ASSETS = Path(__file__).parents[1] / "assets"
 TINY_TEACHER = ASSETS / "teacher"
@@ -60,8 +60,7 @@ def load_student(
     stream = load_stream_config(path)
     transformer = load_transformer(path, dtype)
     text_home, vae_home = _home(path, components, TEXT_PARTS), _home(path, components, ("vae",))
-    for home, part in ((vae_home, "vae"), (text_home, "text_encoder")):
-        check_weights(home / part)
+    check_weights(text_home / "text_encoder")
     prompts, codec = PromptEncoder.from_pretrained(text_home), open_codec(vae_home, device)
     if prompts.embedding_dim != transformer.config.text_dim:
         raise ValueError(
@@ -94,37 +93,7 @@ def load_transformer(path: str | Path, dtype: torch.dtype = torch.float32) -> Ca
     Raises:
         ValueError: one line, if it is missing, damaged or of other shapes than its configuration says.
     """
-    folder = Path(path) / "transformer"
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json; expected a diffusers folder with transformer/")
-    check_weights(folder)
-    try:
-        transformer, info = CausalWanTransformer3DModel.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except Exception as error:  # diffusers raises many kinds for a folder that does not fit
-        raise ValueError(f"cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
-    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
-    if wrong:
-        raise ValueError(f"cannot load {folder}: {wrong[0]} and {len(wrong) - 1} more are missing or unknown")
-    return transformer
-
-
-def check_weights(folder: Path) -> None:
-    """Check that all weight files of a folder are complete; reads their headers only.
-
-    Raises:
-        ValueError: if there are none, or one ends early; safetensors' own words for it don't name the file.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no .safetensors file; the checkpoint is incomplete, copy it again")
-    for file in files:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is truncated or damaged ({error}); copy it again") from error
+    return load_strictly(CausalWanTransformer3DModel, Path(path) / "transformer", dtype)
 
 
 def load_stream_config(path: str | Path) -> StreamConfig:

@@ -92,8 +92,8 @@ class Laboratory:
     def teacher(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         return self.target.velocity(x, t, cond)
 
-    def critic(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
-        return self.trained["critic"](x, t, t, cond)
+    def critic(self, x: Tensor, t: Tensor, cond: Tensor | None, made_at: Tensor) -> Tensor:
+        return self.trained["critic"](x, t, t * made_at, cond)  # the start knows s = t, which is that of one step
 
     def second_critic(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         return self.second(x, t, t, cond)

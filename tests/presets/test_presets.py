@@ -48,8 +48,9 @@ class Networks:
         self.heads = FeatureHeads([4], preset.heads, preset.num_logits, hidden=8)
         for name in ("student", "average", "lagged", "start"):
             setattr(self, name, nets[name])
-        for name in ("teacher", "critic", "second_critic"):
+        for name in ("teacher", "second_critic"):
             setattr(self, name, lambda x, t, cond, net=nets[name]: net(x, t, t, cond))
+        self.critic = lambda x, t, cond, made_at: nets["critic"](x, t, made_at, cond)
 
     def features(self, x, t, cond):
         return self.nets["start"].features(x, t, t, cond).flatten(2).mean(2)

@@ -1,0 +1,110 @@
+"""Reading weights so that whatever is wrong with a file is one line that names it.
+
+A diffusers folder holds `config.json` and one or more `.safetensors` files, with an index if there are several.
+Published single files are `.safetensors`, or `.pth` and `.pt`, of which tensors are read and no code is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+TORCH_SUFFIXES = (".pth", ".pt")
+TENSOR_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+
+
+def read_json(file: Path) -> dict:
+    """A configuration file; a ValueError of one line if it holds anything but a JSON object."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds a {type(config).__name__}, expected a JSON object")
+    return config
+
+
+def check_weights(folder: Path) -> None:
+    """Check that all weight files of a folder are there and complete; reads their headers only.
+
+    Raises:
+        ValueError: if there are none, an index names one that is missing, or one ends early; safetensors' own
+            words for it don't name the file.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no .safetensors file; the checkpoint is incomplete, copy it again")
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        shards = set(read_json(index).get("weight_map", {}).values())
+        missing = sorted(shards - {file.name for file in files})
+        if missing:
+            raise ValueError(
+                f"{index} names {missing[0]}, which is not there ({len(missing)} of {len(shards)} files are missing); "
+                "copy it again"
+            )
+    for file in files:
+        check_safetensors(file)
+
+
+def check_safetensors(file: Path) -> None:
+    """Check that one file is complete; reads its header only."""
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is truncated or damaged ({error}); copy it again") from error
+
+
+def load_strictly(cls: type[Model], folder: Path, dtype: torch.dtype = torch.float32) -> Model:
+    """A diffusers model from its folder, every weight of it and no other, in `dtype` whatever the file has.
+
+    Args:
+        cls: a `ModelMixin`.
+
+    Raises:
+        ValueError: one line, if the folder is missing, damaged, or of other names or shapes than its configuration
+            says.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; expected a diffusers folder with {folder.name}/")
+    check_weights(folder)
+    try:
+        model, info = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
+    except Exception as error:  # diffusers raises many kinds for a folder that does not fit
+        raise ValueError(f"cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
+    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+    if wrong:
+        raise ValueError(f"cannot load {folder}: {wrong[0]} and {len(wrong) - 1} more are missing or unknown")
+    return model
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a published single file, on the CPU.
+
+    Raises:
+        ValueError: if it is missing, damaged, of another kind, or holds anything but named tensors.
+    """
+    if file.suffix not in TENSOR_SUFFIXES:
+        raise ValueError(f"{file} ends in {file.suffix or 'nothing'}; expected one of {', '.join(TENSOR_SUFFIXES)}")
+    if not file.is_file():
+        raise ValueError(f"no file {file}")
+    if file.suffix == ".safetensors":
+        check_safetensors(file)
+        return load_file(file)
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # its text advises to run the code
+        raise ValueError(f"{file} is damaged or holds code besides tensors; it is not run, take the .safetensors") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{file} is truncated or damaged ({' '.join(str(error).split())[:200]}); copy it again") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{file} is no plain table of named tensors; take the published file as it is")
+    return tensors
