@@ -17,6 +17,8 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
+from streamvid.codecs.base import check_frames, check_latents
+
 DecoderState = tuple[Tensor | None, ...]
 """One entry a memory block (None before the first frame), then a marker of whether the stream has begun."""
 
@@ -145,7 +147,7 @@ class AutoencoderTinyVideo(ModelMixin, ConfigMixin):
 
     def raw_encode(self, frames: Tensor) -> Tensor:
         """Frames ``[B, 1 + 4k, 3, H, W]`` to latents ``[B, C, 1 + k, h, w]`` that are not normalised."""
-        self._check_frames(frames)
+        check_frames(frames, self.temporal_ratio, self.spatial_ratio)
         held = torch.cat([frames[:, :1].expand(-1, 3, -1, -1, -1), frames], dim=1)
         latents, _ = self.encoder.run(held * 2 - 1, (None,) * self.encoder.slots())
         patches = rearrange(held * 2 - 1, "b (t s) c (h p) (w q) -> b t (s c p q) h w", s=4, p=8, q=8)
@@ -178,7 +180,7 @@ class AutoencoderTinyVideo(ModelMixin, ConfigMixin):
 
     def decode_chunk(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """See ``VideoCodec.decode_chunk``. One latent frame at a time: the bits don't depend on the chunking."""
-        self._check_latents(latents)
+        check_latents(latents, self.latent_channels)
         raw = latents * self._statistic(self.config.latents_std, 1.0, latents)
         raw = raw + self._statistic(self.config.latents_mean, 0.0, latents)
         clips = []
@@ -187,19 +189,6 @@ class AutoencoderTinyVideo(ModelMixin, ConfigMixin):
             frames, state = self._decode(latent.contiguous(), state)
             clips.append(frames if begun else frames[:, 3:])
         return ((torch.cat(clips, dim=1) + 1) / 2).clamp(0, 1), state
-
-    def _check_frames(self, frames: Tensor) -> None:
-        _, num_frames, channels, height, width = frames.shape
-        if channels != 3 or (num_frames - 1) % 4 or height % 8 or width % 8:
-            raise ValueError(
-                f"expected frames [B, 1 + 4k, 3, H, W] with H and W divisible by 8, got {tuple(frames.shape)}"
-            )
-
-    def _check_latents(self, latents: Tensor) -> None:
-        if latents.ndim != 5 or latents.shape[1] != self.latent_channels:
-            raise ValueError(
-                f"expected latents [B, {self.latent_channels}, T, h, w], got {tuple(latents.shape)}"
-            )
 
 
 def reconstruction_loss(codec: AutoencoderTinyVideo, frames: Tensor, noise: Tensor, prior_weight: float) -> tuple[Tensor, Tensor]:

@@ -264,7 +264,7 @@ def tdm(scale: float = 1.0) -> Preset:
             t = low + (sample.t.clamp(max=0.98) - low) * ctx.uniform()
             x_t = ctx.noised(sample.x, t)
             g = dmd_gradient(sample.x, *ctx.predictions(x_t, t))
-        return surrogate(sample.x, g, form="huber", huber_width=0.1)
+        return surrogate(sample.x, g, form="huber", huber_width=0.5)
 
     return Preset("2503.06674", student, fit_critic(), steps=4, guidance=specs.dmd(scale))
 

@@ -89,7 +89,7 @@ def test_the_loss_reaches_every_parameter(codec):
 
 
 def test_wrong_sizes_are_refused(codec):
-    with pytest.raises(ValueError, match="1 \\+ 4k"):
+    with pytest.raises(ValueError, match="1 \\+ 4 k"):
         codec.encode_frames(torch.rand(1, 4, 3, 16, 16))
     with pytest.raises(ValueError, match="\\[B, 4, T, h, w\\]"):
         codec.decode_latents(torch.rand(1, 16, 2, 2, 2))

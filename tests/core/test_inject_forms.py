@@ -159,6 +159,32 @@ def test_sid_at_a_half_is_half_of_a_difference_of_errors():
     torch.testing.assert_close(sid_loss(x, fake, real, 0.5, "none"), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_sid_at_a_half_has_half_of_the_fisher_gradient():
+    """With its fake score frozen it equals half of d E|D_R - D_f|^2 with the fake score following the student."""
+    m, s, mu, sigma, t = 0.3, 1.5, 1.1, 0.6, 0.6
+    p, q = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (mu, sigma))
+    x_t = add_noise(p + q * Z, EPS, t)
+    gap = denoise(x_t, t, m, s) - denoise(x_t, t, p, q)
+    half = torch.autograd.grad(0.5 * (WEIGHT * gap.flatten().square()).sum(), (p, q))
+    for ours, exact in zip(sid_gradients(0.5, mu, sigma, m, s, t), half):
+        assert float(ours) == pytest.approx(float(exact), abs=1e-12)
+
+
+def test_sid_reaches_the_student_through_frozen_networks():
+    """Student: yes. Teacher and fake score: only their inputs, none of their parameters."""
+    real, fake = (torch.nn.Conv2d(2, 2, 1).double().requires_grad_(False) for _ in range(2))
+    noise, eps = doubles((2, 2, 4, 4), 2)
+    student = torch.nn.Conv2d(2, 2, 1).double()
+    x = student(noise)
+    x_t = add_noise(x, eps, 0.5)
+    (whole,) = torch.autograd.grad(sid_loss(x, fake(x_t), real(x_t)), student.weight, retain_graph=True)
+    (direct,) = torch.autograd.grad(sid_loss(x, fake(x_t.detach()), real(x_t.detach())), student.weight, retain_graph=True)
+    assert (whole - direct).abs().max() > 1e-6
+    sid_loss(x, fake(x_t), real(x_t)).backward()
+    assert all(weight.grad is None for net in (real, fake) for weight in net.parameters())
+    torch.testing.assert_close(student.weight.grad, whole)
+
+
 def test_sid_gradients_pass_through_both_predictions():
     x, fake, real = (z.clone().requires_grad_() for z in doubles((2, 3, 4, 4), 3))
     sid_loss(x, fake, real, 1.0).backward()

@@ -194,3 +194,19 @@ def test_the_student_learns_from_the_heads_it_is_shown():
     (slope,) = torch.autograd.grad(before, x)
     after = generator_loss("hinge", ctx.logits(noised(copy.copy(x.detach()) - 50 * slope), t))
     assert after < before
+
+
+def test_the_fake_score_is_told_which_step_made_a_sample():
+    """One fit to the mixture of all steps' outputs can be right while every step is wrong."""
+    from dataclasses import replace
+
+    for knows, seen in ((True, {1.0, 0.75, 0.5, 0.25}), (False, {1.0})):
+        preset = replace(all_presets()["tdm"](1.0), critic_knows_step=knows)
+        told = set()
+        for seed in range(30):
+            ctx = context(preset, IMAGE, seed=seed)
+            critic = ctx.networks.critic
+            ctx.networks.critic = lambda x, t, cond, made_at, net=critic: told.update(made_at.tolist()) or net(x, t, cond, made_at)
+            preset.critic(ctx)
+            preset.student(ctx)
+        assert told == seen
