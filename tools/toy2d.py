@@ -47,7 +47,7 @@ def compare(args: argparse.Namespace) -> None:
     from streamvid.presets import all_presets
     from streamvid.toy2d import report
     from streamvid.toy2d.distil import QUICK, Effort, baselines, load_start, read_result, result_file, run_job
-    from streamvid.toy2d.targets import TARGETS
+    from streamvid.toy2d.targets import COVERAGE, TARGETS
     from streamvid.video import ensure_place
 
     known = all_presets()
@@ -64,10 +64,13 @@ def compare(args: argparse.Namespace) -> None:
     ensure_place(args.out)
     folder, effort = (Path(args.folder) / "quick", QUICK) if args.quick else (Path(args.folder), Effort())
     folder.mkdir(parents=True, exist_ok=True)
-    for target in targets:
-        load_start(TARGETS[target](), effort, folder)
+    extra = [] if args.targets else list(COVERAGE)
+    for target in [*targets, *extra]:
+        load_start({**TARGETS, **COVERAGE}[target](), effort, folder)
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    jobs = [(name, target, seed, folder, effort) for name in names for target in targets for seed in seeds]
+    pairs = [(name, target) for name in names for target in targets]
+    pairs += [(name, target) for name in names for target in extra if name == "dmd" or known[name](1.0).covers]
+    jobs = [(name, target, seed, folder, effort) for name, target in pairs for seed in seeds]
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         for index, line in enumerate(pool.imap_unordered(run_job, jobs), 1):
             print(f"[{index}/{len(jobs)}] {line}", file=sys.stderr, flush=True)

@@ -45,8 +45,9 @@ def feature_game(kind: str, low: float, high: float, source: str, law: str = "un
 
 def ladd(scale: float = 1.0) -> Preset:
     """LADD: a hinge game on the frozen teacher's features of re-noised samples; the reals are the teacher's own."""
-    student, disc = feature_game("hinge", 0.02, 0.98, "teacher")
-    return Preset("2403.12015", student, disc=with_penalty(disc, 0.1, 0.1, "both"), heads="film", guidance=specs.dmd(scale))
+    student, disc = feature_game("hinge", 0.02, 0.5, "teacher")
+    disc = with_penalty(disc, 0.01, 0.1, "both")
+    return Preset("2403.12015", student, disc=disc, heads="film", guidance=specs.dmd(scale), rate=0.3)
 
 
 def gdd(scale: float = 1.0) -> Preset:
@@ -58,13 +59,13 @@ def gdd(scale: float = 1.0) -> Preset:
 
 def nitrofusion(scale: float = 1.0) -> Preset:
     """NitroFusion: LADD's game with a pool of heads, of which each step uses some and some are made anew."""
-    student, disc = feature_game("hinge", 0.02, 0.75, "teacher")
-    disc = with_penalty(disc, 0.1, 0.1, "both")
+    student, disc = feature_game("hinge", 0.02, 0.5, "teacher")
+    disc = with_penalty(disc, 0.01, 0.1, "both")
 
     def refresh(ctx: Context) -> None:
         ctx.networks.refresh_heads(0.01, ctx.rng)
 
-    return Preset("2412.02030", student, disc=disc, heads="film", guidance=specs.dmd(scale), after_student=refresh)
+    return Preset("2412.02030", student, disc=disc, heads="film", guidance=specs.dmd(scale), rate=0.3, after_student=refresh)
 
 
 def adm(scale: float = 1.0, dt: float = 1 / 8) -> Preset:

@@ -235,9 +235,12 @@ def add(scale: float = 1.0, residual: float = 0.02) -> Preset:
             t = ctx.times()
             x_t = ctx.noised(x, t)
             g = residual_gradient(x, x0_from_v(x_t, ctx.real(x_t, t), t))
-        return gan_term(ctx, x, "hinge") + residual * surrogate(x, g, weight=1 - t)
+        return gan_term(ctx, x, "hinge", high=0.5) + residual * surrogate(x, g, weight=1 - t)
 
-    return Preset("2311.17042", student, disc=with_penalty(play("hinge"), 0.1, 0.1, "both"), guidance=specs.dmd(scale), note="the residual narrows the modes")
+    return Preset(
+        "2311.17042", student, disc=with_penalty(play("hinge", high=0.5), 0.01, 0.1, "both"), guidance=specs.dmd(scale), rate=0.3,
+        note="the residual narrows the modes",
+    )  # fmt: skip
 
 
 def msd(scale: float = 1.0, warm_up: float = 0.2, gan: float = 0.03) -> Preset:

@@ -19,7 +19,7 @@ from streamvid.presets import all_presets
 from streamvid.presets.preset import Context, Preset
 from streamvid.toy2d.metrics import NUM_POINTS, median_distance, modes_covered
 from streamvid.toy2d.networks import Laboratory, PointNet
-from streamvid.toy2d.targets import TARGETS, Target
+from streamvid.toy2d.targets import COVERAGE, TARGETS, Target
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ QUICK = Effort(student_updates=3, batch_size=32, start_steps=3, num_sets=1)
 def pretrain(target: Target, effort: Effort, seed: int = 0) -> PointNet:
     """The start: flow matching to the target, on s = t only; it knows velocities and no jumps."""
     torch.manual_seed(seed)
+    target = target.pretraining
     net, generator = PointNet(target.num_prompts), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(net.parameters(), effort.rate)
     for step in range(effort.start_steps):
@@ -163,7 +164,7 @@ def measure(points: Tensor, target: Target, effort: Effort) -> dict[str, float]:
     _, truth = reference(target, effort)
     _, again = reference(target, effort, seed=2000)
     distance, floor = median_distance(points, truth), median_distance(again, truth)
-    covered = modes_covered(points, target.means, target.width) if target.name == "ring" else None
+    covered = modes_covered(points, target.means, target.width) if len(target.means) == 8 else None
     return {"distance": distance, "floor": floor, "ratio": distance / floor, "modes": covered}
 
 
@@ -222,7 +223,7 @@ def run_job(job: Job) -> str:
     """One run on one thread, unless it is done; a line about it. A run that diverges leaves no file."""
     name, target_name, seed, folder, effort = job
     torch.set_num_threads(1)
-    file, target = result_file(folder, name, target_name, seed), TARGETS[target_name]()
+    file, target = result_file(folder, name, target_name, seed), {**TARGETS, **COVERAGE}[target_name]()
     if file.exists():
         return f"{name} on {target_name}: done before"
     try:

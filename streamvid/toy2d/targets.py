@@ -27,10 +27,18 @@ class Target:
     width: float
     prompts: Tensor  # [P, K], rows that add up to 1
     scale: float = 1.0  # of the guidance that students are distilled with
+    known: int | None = None  # components that the start was pretrained on, the first so many; None is all
 
     @property
     def num_prompts(self) -> int:
         return len(self.prompts)
+
+    @property
+    def pretraining(self) -> Target:
+        """The law that the start knows."""
+        if self.known is None:
+            return self
+        return Target(self.name, self.means[: self.known], self.width, torch.full((1, self.known), 1 / self.known))
 
     def weights(self, cond: Tensor | None, count: int) -> Tensor:
         """``[B, K]`` for prompts ``[B]``, or without."""
@@ -96,4 +104,14 @@ def prompts(width: float = 0.3, scale: float = 2.0) -> Target:
     return Target("prompts", means, width, weights, scale)
 
 
+def narrow() -> Target:
+    """The ring, for a student that has seen three of its modes: what does an objective make of the other five?"""
+    base = ring()
+    return Target("narrow", base.means, base.width, base.prompts, known=3)
+
+
 TARGETS = {"ring": ring, "moons": moons, "prompts": prompts}
+"""On which every objective is compared."""
+
+COVERAGE = {"narrow": narrow}
+"""For those that claim to cover modes, and distribution matching beside them."""

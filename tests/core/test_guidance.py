@@ -1,4 +1,4 @@
-"""Guidance: where the student's mean ends under each convention, in closed form and in the printed table."""
+"""Guidance: where the student's mean ends under each convention, in closed form and by quadrature."""
 
 import numpy
 import pytest

@@ -185,10 +185,22 @@ def test_sid_reaches_the_student_through_frozen_networks():
     torch.testing.assert_close(student.weight.grad, whole)
 
 
-def test_sid_gradients_pass_through_both_predictions():
+@pytest.mark.parametrize("normalizer", ["sample", "none"])
+def test_sid_gradients_pass_through_both_predictions(normalizer):
+    """With D = D_R - D_f and E = D_R - x - alpha D: -D at x, E + (1 - alpha) D at D_R, alpha D - E at D_f.
+
+    The normaliser divides them and has no gradient of its own.
+    """
     x, fake, real = (z.clone().requires_grad_() for z in doubles((2, 3, 4, 4), 3))
-    sid_loss(x, fake, real, 1.0).backward()
-    assert all(z.grad is not None and z.grad.abs().sum() > 0 for z in (x, fake, real))
+    alpha = 1.2
+    sid_loss(x, fake, real, alpha, normalizer, "sum").backward()
+    with torch.no_grad():
+        gap = real - fake
+        error = real - x - alpha * gap
+        scale = (x - real).abs().mean((1, 2, 3), keepdim=True) if normalizer == "sample" else 1.0
+        expected = -gap / scale, (alpha * gap - error) / scale, (error + (1 - alpha) * gap) / scale
+    for z, gradient in zip((x, fake, real), expected):
+        torch.testing.assert_close(z.grad, gradient, rtol=1e-12, atol=1e-12)
 
 
 # ---- f-divergences
@@ -201,6 +213,13 @@ def test_sid_gradients_pass_through_both_predictions():
 def test_weights_are_r_squared_times_the_second_derivative(name, f2):
     r = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
     torch.testing.assert_close(f_weight(r.log(), name), r**2 * f2(r), rtol=1e-12, atol=1e-12)
+
+
+def test_the_ratio_is_clipped():
+    """A discriminator that is sure of itself does not take over the batch."""
+    log_ratio = torch.tensor([-50.0, 0.0, 50.0], dtype=torch.float64)
+    expected = torch.tensor([0.1, 1.0, 20.0], dtype=torch.float64)
+    torch.testing.assert_close(f_weight(log_ratio, "kl"), expected, rtol=1e-12, atol=0)
 
 
 def test_the_weighted_direction_is_the_gradient_of_the_divergence():
