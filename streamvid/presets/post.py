@@ -18,7 +18,7 @@ from streamvid.presets.score import dmd_term
 __all__ = ["embedding_loss", "pso", "distillation_dpo", "rdd"]
 
 
-def embedding_loss(scale: float = 1.0, weight: float = 1.0, num_nets: int = 2) -> Preset:
+def embedding_loss(scale: float = 1.0, weight: float = 0.1, num_nets: int = 2) -> Preset:
     """Embedding Loss: DMD, and the mean features of student and teacher samples in networks drawn anew each step."""
 
     def student(ctx: Context) -> Tensor:

@@ -76,9 +76,21 @@ class ClipRenderer:
         return len(self.prompts)
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:
-        """Frames and prompt of each clip."""
+        """Frames and prompt of each clip.
+
+        Raises:
+            ValueError: if a clip has another shape than the first.
+        """
+        shape = None
         for index, prompt in enumerate(self.prompts):
-            yield self.render(prompt, key_to_seed("clip", self.seed, index)), [prompt]
+            frames = self.render(prompt, key_to_seed("clip", self.seed, index))
+            shape = shape or frames.shape
+            if frames.ndim != 4 or frames.shape[1] != 3 or frames.shape != shape:
+                raise ValueError(
+                    f"the clip rendered for {prompt!r} has the shape {tuple(frames.shape)}; expected [T, 3, H, W], the "
+                    f"same for all prompts, the first was {tuple(shape)}"
+                )
+            yield frames, [prompt]
 
 
 def encode_clips(
