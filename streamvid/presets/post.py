@@ -83,7 +83,7 @@ def distillation_dpo(scale: float = 1.0, eta: float = 0.2) -> Preset:
         winner = flow_matching_loss(ctx.critic(x_t, t, ctx.cond), x, eps, mask=side)
         return winner + flow_matching_loss(ctx.networks.second_critic(x_t, t, ctx.cond), x, eps, mask=1 - side)
 
-    note = "prefers the denser half: modes narrow"
+    note = "prefers the denser half, and pushes the other off without bound: it diverges here on the moons"
     return Preset("2504.11447", student, critic, guidance=specs.dmd(scale), role="add-on", note=note)
 
 

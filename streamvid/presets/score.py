@@ -269,7 +269,8 @@ def tdm(scale: float = 1.0) -> Preset:
             g = dmd_gradient(sample.x, *ctx.predictions(x_t, t))
         return surrogate(sample.x, g, form="huber", huber_width=0.5)
 
-    return Preset("2503.06674", student, fit_critic(), steps=4, guidance=specs.dmd(scale))
+    note = "each of four steps gets a quarter of the updates"
+    return Preset("2503.06674", student, fit_critic(), steps=4, guidance=specs.dmd(scale), note=note)
 
 
 def flow_dmd(scale: float = 1.0, motion: float = 0.2) -> Preset:
@@ -309,7 +310,10 @@ def sid_lsg(scale: float = 1.0) -> Preset:
 def few_step_sid(scale: float = 1.0) -> Preset:
     """Few-step SiD: every step of the student by its own, one fake score for their mixture; Zero-CFG where guided."""
     spec = GuidanceSpec() if scale == 1 else specs.zero_guidance()
-    return Preset("2505.12674", lambda ctx: sid_term(ctx, ctx.sample().x, 1.0), fit_critic(), steps=4, critic_updates=1, guidance=spec)
+    return Preset(
+        "2505.12674", lambda ctx: sid_term(ctx, ctx.sample().x, 1.0), fit_critic(), steps=4, critic_updates=1, guidance=spec,
+        note="each of four steps gets a quarter of the updates",
+    )  # fmt: skip
 
 
 def sida(scale: float = 1.0, gan: float = 0.03) -> Preset:
