@@ -46,7 +46,7 @@ def allowed(own: tuple[str, ...], other: tuple[str, ...]) -> bool:
     if other[0] not in LEVEL_OF:  # streamvid.__version__
         return True
     if own[0] == other[0] == "methods":
-        return len(other) == 1 or other[1] == "base"
+        return len(other) == 1 or other[1] in ("base", "matching")
     if own[0] == "rollout" and LEVEL_OF[other[0]] == LEVEL_OF["models"]:
         codec = own == ("rollout", "sampler") and other[:2] == ("codecs", "base")
         return codec or other[:2] == ("models", "kv_cache") or other in {("models",), ("codecs",)}

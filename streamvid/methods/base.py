@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -61,3 +62,8 @@ class Method(Protocol):
         in every process.
         """
         ...
+
+
+def as_floats(numbers: dict[str, Tensor]) -> dict[str, float]:
+    """Scalar tensors as numbers, from the device in one transfer."""
+    return dict(zip(numbers, torch.stack([number.detach().float() for number in numbers.values()]).tolist()))

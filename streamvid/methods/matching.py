@@ -1,0 +1,295 @@
+"""Distribution matching on self-forced rollouts: what DMD, adversarial self-distillation and DiagDistill share.
+
+The student rolls out a clip x over its own committed chunks, as it will be streamed (Self-Forcing, arXiv 2506.08009), and
+
+    student:     x <- x - g,  g = (x0_fake(x_t) - x0_real(x_t)) / mean |x - x0_real|,  x_t = (1 - t) x + t eps
+    fake_score:  minimise mean |v_fake(x_t, t) - (eps - x)|^2 over rollouts of its own, detached
+
+at one t a clip. x0_real is the guided teacher, x0_fake has no guidance. The rollout of a turn ends at one random
+step of the student's list, the same for all processes; only that step carries gradient, and no gradient passes from
+chunk to chunk. Where chunks have lists of different lengths, each ends at the same fraction of its own.
+
+Every step updates the fake score; every ``fake_updates_per_student``-th step then updates the student too, which
+so meets a score that has just followed it. With 5, a run of 1000 steps has 1000 updates of the fake score and
+200 of the student, as Self-Forcing counts.
+
+Long rollouts (``rollout_chunks``; after Self-Forcing++, arXiv 2510.02283): the student goes on past the teacher's
+clip length, over the window and sink that it streams with, and a part as long as the teacher's clips is judged.
+The part's first latent frame is not re-encoded as an image, as Self-Forcing does with Wan's codec, so the teacher
+should know clips that begin in the middle.
+
+A method adds to ``student_terms`` and ``turns``; ``decide`` and ``stream_of`` say how a rollout is made.
+
+Shapes: B batch, C channels, T latent frames of a clip, h w latent size, L D of a prompt embedding.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from streamvid.core.critic import flow_matching_loss
+from streamvid.core.inject import dmd_gradient, surrogate
+from streamvid.core.process import add_noise, x0_from_v
+from streamvid.core.times import TimeLaw, sample_times
+from streamvid.methods.base import as_floats
+from streamvid.rollout.loop import rollout
+from streamvid.rollout.noise import KeyedNoise
+from streamvid.rollout.sampler import new_cache
+from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, truncate
+from streamvid.seeding import key_to_seed, keyed_generator, keyed_normal
+from streamvid.teachers.base import Teacher, check_needs, predict_guided
+
+
+LAST = math.nextafter(1.0, 0.0)  # the exit's place that is always a chunk's last step
+
+
+@dataclass
+class MatchingConfig:
+    """Settings of distribution matching."""
+
+    num_chunks: int = 7
+    """Chunks of the clips that the scores judge; times the stream's chunk_frames, the teacher's clip length."""
+    guidance_scale: float = 4.0
+    """Of the teacher, ``uncond + s (cond - uncond)``; 1 is none, 3 to 6 are usual."""
+    time_law: TimeLaw = "uniform"
+    """Law of the nominal time at which the scores are compared, and at which the fake score is fitted."""
+    shift: float = 5.0
+    """Shift of that law."""
+    low: float = 0.02
+    """Least time, after the shift; in [0, 1)."""
+    high: float = 0.98
+    """Greatest time, after the shift; in (0, 1]."""
+    normalizer: Literal["sample", "none"] = "sample"
+    """"sample" divides a sample's gradient by its mean |x - x0_real|, "none" leaves it."""
+    fake_updates_per_student: int = 5
+    """Updates of the fake score for each of the student; 1 to 10."""
+    student_start_step: int = 0
+    """Steps that warm up the fake score alone."""
+    exit: Literal["random", "last"] = "random"
+    """Which step of a chunk carries gradient and ends its rollout: any, or always the last."""
+    rollout_chunks: int | None = None
+    """Chunks of the longest rollout; None is ``num_chunks``. Gradient and loss are on ``num_chunks`` of them."""
+    window: Literal["random", "last"] = "random"
+    """Where in a longer rollout those are: anywhere, the rollout then ending with them, or at its end."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_chunks", "fake_updates_per_student"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"low={self.low}, high={self.high}, expected 0 <= low < high <= 1")
+        if self.shift <= 0:
+            raise ValueError(f"shift={self.shift}, expected a positive number; 1 is no shift")
+        if self.rollout_chunks is not None and self.rollout_chunks < self.num_chunks:
+            raise ValueError(
+                f"rollout_chunks={self.rollout_chunks} is shorter than the num_chunks={self.num_chunks} that are judged"
+            )
+        for name, choices in (("exit", ("random", "last")), ("window", ("random", "last"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}, expected one of {choices}")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all samples and all processes share in a turn."""
+
+    exit_index: int  # steps before the one that carries gradient, of the chunk with most
+    exit_place: float  # in [0, 1): of m steps, the one numbered int(m * place) carries gradient
+    first_chunk: int  # of the part that is judged
+    num_steps: int | None = None  # a chunk, where a method draws it; None is the stream's
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A rollout and what the scores say of it; all but ``x`` are detached."""
+
+    x: Tensor  # [B, C, T, h, w], with the student's gradient
+    x_t: Tensor
+    t: Tensor  # [B]
+    x0_fake: Tensor
+    x0_real: Tensor
+    gradient: Tensor
+
+
+class DistributionMatching:
+    """The frame of a method.
+
+    Args:
+        config: see ``Config``.
+        student: a causal Wan transformer, possibly wrapped for data parallelism.
+        teacher: gives the score of the data.
+        stream: how the student is streamed; its rollouts in training are the same.
+        latent_shape: (C, h, w).
+        fake_score: a bidirectional network with the call of ``diffusers.WanTransformer3DModel``; None copies the
+            teacher's transformer, in float32.
+        seed: of all random draws.
+
+    Raises:
+        ValueError: if these do not fit together.
+    """
+
+    needs: frozenset[str] = frozenset({"score"})
+
+    def __init__(
+        self,
+        config: MatchingConfig,
+        student: nn.Module,
+        teacher: Teacher,
+        stream: StreamConfig,
+        latent_shape: tuple[int, int, int],
+        fake_score: nn.Module | None = None,
+        seed: int = 0,
+    ):
+        check_needs(self, teacher)
+        if config.guidance_scale != 1 and teacher.uncond is None:
+            raise ValueError(f"guidance_scale={config.guidance_scale} needs the teacher's uncond; 1 is no guidance")
+        if stream.order == "rolling" and config.exit == "random":
+            raise ValueError("order='rolling' denoises chunks of all levels jointly and has no exit; set exit='last'")
+        self.config = config
+        self.student = student
+        self.teacher = teacher
+        self.stream = stream
+        self.latent_shape = tuple(latent_shape)
+        self.fake_score = _trainable_copy(teacher) if fake_score is None else fake_score
+        self.seed = seed
+        self.num_steps = max(steps_per_chunk(stream, config.rollout_chunks or config.num_chunks).values())
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"student": self.student, "fake_score": self.fake_score}
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        """The fake score in every step, and after it the student in the last of each cycle."""
+        is_last = (step + 1) % self.config.fake_updates_per_student == 0
+        return ("fake_score", "student") if is_last and step >= self.config.student_start_step else ("fake_score",)
+
+    def loss(self, turn: str, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, float]]:
+        """Batches hold ``cond [B, L, D]`` and ``keys``."""
+        decision = self.decide(turn, step, batch.get("micro", 0))
+        if turn == "student":
+            return self._student_loss(batch, decision)
+        if turn == "fake_score":
+            return self._fake_loss(batch, decision)
+        raise ValueError(f"turn={turn!r}, expected 'student' or 'fake_score'")
+
+    def decide(self, turn: str, step: int, micro: int = 0) -> Decision:
+        """The shared choices of a turn, from (seed, step, turn) alone."""
+        generator = keyed_generator(self.seed, "decision", step, turn, micro)
+        any_step, any_place = (torch.rand(2, generator=generator, dtype=torch.float64)).tolist()
+        places = (self.config.rollout_chunks or self.config.num_chunks) - self.config.num_chunks + 1
+        exit_place = any_step if self.config.exit == "random" else LAST
+        return Decision(
+            exit_index=int(exit_place * self.num_steps),
+            exit_place=exit_place,
+            first_chunk=int(any_place * places) if self.config.window == "random" else places - 1,
+        )
+
+    def stream_of(self, decision: Decision) -> StreamConfig:
+        """How the rollout of a turn is streamed."""
+        return self.stream
+
+    def student_terms(self, judged: Judged, batch: dict[str, Any], decision: Decision) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the student minimises, and numbers worth logging. Here: distribution matching alone."""
+        return surrogate(judged.x, judged.gradient), {}
+
+    def _student_loss(self, batch: dict[str, Any], decision: Decision) -> tuple[Tensor, dict[str, float]]:
+        judged = self._judge(self._roll_out(batch, self.stream_of(decision), decision), batch)
+        loss, numbers = self.student_terms(judged, batch, decision)
+        x = judged.x.detach()
+        numbers = {"loss": loss.detach(), **numbers}
+        numbers["gradient_rms"] = judged.gradient.square().mean().sqrt()
+        numbers["fake_real_gap"] = (judged.x0_fake - judged.x0_real).abs().mean()
+        numbers["student_real_gap"] = (x - judged.x0_real).abs().mean()  # the normaliser
+        numbers.update(latent_statistics(x))
+        return loss, {**as_floats(numbers), "exit_index": float(decision.exit_index)}
+
+    @torch.no_grad()
+    def _judge(self, x: Tensor, batch: dict[str, Any]) -> Judged:
+        """Both scores at one noising of ``x``, and the direction between them."""
+        x_t, _, t = self._noised(x, batch["keys"])
+        cond = batch["cond"].to(x.dtype)
+        x0_fake = x0_from_v(x_t, self._fake_velocity(x_t, t, cond), t)
+        v_real = predict_guided(self.teacher, x_t, t, cond, self.config.guidance_scale)
+        x0_real = x0_from_v(x_t, v_real.to(x_t.device), t)
+        return Judged(x, x_t, t, x0_fake, x0_real, dmd_gradient(x, x0_fake, x0_real, self.config.normalizer))
+
+    def _fake_loss(self, batch: dict[str, Any], decision: Decision) -> tuple[Tensor, dict[str, float]]:
+        with torch.no_grad():
+            x = self._roll_out(batch, self.stream_of(decision), decision)
+            x_t, eps, t = self._noised(x, batch["keys"])
+        loss = flow_matching_loss(self._fake_velocity(x_t, t, batch["cond"].to(x.dtype)), x, eps)
+        return loss, {"loss": float(loss.detach())}
+
+    def _roll_out(self, batch: dict[str, Any], stream: StreamConfig, decision: Decision, role: str = "student") -> Tensor:
+        """The judged part ``[B, C, T, h, w]`` of a rollout, with the caller's grad mode; each ``role`` has its own noise."""
+        first, end = decision.first_chunk, decision.first_chunk + self.config.num_chunks
+        steps = steps_per_chunk(stream, end)
+        schedule = truncate(build_schedule(stream, end), lambda chunk: int(decision.exit_place * steps[chunk]))
+        results = rollout(
+            self.student,
+            batch["cond"],
+            _tapped_from(first, schedule),
+            KeyedNoise([key_to_seed(self.seed, role, key) for key in batch["keys"]]),
+            latent_shape=self.latent_shape,
+            chunk_frames=stream.chunk_frames,
+            cache=new_cache(self.student, stream, len(batch["keys"]), self.latent_shape),
+            commit=stream.commit,
+            context_t=stream.context_t,
+            stepper=stream.stepper,
+        )
+        return torch.cat([result.prediction for result in results if result.index >= first], dim=2)
+
+    def _noised(self, x: Tensor, keys: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """``x_t``, its noise ``eps`` and its time ``[B]``, keyed by sample; detached."""
+        c = self.config
+        eps = torch.stack([keyed_normal(tuple(x.shape[1:]), self.seed, "score_eps", key) for key in keys])
+        generators = [keyed_generator(self.seed, "score_t", key) for key in keys]
+        t = torch.cat([sample_times(1, c.time_law, c.shift, generator, c.low, c.high) for generator in generators])
+        eps, t = eps.to(x), t.to(x)
+        return add_noise(x.detach(), eps, t), eps, t  # sg
+
+    def _fake_velocity(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        return self.fake_score(x_t, 1000 * t, cond, return_dict=False)[0]
+
+
+def steps_per_chunk(stream: StreamConfig, num_chunks: int) -> Counter[int]:
+    """How many steps each of the first chunks of a stream takes."""
+    return Counter(chunk for event in build_schedule(stream, num_chunks) for chunk in event.chunks)
+
+
+def latent_statistics(x: Tensor) -> dict[str, Tensor]:
+    """What tells the usual failures of a student from its latents ``[B, C, T, h, w]``, which have unit variance.
+
+    ``latent_rms`` and ``latent_max`` grow with over-saturation, ``drift`` (rms of the last frame over that of the
+    first) with errors that add up, and ``motion`` (mean absolute difference of neighbouring frames) falls when a
+    student freezes.
+    """
+    rms = x.square().mean(dim=(0, 1, 3, 4)).sqrt()  # [T]
+    moves = (x[:, :, 1:] - x[:, :, :-1]).abs()
+    return {
+        "latent_rms": x.square().mean().sqrt(),
+        "latent_max": x.abs().max(),
+        "drift": rms[-1] / rms[0].clamp_min(1e-8),
+        "motion": moves.mean() if moves.numel() else x.new_zeros(()),
+    }
+
+
+def _tapped_from(first_chunk: int, schedule: Iterator[Denoise]) -> Iterator[Denoise]:
+    """The same schedule, without gradient before ``first_chunk``."""
+    for event in schedule:
+        yield replace(event, tap=tuple(t and i >= first_chunk for i, t in zip(event.chunks, event.tap)))
+
+
+def _trainable_copy(teacher: Teacher) -> nn.Module:
+    transformer = getattr(teacher, "transformer", None)
+    if transformer is None:
+        raise ValueError(f"{type(teacher).__name__} has no transformer to start the fake score from; pass fake_score")
+    return copy.deepcopy(transformer).float().requires_grad_(True).train()
+

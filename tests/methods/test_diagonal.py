@@ -1,0 +1,204 @@
+"""Diagonal distillation: the flow term's gradient in closed form, and rollouts that end where streaming does."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from method_fakes import TINY_WAN, Ar1Student, ClipStudent, ScoreOf, ar1_teacher, noise, prompt_batch
+from torch import nn
+
+from streamvid.core.inject import dmd_gradient
+from streamvid.core.process import x0_from_v
+from streamvid.methods.diagonal import Config, Diagonal, Method, MotionFeature, frame_weights
+from streamvid.methods.matching import Decision
+from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.rollout.sampler import generate_latents
+from streamvid.rollout.schedule import StreamConfig, build_schedule, cost_of
+from streamvid.seeding import key_to_seed
+from streamvid.teachers.wan import WanTeacher
+
+FRAMES = 4
+ONE_STEP = StreamConfig(num_steps=1, chunk_frames=1)
+TABLE = ((1.0, 0.9, 0.8, 0.6), (1.0, 0.9, 0.6), (1.0, 0.6))
+DIAGONAL = StreamConfig(step_table=TABLE, chunk_frames=1, commit="reuse")
+KEYS = range(5)
+
+
+def gaussian_method(student, fake, stream=ONE_STEP, **config):
+    options = {"num_chunks": FRAMES, "guidance_scale": 1.0, **config}
+    return Diagonal(Config(**options), student, ar1_teacher(0.8, FRAMES), stream, (1, 1, 1), fake_score=fake)
+
+
+def student_gradient(method, turn="student"):
+    network = method.networks()[turn]
+    network.zero_grad(set_to_none=True)
+    loss, numbers = method.loss(turn, prompt_batch(method.teacher, KEYS), 0)
+    loss.backward()
+    return [p.grad.clone() for p in network.parameters() if p.grad is not None], numbers
+
+
+class Offset(nn.Module):
+    """The teacher as a fake score whose velocity is off by ``offset``, the same or other for each frame."""
+
+    def __init__(self, offset):
+        super().__init__()
+        self.teacher, self.offset = ar1_teacher(0.8, FRAMES), offset
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict=False):
+        return (self.teacher.predict(hidden_states, timestep / 1000, encoder_hidden_states) + self.offset,)
+
+
+def clip_student(seed=0):
+    return ClipStudent(noise(len(KEYS), 1, FRAMES, 1, 1, seed=seed))
+
+
+# The flow term ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["even", "growing"])
+def test_the_flow_gradient_is_the_transposed_difference_of_the_weighted_motion_gradient(kind):
+    """In the released code it is zero, for want of a graph."""
+    student, fake = clip_student(), ScoreOf(ar1_teacher(0.1, FRAMES))
+    (with_flow,), numbers = student_gradient(gaussian_method(student, fake, motion_weight=0.7, frame_weights=kind))
+    method = gaussian_method(student, fake, motion_weight=0.0)
+    (without,), _ = student_gradient(method)
+    (x_t, t), cond = fake.inputs[-1], prompt_batch(method.teacher, KEYS)["cond"]
+    moving = student.clip.detach().diff(dim=2)
+    fake_moves, real_moves = (x0_from_v(x_t, s.predict(x_t, t, cond), t).diff(dim=2) for s in (fake.teacher, method.teacher))
+    g = dmd_gradient(moving, fake_moves, real_moves) * frame_weights(kind, fake_moves - real_moves)[:, None, :, None, None]
+    g = 0.7 * g / g.numel()
+    expected = torch.cat([-g[:, :, :1], g[:, :, :-1] - g[:, :, 1:], g[:, :, -1:]], dim=2)
+    torch.testing.assert_close(with_flow - without, expected, rtol=1e-4, atol=1e-7)
+    assert expected.abs().max() > 0.01 and numbers["flow"] > 0
+
+
+def test_an_offset_that_is_the_same_in_all_frames_is_no_motion():
+    torch.manual_seed(0)
+    steady, moving = torch.full((1, 1, 1, 1, 1), 0.5), 0.5 * noise(1, 1, FRAMES, 1, 1)
+    for offset, alike in ((steady, True), (moving, False)):
+        (with_flow,), _ = student_gradient(gaussian_method(clip_student(), Offset(offset), motion_weight=1.0))
+        (without,), _ = student_gradient(gaussian_method(clip_student(), Offset(offset), motion_weight=0.0))
+        assert torch.allclose(with_flow, without, atol=1e-5) is alike
+        assert without.abs().max() > 1e-3
+
+
+def test_equal_scores_leave_the_student_exactly_where_it_is():
+    (grad,), _ = student_gradient(gaussian_method(clip_student(), ScoreOf(ar1_teacher(0.8, FRAMES)), motion_weight=1.0))
+    assert (grad == 0).all()
+
+
+def test_growing_weights_have_mean_one_and_grow():
+    weights = frame_weights("growing", noise(3, 2, 6, 4, 4))
+    torch.testing.assert_close(weights.mean(1), torch.ones(3))
+    assert (weights.diff(dim=1) > 0).all()
+    assert (frame_weights("even", noise(3, 2, 6, 4, 4)) == 1).all()
+
+
+# The learned feature ------------------------------------------------------------------------------------
+
+
+def test_a_learned_feature_begins_as_the_difference():
+    fake = ScoreOf(ar1_teacher(0.1, FRAMES))
+    grads = [student_gradient(gaussian_method(clip_student(), fake, motion=motion))[0][0] for motion in ("difference", "learned")]
+    torch.testing.assert_close(*grads)
+
+
+def test_the_feature_learns_to_tell_motion_from_noise_and_nothing_else_learns_with_it():
+    student, fake = clip_student(), ScoreOf(ar1_teacher(0.8, FRAMES))
+    method = gaussian_method(student, fake, motion="learned")
+    assert method.turns(4) == ("fake_score", "motion", "student")
+    optimizer = torch.optim.Adam(method.motion.parameters(), 3e-3)
+    losses = []
+    for step in range(60):
+        loss, _ = method.loss("motion", prompt_batch(method.teacher, KEYS), step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert student.clip.grad is None and fake.weight.grad is None
+
+
+def test_the_feature_keeps_the_shape_of_what_moves():
+    moving = noise(2, 3, 5, 4, 6)
+    feature = MotionFeature(3)
+    assert torch.equal(feature(moving), moving) and feature.predict(moving).shape == moving.shape
+
+
+# Diagonal denoising and forcing -------------------------------------------------------------------------
+
+
+def test_a_clip_takes_seventeen_forwards_where_four_steps_and_clean_context_take_thirty_five():
+    published = StreamConfig(step_table=TABLE, chunk_frames=3, commit="reuse")
+    cost = cost_of(build_schedule(published, 7), 3, "reuse", commit_last=True)
+    assert (cost.nfe, cost.commits) == (17, 0)
+    clean = cost_of(build_schedule(StreamConfig(num_steps=4, chunk_frames=3), 7), 3, "clean", commit_last=True)
+    assert clean.nfe + clean.commits == 35
+
+
+class CountsSteps(Ar1Student):
+    """Which has to tell the rollout its keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = []
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, cache, return_kv=False):
+        self.times.append((len(cache), round(float(timestep[0]) / 1000, 3)))
+        output = super().forward(hidden_states, timestep, encoder_hidden_states, cache)
+        output.kv = hidden_states.detach()
+        return output
+
+    def new_cache(self, batch_size, height, width, **policy):
+        return []
+
+
+@pytest.mark.parametrize("place, last", [(0.0, (0, 0, 0)), (0.5, (2, 1, 1)), (0.3, (1, 0, 0)), (0.99, (3, 2, 1))])
+def test_all_chunks_end_at_the_same_fraction_of_their_lists(place, last):
+    student = CountsSteps()
+    method = gaussian_method(student, ScoreOf(ar1_teacher(0.8, FRAMES)), DIAGONAL)
+    method._roll_out(prompt_batch(method.teacher, KEYS), DIAGONAL, Decision(0, place, 0))
+    steps = [(chunk, t) for chunk in range(FRAMES) for t in TABLE[min(chunk, 2)][: last[min(chunk, 2)] + 1]]
+    assert student.times == steps
+
+
+def wan_method(**config):
+    torch.manual_seed(0)
+    teacher = WanTeacher(WanTransformer3DModel(**TINY_WAN), None, shift=5.0)
+    teacher.uncond = noise(5, 8)
+    stream = StreamConfig(step_table=TABLE, chunk_frames=2, window_frames=4, sink_frames=1, commit="reuse")
+    method = Diagonal(Config(num_chunks=3, **config), CausalWanTransformer3DModel(**TINY_WAN), teacher, stream, (4, 4, 4))
+    return method, {"cond": noise(2, 5, 8, seed=1), "keys": [7, 8]}
+
+
+@pytest.mark.parametrize("motion", ["difference", "learned"])
+def test_a_causal_wan_gets_a_finite_gradient_in_each_turn(motion):
+    method, batch = wan_method(motion=motion)
+    for turn in method.turns(4):
+        loss, numbers = method.loss(turn, batch, 0)
+        loss.backward()
+        grads = [p.grad for p in method.networks()[turn].parameters()]
+        assert all(g is not None and g.isfinite().all() for g in grads) and any(g.any() for g in grads)
+
+
+def test_training_rolls_out_what_will_be_streamed():
+    method, batch = wan_method(exit="last")
+    with torch.no_grad():
+        x = method._roll_out(batch, method.stream, method.decide("student", 0))
+    seeds = [key_to_seed(0, "student", key) for key in batch["keys"]]
+    streamed = generate_latents(method.student, batch["cond"], method.stream, seeds=seeds, latent_shape=(4, 4, 4), num_chunks=3)
+    assert torch.equal(x, streamed)
+
+
+# Errors -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [{"motion_weight": -1.0}, {"motion": "flow"}, {"frame_weights": "late"}, {"num_chunks": 0}])
+def test_a_wrong_setting_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Config(**wrong)
+
+
+def test_a_clip_of_one_frame_is_refused():
+    with pytest.raises(ValueError, match="have no motion"):
+        gaussian_method(Ar1Student(), ScoreOf(ar1_teacher(0.8, 1)), num_chunks=1)
+    assert Method is Diagonal
