@@ -26,7 +26,7 @@ from streamvid.toy2d.targets import COVERAGE, TARGETS, Target
 class Effort:
     """How long a run is."""
 
-    student_updates: int = 1000
+    student_updates: int = 1000  # times the preset's ``LENGTHS``
     batch_size: int = 512
     start_steps: int = 3000  # of the network that every run begins with
     num_sets: int = 9  # sets of points that are compared
@@ -34,6 +34,14 @@ class Effort:
 
 
 QUICK = Effort(student_updates=3, batch_size=32, start_steps=3, num_sets=1)
+
+
+LENGTHS = {
+    **dict.fromkeys(("lcm", "slam", "boot", "tcd"), 4),
+    **dict.fromkeys(("snoopi", "few_step_sid", "ctm", "nitrofusion"), 3),
+    **dict.fromkeys(("dmd2", "uni_dad", "flash_dmd", "sid", "tdm", "twinflow", "ladd", "scott", "add", "dmdx", "afd"), 2),
+}  # fmt: skip
+"""Presets that take more updates than ``Effort`` says: of cheap ones many, of several steps each gets a part of all."""
 
 
 def pretrain(target: Target, effort: Effort, seed: int = 0) -> PointNet:
@@ -66,8 +74,11 @@ def load_start(target: Target, effort: Effort, folder: Path) -> PointNet:
     return net.requires_grad_(False)
 
 
-def distil(preset: Preset, target: Target, start: PointNet, effort: Effort, seed: int = 0) -> Laboratory:
-    """Train; the laboratory's student afterwards is the average of its last weights."""
+def distil(
+    preset: Preset, target: Target, start: PointNet, effort: Effort, seed: int = 0, updates: int | None = None
+) -> Laboratory:
+    """Train for so many updates of the student, by default the effort's; it is then the average of its last weights."""
+    updates = effort.student_updates if updates is None else updates
     torch.manual_seed(seed)
     lab, rng = Laboratory(target, start, preset), torch.Generator().manual_seed(seed + 1)
     bank = _bank(target, effort, seed + 2)
@@ -78,8 +89,8 @@ def distil(preset: Preset, target: Target, start: PointNet, effort: Effort, seed
         name: torch.optim.Adam(lab.parameters(name), rates[name], betas=betas) for name in [*phases, "student"]
     }
     final = [p.detach().clone() for p in lab.student_parameters()]
-    for step in range(effort.student_updates):
-        progress = step / effort.student_updates
+    for step in range(updates):
+        progress = step / updates
         for phase in [p for p in phases for _ in range(preset.critic_updates if p == "critic" else 1)] + ["student"]:
             ctx = _context(lab, preset, target, effort, rng, bank, progress)
             optimizers[phase].param_groups[0]["lr"] = rates[phase] * min(1.0, 2 * (1 - progress), 0.05 + progress / 0.05)
@@ -171,13 +182,14 @@ def measure(points: Tensor, target: Target, effort: Effort) -> dict[str, float]:
 def run(name: str, preset: Preset, target: Target, start: PointNet, effort: Effort, seed: int = 0) -> dict[str, Any]:
     """Distil, sample and measure; some points go with the result, for the picture."""
     began = time.perf_counter()
-    lab = distil(preset, target, start, effort, seed)
+    updates = effort.student_updates * LENGTHS.get(name, 1)
+    lab = distil(preset, target, start, effort, seed, updates)
     seconds = time.perf_counter() - began
     cond, _ = reference(target, effort)
     points = sample(lab.student, cond, preset.steps, preset.sampler, torch.Generator().manual_seed(seed + 7))
     return {
         "preset": name, "target": target.name, "seed": seed, "steps": preset.steps, "seconds": seconds,
-        "networks": 1 + sum(loss is not None for loss in (preset.critic, preset.disc)), **measure(points, target, effort),
+        "updates": updates, "networks": 1 + sum(loss is not None for loss in (preset.critic, preset.disc)), **measure(points, target, effort),
         "points": points[:600].flatten(1).tolist(),
     }  # fmt: skip
 
@@ -190,7 +202,7 @@ def baselines(target: Target, effort: Effort, folder: Path) -> list[dict[str, An
     for label, steps in (("start", 1), ("start", 4), ("teacher", 4), ("teacher", 50)):
         points = sample(networks[label], cond, steps, "euler", torch.Generator().manual_seed(7))
         rows.append({
-            "preset": f"{label}, {steps} steps", "target": target.name, "seed": 0, "steps": steps, "seconds": 0.0, "networks": 1,
+            "preset": f"{label}, {steps} steps", "target": target.name, "seed": 0, "steps": steps, "seconds": 0.0, "updates": 0, "networks": 1,
             **measure(points, target, effort), "points": points[:600].flatten(1).tolist(),
         })  # fmt: skip
     return rows

@@ -17,6 +17,7 @@ from streamvid.presets.preset import Preset
 from streamvid.toy2d.targets import TARGETS
 
 BAR = 2.0  # a complete objective reaches this multiple of the floor on two of the three targets
+LOST = 1000.0  # times the floor: more is no distribution any more
 PANEL = 132  # pixels
 SPAN = 3.2  # of the plane, from the middle of a panel to its edge
 
@@ -24,7 +25,8 @@ SPAN = 3.2  # of the plane, from the middle of a panel to its edge
 def table(results: Sequence[dict[str, Any]], presets: dict[str, Preset], notes: dict[str, str]) -> str:
     """A Markdown row a preset: ratio to the floor on each target (mean over seeds, and half the spread), and what it costs."""
     names = list(dict.fromkeys(result["preset"] for result in results))
-    lines = [["preset", "paper", "steps", *TARGETS, "modes of 8", "from 3 of 8", "networks", "s a run", "within 2x", "note"]]
+    lines = [["preset", "paper", "steps", *TARGETS, "modes of 8", "from 3 of 8", "networks", "updates", "s a run", "within 2x",
+              "note"]]  # fmt: skip
     for name in names:
         own = [result for result in results if result["preset"] == name]
         ratios = {target: [r["ratio"] for r in own if r["target"] == target] for target in TARGETS}
@@ -36,7 +38,7 @@ def table(results: Sequence[dict[str, Any]], presets: dict[str, Preset], notes: 
         lines.append([
             name, preset.paper if preset else "-", str(own[0]["steps"]),
             *(_mean_and_half_spread(values) for values in ratios.values()),
-            *(" ".join(map(str, each)) or "-" for each in modes), str(own[0]["networks"]),
+            *(" ".join(map(str, each)) or "-" for each in modes), str(own[0]["networks"]), str(own[0]["updates"]),
             f"{statistics.mean(r['seconds'] for r in own):.0f}", f"{reached} of {sum(map(bool, ratios.values()))}", role + note,
         ])  # fmt: skip
     return markdown(lines)
@@ -46,6 +48,8 @@ def _mean_and_half_spread(values: Sequence[float]) -> str:
     if not values:
         return "-"
     mean = statistics.mean(values)
+    if mean > LOST:
+        return "diverges"
     return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ±{(max(values) - min(values)) / 2:.2f}"
 
 
