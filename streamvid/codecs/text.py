@@ -1,8 +1,11 @@
-"""Prompts to embeddings, exactly as diffusers' WanPipeline makes them, with a cache on disk.
+"""Prompts to embeddings, exactly as diffusers' pipelines make them, with a cache on disk.
 
-A folder holds ``text_encoder/`` (a ``transformers.UMT5EncoderModel``) and ``tokenizer/``, the layout of every
-Wan checkpoint. A prompt is cleaned, tokenised to ``max_length`` tokens, encoded, cut at its attention mask and
-padded with zeros; no mask is passed on, as Wan's own pipeline passes none.
+A folder holds ``text_encoder/`` and ``tokenizer/``, the layout of every diffusers checkpoint. What kind of encoder it is
+says how its pipeline encodes, see ``RECIPES``. Wan cleans a prompt, tokenises it to 512 tokens, encodes it, cuts the
+result at its attention mask and pads it with zeros; no mask is passed on, as Wan's own pipeline passes none.
+
+An encoder can be larger than the model that it serves (UMT5-XXL is 11 GB in bf16). It is loaded when the first prompt
+that is not in the cache comes, and can be dropped with ``release`` when all prompts are encoded.
 """
 
 from __future__ import annotations
@@ -10,16 +13,37 @@ from __future__ import annotations
 import hashlib
 import html
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import torch
-from safetensors.torch import load_file, save_file
+import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from streamvid.files import atomic_file
+from streamvid.weights import check_weights, load_strictly, read_json, read_tensors
 
-WAN_MAX_LENGTH = 512
+SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a weight file, for its fingerprint
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a pipeline encodes with a kind of text encoder."""
+
+    encoder_class: str  # of transformers
+    max_length: int  # tokens that a prompt is padded or cut to
+    cleaned: bool  # whether prompts pass `clean_prompt`
+    masked: bool  # whether padding is hidden from the encoder, and zero after it
+
+
+RECIPES = {
+    "umt5": Recipe("UMT5EncoderModel", max_length=512, cleaned=True, masked=True),  # WanPipeline
+    "t5": Recipe("T5EncoderModel", max_length=226, cleaned=False, masked=False),  # CogVideoXPipeline
+}
+"""By ``model_type`` in the encoder's ``config.json``."""
 
 
 def clean_prompt(text: str) -> str:
@@ -28,78 +52,162 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", unescaped).strip()
 
 
+class EncoderFolder:
+    """A text encoder on disk: checked when it is named, loaded when it is needed.
+
+    Args:
+        folder: ``text_encoder/`` of a checkpoint.
+        dtype: to compute in, whatever the file has.
+        device: to compute on.
+
+    Raises:
+        ValueError: if a file of it is missing or ends early, or it is of a kind without a recipe.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None):
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json; expected a diffusers folder with {folder.name}/")
+        self.folder, self.dtype, self.device = folder, dtype, device
+        config = read_json(folder / "config.json")
+        self.recipe = _recipe(config.get("model_type"), folder)
+        if type(config.get("d_model")) is not int:
+            raise ValueError(f"{folder / 'config.json'} has no width d_model; copy the checkpoint again")
+        self.embedding_dim: int = config["d_model"]
+        check_weights(folder)
+
+    def load(self) -> nn.Module:
+        """The encoder, every weight of it."""
+        import transformers
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # it would draw a bar for 32 small tensors
+        return load_strictly(getattr(transformers, self.recipe.encoder_class), self.folder, self.dtype).to(self.device)
+
+    def fingerprint(self) -> str:
+        """Names the weights without reading all of them: blocks spread over each file, its header among them."""
+        digest = hashlib.blake2b(f"{self.dtype}".encode(), digest_size=16)
+        for path in [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for block in range(SAMPLED_BLOCKS):
+                    file.seek(max(0, size - BLOCK_BYTES) * block // (SAMPLED_BLOCKS - 1))
+                    digest.update(file.read(BLOCK_BYTES))
+        return digest.hexdigest()
+
+
 class PromptEncoder:
-    """Encodes prompts; embeddings are kept in memory and, with ``cache_dir``, on disk.
+    """Encodes prompts, each once; embeddings are kept in memory or, with ``cache_dir``, on disk.
 
     Args:
         tokenizer: of the checkpoint.
-        text_encoder: a frozen ``UMT5EncoderModel``.
-        max_length: tokens a prompt is padded or cut to; None takes the tokenizer's own limit, at most 512.
-        cache_dir: a folder for embeddings, one safetensors file a prompt; None keeps them in memory only.
+        text_encoder: a ``UMT5EncoderModel`` or ``T5EncoderModel``, frozen in place; or its folder, loaded when needed.
+        max_length: tokens a prompt is padded or cut to; None takes the tokenizer's own limit, at most the recipe's.
+        cache_dir: a folder for embeddings, one safetensors file a prompt, read whenever it is asked for; None keeps them
+            in memory.
     """
 
-    def __init__(self, tokenizer, text_encoder: nn.Module, max_length: int | None = None, cache_dir: str | Path | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        text_encoder: nn.Module | EncoderFolder,
+        max_length: int | None = None,
+        cache_dir: str | Path | None = None,
+    ):
         self.tokenizer = tokenizer
-        self.text_encoder = text_encoder.requires_grad_(False).eval()
-        self.max_length = max_length or min(tokenizer.model_max_length, WAN_MAX_LENGTH)
+        if isinstance(text_encoder, EncoderFolder):
+            self._source, self._encoder = text_encoder, None
+            self.recipe, self.embedding_dim = text_encoder.recipe, text_encoder.embedding_dim
+        else:
+            self._source, self._encoder = None, text_encoder.requires_grad_(False).eval()
+            self.recipe = _recipe(text_encoder.config.model_type, type(text_encoder).__name__)
+            self.embedding_dim = text_encoder.config.d_model
+        self.max_length = max_length or min(tokenizer.model_max_length, self.recipe.max_length)
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
         self._memory: dict[str, Tensor] = {}
         self._fingerprint: str | None = None
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **options) -> PromptEncoder:
-        """Open ``path/text_encoder`` and ``path/tokenizer``.
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        max_length: int | None = None,
+        cache_dir: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> PromptEncoder:
+        """Open ``path/text_encoder`` and ``path/tokenizer``; the weights are checked now and loaded with the first prompt.
+
+        Args:
+            dtype: that the encoder computes in. diffusers' pipelines compute in the one they are opened with, mostly bf16.
+            device: that it computes on.
 
         Raises:
             ValueError: if one of them is missing or damaged.
         """
-        from transformers import AutoTokenizer, UMT5EncoderModel
-        from transformers.utils import logging
+        from transformers import AutoTokenizer
 
         for part in ("text_encoder", "tokenizer"):
             if not (Path(path) / part).is_dir():
-                raise ValueError(f"{path} has no folder {part}/; expected a Wan checkpoint in the diffusers layout")
-        logging.disable_progress_bar()  # it would draw a bar for 32 small tensors
+                raise ValueError(f"{path} has no folder {part}/; expected a checkpoint in the diffusers layout")
+        source = EncoderFolder(Path(path) / "text_encoder", dtype, device)
         try:
-            text_encoder = UMT5EncoderModel.from_pretrained(Path(path) / "text_encoder")
-            tokenizer = AutoTokenizer.from_pretrained(Path(path) / "tokenizer")
+            tokenizer = AutoTokenizer.from_pretrained(Path(path) / "tokenizer", local_files_only=True)
         except Exception as error:  # transformers raises many kinds for a damaged folder
-            raise ValueError(f"cannot load the text encoder of {path}: {str(error).splitlines()[0]}") from error
-        return cls(tokenizer, text_encoder, **options)
+            raise ValueError(f"cannot load the tokenizer of {path}: {' '.join(str(error).split())[:300]}") from error
+        return cls(tokenizer, source, max_length, cache_dir)
 
     @property
-    def embedding_dim(self) -> int:
-        return self.text_encoder.config.d_model
+    def text_encoder(self) -> nn.Module:
+        """The encoder; loads it if it is not."""
+        if self._encoder is None:
+            self._encoder = self._source.load().requires_grad_(False).eval()
+        return self._encoder
+
+    def release(self) -> None:
+        """Drop an encoder that can be loaded again; what is in the cache stays."""
+        if self._source is not None:
+            self._encoder = None
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Embeddings ``[B, max_length, D]`` in float32 on the CPU; the same prompt always gives the same bits."""
-        missing = [p for p in dict.fromkeys(prompts) if p not in self._memory]
-        for prompt in missing:
-            self._memory[prompt] = self._load(prompt)
-        return torch.stack([self._memory[prompt] for prompt in prompts])
+        padded = [F.pad(e, (0, 0, 0, self.max_length - len(e))) for e in map(self._load, prompts)]
+        return torch.stack(padded)
+
+    def prepare(self, prompts: list[str]) -> None:
+        """Encode what is not encoded yet, and hold no more of it in memory than ``encode`` will."""
+        for prompt in dict.fromkeys(prompts):
+            self._load(prompt)
 
     def _load(self, prompt: str) -> Tensor:
+        """``[L, D]`` without the zeros behind it, mostly a tenth of the padded size; from memory or the disk if it is there."""
         path = self._cache_path(prompt)
+        if prompt in self._memory:
+            return self._memory[prompt]
         if path is not None and path.exists():
-            return load_file(path)["embedding"]
+            return read_tensors(path)["embedding"]
         embedding = self._compute(prompt)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(path) as temporary:
-                save_file({"embedding": embedding}, temporary)
+        if path is None:
+            self._memory[prompt] = embedding
+            return embedding
+        with atomic_file(path) as temporary:
+            save_file({"embedding": embedding}, temporary)
         return embedding
 
     @torch.no_grad()
     def _compute(self, prompt: str) -> Tensor:
-        """One prompt at a time, so that an embedding does not depend on the batch it came in: ``[L, D]``."""
+        """One prompt at a time, so that an embedding does not depend on the batch it came in."""
+        text = clean_prompt(prompt) if self.recipe.cleaned else prompt
         tokens = self.tokenizer(
-            [clean_prompt(prompt)], padding="max_length", max_length=self.max_length, truncation=True,
+            [text], padding="max_length", max_length=self.max_length, truncation=True,
             return_attention_mask=True, return_tensors="pt",
         )
         device = next(self.text_encoder.parameters()).device
-        hidden = self.text_encoder(tokens.input_ids.to(device), tokens.attention_mask.to(device)).last_hidden_state
-        mask = tokens.attention_mask[0, :, None].to(hidden)
-        return (hidden[0] * mask).float().cpu().contiguous()
+        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
+        if not self.recipe.masked:
+            return self.text_encoder(ids).last_hidden_state[0].float().cpu().contiguous()
+        hidden = self.text_encoder(ids, mask).last_hidden_state[0]
+        return hidden[: int(mask.sum())].float().cpu().contiguous()
 
     def _cache_path(self, prompt: str) -> Path | None:
         if self.cache_dir is None:
@@ -110,8 +218,22 @@ class PromptEncoder:
     def _encoder_fingerprint(self) -> str:
         """Names the encoder, its sizes and the token limit, so that a cache can't serve another encoder."""
         if self._fingerprint is None:
-            digest = hashlib.blake2b(f"{self.max_length}".encode(), digest_size=16)
-            for name, parameter in self.text_encoder.named_parameters():
-                digest.update(f"{name}{tuple(parameter.shape)}{parameter.detach().double().sum().item():.12e}".encode())
-            self._fingerprint = digest.hexdigest()
+            weights = self._source.fingerprint() if self._source is not None else _parameter_fingerprint(self._encoder)
+            self._fingerprint = f"{self.max_length} {weights}"
         return self._fingerprint
+
+
+def _recipe(model_type: str | None, named: Path | str) -> Recipe:
+    """The recipe of a kind of encoder; a ValueError of one line if there is none."""
+    if model_type not in RECIPES:
+        raise ValueError(f"{named} is a text encoder of the kind {model_type}; expected one of {', '.join(RECIPES)}")
+    return RECIPES[model_type]
+
+
+def _parameter_fingerprint(encoder: nn.Module) -> str:
+    """Names an encoder that is in memory, by its parameters' shapes and sums."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in encoder.named_parameters():
+        total = parameter.detach().double().sum().item()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{total:.12e}".encode())
+    return digest.hexdigest()

@@ -220,8 +220,8 @@ def vp_clock(alpha_bar: Sequence[float]) -> Clock:
             two steps the network's time is interpolated in t; beyond the ends it is held.
     """
     table = torch.as_tensor(alpha_bar, dtype=torch.float64)
-    ratio = ((1 - table) / table).sqrt()
-    times = ratio / (1 + ratio)  # of the steps, rising
+    alpha, sigma = table.sqrt(), (1 - table).sqrt()
+    times = sigma / (alpha + sigma)  # of the steps, rising; 1 where the schedule ends in pure noise
 
     def clock(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grid = times.to(t.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -55,21 +55,19 @@ class PromptBatches:
     """Batches of prompts, stateless: the same arguments always give the same batch.
 
     Args:
-        embeddings: ``[N, L, D]``.
-        prompts: the N texts.
+        encode: texts to embeddings ``[B, L, D]``, such as ``PromptEncoder.encode``. It is asked for the prompts of a batch only:
+            ten thousand of Wan's, padded, are 80 GB.
+        prompts: the texts.
         seed: of the choice of prompts.
 
     Raises:
-        ValueError: if there are none, or not as many embeddings as prompts.
+        ValueError: if there are none.
     """
 
-    def __init__(self, embeddings: Tensor, prompts: Sequence[str], seed: int):
-        if embeddings.ndim != 3 or not len(prompts) or len(embeddings) != len(prompts):
-            raise ValueError(
-                f"embeddings of shape {tuple(embeddings.shape)} for {len(prompts)} prompts; expected [N, L, D] "
-                "with one embedding a prompt, and at least one"
-            )
-        self.embeddings = embeddings
+    def __init__(self, encode: Callable[[list[str]], Tensor], prompts: Sequence[str], seed: int):
+        if not len(prompts):
+            raise ValueError("there are no prompts, expected at least one")
+        self.encode = encode
         self.prompts = list(prompts)
         self.seed = seed
 
@@ -80,8 +78,5 @@ class PromptBatches:
         """Samples ``indices`` of the joint batch: cond ``[B, L, D]`` (float32), prompts, ``keys``, a seed a sample."""
         keys = [key_to_seed(self.seed, "prompt", step, turn, micro, index) for index in indices]
         rows = [int(torch.randint(len(self), (), generator=keyed_generator("row", key))) for key in keys]
-        return {
-            "cond": self.embeddings[rows].float(),
-            "prompts": [self.prompts[row] for row in rows],
-            "keys": keys,
-        }
+        prompts = [self.prompts[row] for row in rows]
+        return {"cond": self.encode(prompts).float(), "prompts": prompts, "keys": keys}

@@ -6,11 +6,33 @@ with ``provides`` what it can give; a method tells with ``needs`` what it asks f
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from streamvid.codecs.text import PromptEncoder
 from streamvid.core.guidance import guide
+from streamvid.weights import read_json
+
+
+@dataclass(frozen=True)
+class VideoCond:
+    """A prompt with the first frame of the clip, what an image-to-video teacher is conditioned on."""
+
+    embeds: Tensor
+    """Of the prompts, ``[B, L, D]``."""
+    first_frame: Tensor
+    """Latents of the first frame, ``[B, C, 1, h, w]`` or, where the family says so, with what follows it."""
+    image_embeds: Tensor | None = None
+    """Of the first frame, ``[B, tokens, D']``, for a family that looks at it through an image encoder."""
+
+    def rows(self, index: Tensor) -> VideoCond:
+        """A part of the batch."""
+        image = None if self.image_embeds is None else self.image_embeds[index]
+        return VideoCond(self.embeds[index], self.first_frame[index], image)
 
 
 class Teacher(Protocol):
@@ -21,21 +43,23 @@ class Teacher(Protocol):
     uncond: Tensor | None
     """Embedding ``[L, D]`` of the negative prompt; None if none could be made."""
 
-    def predict(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, cond: Tensor | VideoCond) -> Tensor:
         """The velocity at ``x_t [B, C, T, h, w]``.
 
         Args:
             x_t: noisy latents.
             t: noise levels in [0, 1], ``[B]`` or ``[B, T]``.
-            cond: prompt embeddings ``[B, L, D]``.
+            cond: prompt embeddings ``[B, L, D]``; with the first frame for an image-to-video teacher.
         """
 
     def encode_prompt(self, prompts: list[str]) -> Tensor:
         """Embeddings ``[B, L, D]``."""
 
 
-def predict_guided(teacher: Teacher, x_t: Tensor, t: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
+def predict_guided(teacher: Teacher, x_t: Tensor, t: Tensor, cond: Tensor | VideoCond, guidance_scale: float) -> Tensor:
     """The teacher's velocity under guidance, see ``core.guidance``; a scale of 1 runs no second pass.
+
+    A first frame is known with and without the prompt.
 
     Raises:
         ValueError: if guidance is asked of a teacher without ``uncond``.
@@ -45,8 +69,10 @@ def predict_guided(teacher: Teacher, x_t: Tensor, t: Tensor, cond: Tensor, guida
         return velocity
     if teacher.uncond is None:
         raise ValueError(f"guidance_scale={guidance_scale} needs the teacher's uncond embedding, which is not there")
-    uncond = teacher.uncond.to(cond).expand(len(cond), -1, -1)
-    return guide(velocity, teacher.predict(x_t, t, uncond), guidance_scale)
+    embeds = cond.embeds if isinstance(cond, VideoCond) else cond
+    uncond = teacher.uncond.to(embeds).expand(len(embeds), -1, -1)
+    without = replace(cond, embeds=uncond) if isinstance(cond, VideoCond) else uncond
+    return guide(velocity, teacher.predict(x_t, t, without), guidance_scale)
 
 
 def check_needs(method: Any, teacher: Any) -> None:
@@ -63,3 +89,56 @@ def check_needs(method: Any, teacher: Any) -> None:
         f"the method {names[0]} needs {' and '.join(missing)} of its teacher, but {names[1]} provides only "
         f"{', '.join(sorted(teacher.provides)) or 'nothing'}; choose another teacher or another method"
     )
+
+
+# ---- opening a checkpoint -----------------------------------------------------------------------------
+
+
+def transformer_class(path: Path) -> str:
+    """The class of ``path/transformer``, which tells the families apart.
+
+    Raises:
+        ValueError: if there is no such folder, or it does not say.
+    """
+    if not path.is_dir():
+        raise ValueError(f"no teacher folder at {path}; expected a checkpoint in the diffusers layout")
+    file = path / "transformer" / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path} has no transformer/config.json; expected a checkpoint in the diffusers layout")
+    name = read_json(file).get("_class_name")
+    if not isinstance(name, str):
+        raise ValueError(f"{file} has no _class_name; expected a checkpoint in the diffusers layout")
+    return name
+
+
+def check_family(path: Path, class_name: str) -> None:
+    """A ValueError unless the folder holds a transformer of that class."""
+    found = transformer_class(path)
+    if found != class_name:
+        raise ValueError(f"{path} is of another family: its transformer is a {found}, expected a {class_name}")
+
+
+def open_prompts(
+    path: Path,
+    text_dim: int,
+    cache_dir: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> PromptEncoder:
+    """The prompt encoder of a checkpoint, whose embeddings have the width that its transformer takes.
+
+    Raises:
+        ValueError: if it is missing or damaged, or makes embeddings of another width.
+    """
+    encoder = PromptEncoder.from_pretrained(path, cache_dir=cache_dir, dtype=dtype, device=device)
+    check_width(path, encoder, text_dim)
+    return encoder
+
+
+def check_width(path: str | Path, encoder: PromptEncoder, text_dim: int) -> None:
+    """A ValueError unless the embeddings of a text encoder have the width that the transformer of ``path`` takes."""
+    if encoder.embedding_dim != text_dim:
+        raise ValueError(
+            f"{path}: the text encoder makes embeddings of {encoder.embedding_dim} numbers, the transformer takes "
+            f"{text_dim}; they are from different checkpoints"
+        )

@@ -11,16 +11,18 @@ import importlib
 import inspect
 import pkgutil
 from contextlib import nullcontext
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 import streamvid.methods
 from streamvid.codecs.load import open_codec
 from streamvid.codecs.text import PromptEncoder
 from streamvid.config import build_config, read_config
+from streamvid.data.clips import ClipFormat
 from streamvid.data.latents import LatentClips, WorldSet, world_clips, write_latents
 from streamvid.data.prompts import PromptBatches, read_prompts, world_prompts
 from streamvid.data.trajectories import Trajectories
@@ -28,9 +30,12 @@ from streamvid.files import atomic_folder
 from streamvid.methods.base import BatchSource, Method
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import StreamConfig
-from streamvid.serving.student import ASSETS, TINY_TEACHER, load_transformer, save_student
-from streamvid.teachers.base import check_needs
-from streamvid.teachers.wan import WanTeacher, load_wan_transformer
+from streamvid.seeding import key_to_seed
+from streamvid.serving.student import ASSETS, COMPONENTS, TINY_TEACHER, load_transformer, save_student
+from streamvid.teachers.base import Teacher, check_needs, check_width
+from streamvid.teachers.clip_folder import ClipFolder, encode_clips
+from streamvid.teachers.load import open_teacher, resolve_checkpoint
+from streamvid.teachers.wan import load_wan_transformer
 from streamvid.training.trainer import TrainConfig, Trainer
 
 
@@ -61,20 +66,26 @@ class StudentConfig:
 class TeacherConfig:
     """The teacher, loaded by methods that ask for its score."""
 
-    path: str = str(TINY_TEACHER)
+    path: str = str(TINY_TEACHER)  # a folder, or a name on the hub; `components` has the same text encoder
     negative_prompt: str = ""
+    dtype: Literal["float32", "bf16"] = "float32"  # of its weights, which are frozen
+    offload: bool = False  # of two experts by noise level, keep the idle one on the CPU
 
 
 @dataclass
 class DataConfig:
     """What the batches come from."""
 
-    kind: Literal["world", "latents", "trajectories", "prompts"] = "prompts"
+    kind: Literal["world", "clips", "latents", "trajectories", "prompts"] = "prompts"
     """world: clips of the verifiable world, rendered and encoded into `path` if that is not there yet;
+    clips: captioned clips in the folder `path`, a black-box teacher's, encoded into `cache_dir`;
     latents: the latent set `path`; trajectories: the teacher's, of tools/make_trajectories.py; prompts only."""
     path: str | None = None
     """A file of the kind; with `prompts`, a text file with a prompt a line, null for captions of the world."""
     world: WorldSet = field(default_factory=WorldSet)
+    clips: ClipFormat = field(default_factory=ClipFormat)
+    cache_dir: str = ".cache"
+    """Where encoded clips of a folder are kept; changed clips, captions, sizes or codecs are encoded anew."""
     num_prompts: int = 1000
     """Captions of the world to take, with kind `prompts` and no path."""
     latent_frames: int | None = None
@@ -96,12 +107,13 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     components: str = str(TINY_TEACHER)  # the folder whose text_encoder/, tokenizer/ and vae/ are used
+    prompt_cache: str | None = None  # a folder for prompt embeddings; null keeps them in memory, for small encoders
     latent_size: tuple[int, int] = (8, 8)  # height and width of a latent frame, for methods that roll out
 
 
 def method_names() -> list[str]:
-    """The methods that exist: every file of streamvid/methods but base.py."""
-    return sorted(m.name for m in pkgutil.iter_modules(streamvid.methods.__path__) if m.name != "base")
+    """The methods that exist: every file of streamvid/methods but what they share."""
+    return sorted(m.name for m in pkgutil.iter_modules(streamvid.methods.__path__) if m.name not in ("base", "matching"))
 
 
 def load_run(path: str | Path | None, overrides: list[str]) -> RunConfig:
@@ -140,7 +152,8 @@ def build_source(config: RunConfig, prompts: PromptEncoder) -> BatchSource:
     data, seed = config.data, config.train.seed
     if data.kind == "prompts":
         texts = read_prompts(data.path) if data.path else world_prompts(data.num_prompts)
-        return PromptBatches(prompts.encode(texts), texts, seed)
+        prompts.prepare(texts)
+        return PromptBatches(prompts.encode, texts, seed)
     if data.path is None:
         raise ValueError(f"data.kind={data.kind} needs data.path, the file to read or to make")
     if data.kind == "trajectories":
@@ -149,7 +162,21 @@ def build_source(config: RunConfig, prompts: PromptEncoder) -> BatchSource:
         codec = open_codec(config.components)
         clips = world_clips(data.world)
         write_latents(data.path, clips, data.world.num_clips, codec.encode_frames, prompts.encode)
-    return LatentClips(data.path, seed, data.latent_frames, data.window_stride, data.first_share)
+    path = encoded_folder(config, prompts) if data.kind == "clips" else data.path
+    return LatentClips(path, seed, data.latent_frames, data.window_stride, data.first_share)
+
+
+def encoded_folder(config: RunConfig, prompts: PromptEncoder) -> Path:
+    """The latent set of a folder of clips, made if it is not there; its name tells clips and codec apart from others."""
+    data, home = config.data, Path(config.components)
+    teacher = ClipFolder(data.path, data.clips)
+    files = [file for part in COMPONENTS for file in sorted((home / part).rglob("*")) if file.is_file()]
+    codec_key = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    name = f"{teacher.folder.resolve().name}-{key_to_seed(teacher.fingerprint(), *codec_key):016x}.safetensors"
+    path = Path(data.cache_dir) / "clips" / name
+    if not path.exists():
+        encode_clips(path, teacher, open_codec(config.components), prompts.encode)
+    return path
 
 
 def build_method(config: RunConfig, student: nn.Module, prompts: PromptEncoder) -> Method:
@@ -162,26 +189,45 @@ def build_method(config: RunConfig, student: nn.Module, prompts: PromptEncoder) 
         "latent_shape": (int(student.config.in_channels), *config.latent_size),
         "seed": config.train.seed,
     }
-    if cls.needs:
-        parts["teacher"] = WanTeacher.from_pretrained(
-            config.teacher.path, negative_prompt=config.teacher.negative_prompt
-        )
+    if "clips" in cls.needs and config.data.kind not in ("world", "clips", "latents"):
+        raise ValueError(f"method={config.method} learns from a teacher's clips; set data.kind=clips and data.path=FOLDER")
+    if cls.needs - {"clips"}:  # a black box gives no more than the data
+        parts["teacher"] = build_teacher(config.teacher, prompts)
         check_needs(cls, parts["teacher"])
     wanted = inspect.signature(cls.__init__).parameters
     return cls(config.options, **{name: part for name, part in parts.items() if name in wanted})
 
 
+def build_teacher(config: TeacherConfig, prompts: PromptEncoder) -> Teacher:
+    """The teacher without a text encoder of its own: that of the run serves both."""
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    options = {"offload": True} if config.offload else {}  # of families with experts
+    teacher = open_teacher(config.path, torch_dtype=dtype, load_text_encoder=False, **options)
+    check_width(config.path, prompts, teacher.text_dim)
+    teacher.uncond = prompts.encode([config.negative_prompt])[0]
+    return teacher
+
+
 def build_trainer(config: RunConfig, progress: bool = True) -> Trainer:
     """Everything that a run needs, ready for `.train()`, which ends by exporting the network that was trained."""
-    prompts = PromptEncoder.from_pretrained(config.components)
+    asked, config = config, fetched(config)
+    prompts = PromptEncoder.from_pretrained(config.components, cache_dir=config.prompt_cache)
     student = build_student(config.student)
     source = build_source(config, prompts)
     method = build_method(config, student, prompts)
-    trainer = Trainer(config.train, method, source, None, resolved=config, progress=progress)
+    prompts.release()  # all prompts are encoded
+    trainer = Trainer(config.train, method, source, None, resolved=asked, progress=progress)
     if "teacher" in vars(method):  # frozen: the trainer moves only what it trains
-        method.teacher.transformer.to(trainer.accelerator.device)
+        method.teacher.to(trainer.accelerator.device)
     trainer.save_fn = lambda run_dir: export(trainer, run_dir, config)
     return trainer
+
+
+def fetched(config: RunConfig) -> RunConfig:
+    """The same run, with folders where it names checkpoints on the hub."""
+    path = config.student.path
+    student = config.student if path is None else replace(config.student, path=str(resolve_checkpoint(path)))
+    return replace(config, student=student, components=str(resolve_checkpoint(config.components)))
 
 
 def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:

@@ -1,13 +1,16 @@
 """Embeddings are those of diffusers' pipeline, do not depend on their batch, and survive a restart."""
 
+import json
+import shutil
+
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import CogVideoXPipeline, WanPipeline
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
-from streamvid.codecs.text import PromptEncoder, clean_prompt
+from streamvid.codecs.text import EncoderFolder, PromptEncoder, clean_prompt
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "ball", "falls", "cat", "&", "café"]
 PROMPTS = ["a red ball falls", "", "a   cat\n", "a cat &amp;amp; a ball", "cafÃ©", "a cat " * 20]
@@ -68,7 +71,7 @@ def test_a_prompt_is_encoded_once_and_then_read_from_memory_and_disk(tmp_path):
     assert first.passes == 2 and len(list(tmp_path.glob("*.safetensors"))) == 2
     assert torch.equal(PromptEncoder(make_tokenizer(), again, cache_dir=tmp_path).encode(prompts), embeddings)
     assert again.passes == 0
-    assert all(load_file(path)["embedding"].shape == (12, 8) for path in tmp_path.glob("*.safetensors"))
+    assert all(load_file(path)["embedding"].shape == (3, 8) for path in tmp_path.glob("*.safetensors"))  # no padding
 
 
 def test_a_cache_is_not_read_by_another_encoder_or_length(tmp_path):
@@ -84,16 +87,106 @@ def test_the_length_is_the_tokenizers_but_at_most_wans():
     assert PromptEncoder(make_tokenizer(4096), make_text_encoder()).max_length == 512
 
 
-def test_a_folder_opens_and_a_damaged_one_is_one_line(tmp_path):
-    make_text_encoder().save_pretrained(tmp_path / "text_encoder")
-    with pytest.raises(ValueError, match="no folder tokenizer/"):
-        PromptEncoder.from_pretrained(tmp_path)
+# Folders ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_text_encoder().save_pretrained(tmp_path / "text_encoder", max_shard_size="1KB")
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    opened = PromptEncoder.from_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_folder_opens_and_gives_the_same_embeddings(folder):
+    opened = PromptEncoder.from_pretrained(folder)
+    assert opened.embedding_dim == 8 and opened.max_length == 12
     assert torch.equal(opened.encode(PROMPTS), PromptEncoder(make_tokenizer(), make_text_encoder()).encode(PROMPTS))
     assert not any(p.requires_grad for p in opened.text_encoder.parameters())
-    file = tmp_path / "text_encoder" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(ValueError, match="cannot load the text encoder") as caught:
-        PromptEncoder.from_pretrained(tmp_path)
+
+
+def test_weights_are_loaded_when_they_are_needed_and_can_be_dropped(folder, monkeypatch):
+    """With a cache that is complete, 11 GB of UMT5 are never read."""
+    loads = []
+    load = EncoderFolder.load
+    monkeypatch.setattr(EncoderFolder, "load", lambda self: loads.append(self.folder) or load(self))
+    first = PromptEncoder.from_pretrained(folder, cache_dir=folder / "cache")
+    assert loads == []
+    embeddings = first.encode(["a cat", "a ball"])
+    first.encode(["a ball"])
+    assert len(loads) == 1
+    first.release()
+    assert torch.equal(first.encode(["a ball", "a cat"]), embeddings.flip(0)) and len(loads) == 1
+    first.encode(["a red cat"])
+    assert len(loads) == 2
+    again = PromptEncoder.from_pretrained(folder, cache_dir=folder / "cache")
+    assert torch.equal(again.encode(["a cat", "a ball"]), embeddings) and len(loads) == 2
+
+
+def test_a_cache_is_not_read_by_another_folders_encoder(folder):
+    PromptEncoder.from_pretrained(folder, cache_dir=folder / "cache").encode(["a cat"])
+    make_text_encoder(seed=1).save_pretrained(folder / "text_encoder", max_shard_size="1KB")  # the same sizes
+    other = PromptEncoder.from_pretrained(folder, cache_dir=folder / "cache")
+    assert torch.equal(other.encode(["a cat"]), PromptEncoder(make_tokenizer(), make_text_encoder(1)).encode(["a cat"]))
+    low = PromptEncoder.from_pretrained(folder, cache_dir=folder / "cache", dtype=torch.bfloat16)
+    assert not torch.equal(low.encode(["a cat"]), other.encode(["a cat"]))
+    assert low.text_encoder.dtype == torch.bfloat16 and low.encode(["a cat"]).dtype == torch.float32
+
+
+def test_half_precision_is_that_of_the_pipeline(folder):
+    low = PromptEncoder.from_pretrained(folder, dtype=torch.bfloat16)
+    pipeline = WanPipeline(low.tokenizer, UMT5EncoderModel.from_pretrained(folder / "text_encoder").bfloat16(), None, None)
+    with torch.no_grad():
+        expected, _ = pipeline.encode_prompt(PROMPTS[0], "", max_sequence_length=12)
+    torch.testing.assert_close(low.encode(PROMPTS[:1]), expected.float(), rtol=0, atol=0)
+
+
+def test_a_t5_is_used_as_cogvideox_uses_it(tmp_path):
+    """Neither cleaned nor masked, and padding is encoded too."""
+    torch.manual_seed(0)
+    t5 = T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)).eval()
+    pipeline = CogVideoXPipeline(make_tokenizer(), t5, vae=None, transformer=None, scheduler=None)
+    with torch.no_grad():
+        expected, _ = pipeline.encode_prompt(PROMPTS, "", max_sequence_length=12)
+    torch.testing.assert_close(PromptEncoder(make_tokenizer(), t5).encode(PROMPTS), expected, rtol=0, atol=1e-6)
+    t5.save_pretrained(tmp_path / "text_encoder")
+    make_tokenizer(4096).save_pretrained(tmp_path / "tokenizer")
+    opened = PromptEncoder.from_pretrained(tmp_path)
+    assert opened.max_length == 226 and opened.encode([""]).shape == (1, 226, 8)
+    assert (opened.encode([""])[0, -1] != 0).any()
+
+
+def shards(folder):
+    return sorted((folder / "text_encoder").glob("*.safetensors"))
+
+
+def configure(folder, **values):
+    file = folder / "text_encoder/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+DAMAGE = {
+    "no folder tokenizer/": lambda f: shutil.rmtree(f / "tokenizer"),
+    "no folder text_encoder/": lambda f: shutil.rmtree(f / "text_encoder"),
+    "text_encoder has no config.json": lambda f: (f / "text_encoder/config.json").unlink(),
+    "config.json is no JSON": lambda f: (f / "text_encoder/config.json").write_text("{"),
+    "of the kind llama; expected one of umt5, t5": lambda f: configure(f, model_type="llama"),
+    "no width d_model": lambda f: configure(f, d_model=None),
+    "index.json names model-00003-of-": lambda f: shards(f)[2].unlink(),
+    "00001-of-.*is truncated": lambda f: shards(f)[0].write_bytes(shards(f)[0].read_bytes()[:200]),
+    "cannot load the tokenizer": lambda f: (f / "tokenizer/tokenizer.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_damaged_folder_is_one_clear_line(folder, message):
+    DAMAGE[message](folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        PromptEncoder.from_pretrained(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_weights_of_another_size_are_found_when_they_are_loaded(folder):
+    configure(folder, d_ff=24)
+    with pytest.raises(ValueError, match="cannot load .*text_encoder") as caught:
+        PromptEncoder.from_pretrained(folder).encode(["a cat"])
     assert "\n" not in str(caught.value)

@@ -101,6 +101,12 @@ ALPHA_BAR = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dty
 CLOCKS = {"edm": edm_clock, "trig": trig_clock, "vp": vp_clock(ALPHA_BAR)}
 
 
+def test_a_schedule_that_ends_in_pure_noise_has_its_last_step_at_one():
+    """As CogVideoX's, whose last alpha_bar is 0."""
+    native, alpha, sigma = vp_clock([0.9, 0.5, 0.1, 0.0])(torch.tensor([0.5, 0.75, 1.0], dtype=torch.float64))
+    assert native.tolist() == pytest.approx([1.0, 2.0, 3.0]) and (alpha[2], sigma[2]) == (0, 1)
+
+
 PAIRS = [(name, kind) for name in CLOCKS for kind in ("eps", "x0", "v") if (name, kind) != ("edm", "v")]
 
 

@@ -80,6 +80,29 @@ def test_the_shift_is_the_schedulers(wan_folder, config, shift):
     assert read_shift(wan_folder) == shift
 
 
+PUBLISHED = {  # sizes in config.json, parameters, how the first frame is taken
+    "Wan2.1-T2V-1.3B": (dict(num_attention_heads=12, ffn_dim=8960, num_layers=30), 1_418_996_800, None),
+    "Wan2.1-T2V-14B": ({}, 14_288_491_584, None),
+    "Wan2.2-TI2V-5B": (
+        dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48), 4_999_787_712, "frame"
+    ),
+    "Wan2.1-I2V-14B": (dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120), 16_394_878_784, "channels"),
+    "Wan2.2-I2V-A14B": (dict(in_channels=36), 14_288_901_184, "channels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_models_are_known_by_their_sizes(name):
+    """On the meta device, where 14B parameters cost nothing."""
+    sizes, parameters, taken = PUBLISHED[name]
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel(**sizes)
+    assert sum(p.numel() for p in transformer.parameters()) == parameters
+    teacher = WanTeacher(transformer, None, 5.0, expand_timesteps=name == "Wan2.2-TI2V-5B")
+    assert teacher.first_frame_by == taken and teacher.latent_channels == (48 if "5B" in name else 16)
+    assert teacher.text_dim == 4096
+
+
 # Damage -------------------------------------------------------------------------------------------------
 
 
@@ -103,19 +126,39 @@ def reconfigure(folder, part, **values):
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
+def index(folder, **values):
+    (folder / "model_index.json").write_text(json.dumps(values))
+
+
+def shard(folder, transformer=None):
+    """The weights in several files, as those of the large models come."""
+    transformer = transformer or reference(folder)
+    weights(folder).unlink()
+    transformer.save_pretrained(folder / "transformer", max_shard_size="10KB")
+    return sorted((folder / "transformer").glob("*.safetensors"))
+
+
 DAMAGE = {
     "no scheduler/scheduler_config.json": lambda f: shutil.rmtree(f / "scheduler"),
     "neither a positive flow_shift": lambda f: (f / "scheduler/scheduler_config.json").write_text("{}"),
     "is no JSON": lambda f: (f / "scheduler/scheduler_config.json").write_text("{"),
     "no transformer/config.json": lambda f: shutil.rmtree(f / "transformer"),
-    "cannot load the transformer of .* no file named": lambda f: weights(f).unlink(),
-    "cannot load the transformer of ": truncate,
-    "cannot load the transformer of .*shape": lambda f: reconfigure(f, "transformer/config.json", ffn_dim=48),
-    "the file lacks blocks.2": lambda f: reconfigure(f, "transformer/config.json", num_layers=3),
-    "the file has the unknown blocks.1": lambda f: reconfigure(f, "transformer/config.json", num_layers=1),
-    "the file lacks proj_out.bias and 0 more": lambda f: rewrite(f, lambda t: t.pop("proj_out.bias")),
+    "of another family: its transformer is a LTXVideoTransformer3DModel": lambda f: reconfigure(
+        f, "transformer/config.json", _class_name="LTXVideoTransformer3DModel"
+    ),
+    "no .safetensors file": lambda f: weights(f).unlink(),
+    "is truncated or damaged": truncate,
+    "index.json names diffusion_pytorch_model-00002-of": lambda f: shard(f)[1].unlink(),
+    "00002-of-.* is truncated": lambda f: shard(f)[1].write_bytes(b"1234567890"),
+    "cannot load .*shape": lambda f: reconfigure(f, "transformer/config.json", ffn_dim=48),
+    "cannot load .*blocks.2": lambda f: reconfigure(f, "transformer/config.json", num_layers=3),
+    "cannot load .*blocks.1": lambda f: reconfigure(f, "transformer/config.json", num_layers=1),
+    "proj_out.bias and 0 more": lambda f: rewrite(f, lambda t: t.pop("proj_out.bias")),
     "no folder text_encoder": lambda f: shutil.rmtree(f / "text_encoder"),
     "no folder tokenizer": lambda f: shutil.rmtree(f / "tokenizer"),
+    "transformer_2 has no config.json": lambda f: index(f, boundary_ratio=0.875),
+    "no boundary_ratio in model_index.json": lambda f: shutil.copytree(f / "transformer", f / "transformer_2"),
+    "boundary_ratio 875, expected a noise level": lambda f: index(f, boundary_ratio=875),
 }
 
 
@@ -135,6 +178,13 @@ def test_a_text_encoder_of_another_size_is_refused(wan_folder):
         WanTeacher.from_pretrained(wan_folder)
 
 
+def test_a_checkpoint_in_several_files_is_the_same_model(wan_folder, teacher):
+    assert len(shard(wan_folder, teacher.transformer)) > 2
+    opened = WanTeacher.from_pretrained(wan_folder)
+    t = torch.tensor([0.9, 0.3])
+    assert torch.equal(opened.predict(X, t, COND), teacher.predict(X, t, COND))
+
+
 def test_a_folder_that_is_not_there_is_not_looked_up_on_the_internet(tmp_path):
-    with pytest.raises(ValueError, match="no teacher folder at .*expected a Wan checkpoint"):
+    with pytest.raises(ValueError, match="no teacher folder at .*expected a checkpoint"):
         WanTeacher.from_pretrained(tmp_path / "Wan-AI")

@@ -1,0 +1,72 @@
+"""A discriminator of finished clips that has read their prompts.
+
+A video transformer looks at the clip in latent space, all frames at once and at one small noise level, with the prompt in
+its cross-attention; on the activations of some blocks, heads whose learned registers gather what they need
+(``core.adversary.FeatureHeads`` of kind "query"; APT, arXiv 2501.08316) give a logit for the clip, or one a chunk.
+The trunk begins as a denoiser, such as the student: it knows the world and the words already. APT and AAPT train all of
+it, diffusion GANs keep it frozen (LADD, arXiv 2403.12015).
+
+Shapes: B batch, C channels, T latent frames, h w latent size, K chunks of f frames, S tokens a frame, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from streamvid.core.adversary import FeatureHeads, capture
+
+
+class VideoDiscriminator(nn.Module):
+    """Prompt-conditioned logits of clean clips.
+
+    Args:
+        trunk: a Wan transformer, causal or not; used as it is given, in place.
+        layers: blocks whose activations the heads read; None takes one at half the depth and the last.
+        t: noise level that the trunk is told, in [0, 1]; the clip itself is clean. APT found 0 to collapse.
+        train_trunk: False freezes it; the gradient to the clip passes all the same.
+        hidden: width of the heads, a multiple of 4.
+        chunk_frames: f, for a logit a chunk; None gives one for the clip.
+        seed: of the heads' first weights.
+
+    Raises:
+        ValueError: if a layer does not exist, or ``t`` is no noise level.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, layers: Sequence[int] | None = None, t: float = 0.1, train_trunk: bool = True,
+        hidden: int = 64, chunk_frames: int | None = None, seed: int = 0,
+    ):  # fmt: skip
+        super().__init__()
+        depth = len(trunk.blocks)
+        layers = sorted({(depth - 1) // 2, depth - 1}) if layers is None else list(layers)
+        if any(not 0 <= layer < depth for layer in layers):
+            raise ValueError(f"layers={layers}, but the discriminator's trunk has the blocks 0 to {depth - 1}")
+        if not 0 <= t <= 1:
+            raise ValueError(f"t={t}, expected a noise level in [0, 1]")
+        self.trunk = trunk.requires_grad_(train_trunk)
+        self.layers, self.t, self.chunk_frames = layers, t, chunk_frames
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.heads = FeatureHeads([trunk.patch_embedding.out_channels] * len(layers), "query", hidden=hidden)
+        trunk.norm_out.requires_grad_(False)  # what follows the blocks is not read
+        for parameter in (trunk.scale_shift_table, *trunk.proj_out.parameters()):
+            parameter.requires_grad_(False)
+
+    def forward(self, latents: Tensor, cond: Tensor) -> Tensor:
+        """Logits ``[B, 1]`` or ``[B, K]`` of ``latents [B, C, T, h, w]`` for the prompts ``cond [B, L, D]``.
+
+        Raises:
+            ValueError: if the chunks do not divide the clip.
+        """
+        frames = latents.shape[2]
+        if self.chunk_frames is not None and frames % self.chunk_frames:
+            raise ValueError(f"chunk_frames={self.chunk_frames} does not divide {frames} latent frames")
+        num_chunks = 1 if self.chunk_frames is None else frames // self.chunk_frames
+        timestep = torch.full((len(latents),), 1000 * self.t, device=latents.device)
+        with capture(self.trunk, [f"blocks.{layer}" for layer in self.layers]) as features:
+            self.trunk(latents, timestep, cond, return_dict=False)
+        tokens = [f.flatten(1, -2).unflatten(1, (num_chunks, -1)).flatten(0, 1) for f in features]  # [B K, f S, D]
+        return self.heads(tokens).view(len(latents), num_chunks)

@@ -1,0 +1,117 @@
+"""A black box as a teacher: all that is known of it are finished clips for prompts.
+
+``ClipFolder`` is a folder of captioned clips, ``ClipRenderer`` anything that makes a clip for a prompt, be it a program
+or a paid service. Neither has scores, latents or steps. ``encode_clips`` passes the clips once through the student's
+own codec into a latent set (``data.latents``): a discriminator shall not tell teacher and student by a codec, a size or
+a frame rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from streamvid.codecs.base import VideoCodec, check_frames
+from streamvid.data.clips import ClipFormat, check_clip, read_captions, read_clip
+from streamvid.data.latents import write_latents
+from streamvid.seeding import key_to_seed
+
+
+class ClipFolder:
+    """Clips of a folder, captioned as ``data.clips`` says.
+
+    Args:
+        folder: of the clips.
+        form: what they are brought to.
+
+    Raises:
+        ValueError: if there is no clip, or one without a caption.
+    """
+
+    provides: frozenset[str] = frozenset({"clips"})
+
+    def __init__(self, folder: str | Path, form: ClipFormat):
+        self.folder, self.form = Path(folder), form
+        self.clips = read_captions(folder)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:
+        """Frames ``[T, 3, H, W]`` in [0, 1] and the caption of each clip. All are opened before the first is decoded."""
+        for path, _ in tqdm(self.clips, desc="opening clips", unit="clip"):
+            check_clip(path, self.form)
+        for path, caption in self.clips:
+            yield read_clip(path, self.form), [caption]
+
+    def fingerprint(self) -> int:
+        """A number that changes with the clips, their captions and the format, to name what was made of them."""
+        f = self.form
+        key = [f"{f.fps:g}", f.num_frames, f.height, f.width]
+        for path, caption in self.clips:
+            state = path.stat()
+            key += [path.relative_to(self.folder), caption, state.st_size, state.st_mtime_ns]
+        return key_to_seed(*map(str, key))
+
+
+class ClipRenderer:
+    """Clips that are made for prompts, when they are asked for.
+
+    Args:
+        render: (prompt, seed) to frames ``[T, 3, H, W]`` in [0, 1], always of one length and size.
+        prompts: a clip is made for each.
+        seed: of the clips' own seeds.
+    """
+
+    provides: frozenset[str] = frozenset({"clips"})
+
+    def __init__(self, render: Callable[[str, int], Tensor], prompts: Sequence[str], seed: int = 0):
+        self.render, self.prompts, self.seed = render, list(prompts), seed
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:
+        """Frames and prompt of each clip.
+
+        Raises:
+            ValueError: if a clip has another shape than the first.
+        """
+        shape = None
+        for index, prompt in enumerate(self.prompts):
+            frames = self.render(prompt, key_to_seed("clip", self.seed, index))
+            shape = shape or frames.shape
+            if frames.ndim != 4 or frames.shape[1] != 3 or frames.shape != shape:
+                raise ValueError(
+                    f"the clip rendered for {prompt!r} has the shape {tuple(frames.shape)}; expected [T, 3, H, W], the "
+                    f"same for all prompts, the first was {tuple(shape)}"
+                )
+            yield frames, [prompt]
+
+
+def encode_clips(
+    path: str | Path,
+    teacher: ClipFolder | ClipRenderer,
+    codec: VideoCodec,
+    embed: Callable[[list[str]], Tensor],
+    batch_size: int = 16,
+) -> None:
+    """Encode a black box's clips and write them as the latent set ``path``, which appears when it is complete.
+
+    Args:
+        codec: the student's.
+        embed: prompts to embeddings ``[B, L, D]``.
+        batch_size: clips encoded together.
+
+    Raises:
+        ValueError: if the codec can't take the clips' length or size, or a clip can't be read.
+    """
+    if isinstance(teacher, ClipFolder):  # before hours of decoding
+        f = teacher.form
+        shape = (1, f.num_frames, 3, f.height, f.width)
+        check_frames(torch.empty(shape, device="meta"), codec.temporal_ratio, codec.spatial_ratio)
+    write_latents(path, iter(teacher), len(teacher), codec.encode_frames, embed, batch_size)

@@ -1,0 +1,65 @@
+"""Opening a teacher: a folder or a name on the hub, of whichever family its transformer is."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from streamvid.teachers.base import Teacher, transformer_class
+from streamvid.teachers.cogvideox import CogVideoXTeacher
+from streamvid.teachers.wan import WanTeacher
+
+FAMILIES: dict[str, type] = {
+    "WanTransformer3DModel": WanTeacher,
+    "CogVideoXTransformer3DModel": CogVideoXTeacher,
+}
+"""By the class name in ``transformer/config.json``."""
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
+HUB_PARTS = ["model_index.json", "*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt"]  # no pickles, no code
+
+
+def open_teacher(path: str | Path, **options: Any) -> Teacher:
+    """The teacher in a folder in the diffusers layout, or of that name on the Hugging Face hub.
+
+    Args:
+        path: such as ``Wan-AI/Wan2.1-T2V-1.3B-Diffusers``; a folder of that name comes first.
+        options: those of the family's ``from_pretrained``.
+
+    Raises:
+        ValueError: one line, if it is not there, cannot be fetched, is damaged, or of a family without scores here.
+    """
+    folder = resolve_checkpoint(path)
+    name = transformer_class(folder)
+    if name not in FAMILIES:
+        raise ValueError(
+            f"{path} is of another family: its transformer is a {name}, with scores here are {', '.join(FAMILIES)}; its "
+            "clips can still teach, see teachers/pipeline.py"
+        )
+    open_folder = FAMILIES[name].from_pretrained
+    unknown = sorted(options.keys() - inspect.signature(open_folder).parameters.keys())
+    if unknown:
+        raise ValueError(f"{FAMILIES[name].__name__} has no option {unknown[0]}; leave it out for {path}")
+    return open_folder(folder, **options)
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The folder of a checkpoint; one that is named as on the hub is fetched, or found in the hub's own cache.
+
+    Raises:
+        ValueError: if it is a name on the hub that cannot be had. A path that is no such name is returned as it is.
+    """
+    if Path(path).exists() or not HUB_NAME.fullmatch(str(path)):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=HUB_PARTS))
+    except Exception as error:  # of the hub, the network or the disk
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"no folder {path} here, and it cannot be fetched from the hub ({type(error).__name__}: {reason}); "
+            "name the folder of a copy"
+        ) from error

@@ -1,0 +1,151 @@
+"""A study's results as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from streamvid.evaluation.report import environment, markdown
+from streamvid.files import atomic_file
+from streamvid.training.study import TEACHER, TRUTH, Job, StudyConfig
+
+SHOWN = ("overall", "physics", "speed", "direction", "colour", "shape", "permanence")
+
+
+def read_results(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """The results that are there, in the study's order.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
+    results = []
+    for job in jobs:
+        if job.result_file.exists():
+            try:
+                results.append(json.loads(job.result_file.read_text()))
+            except ValueError as error:
+                raise ValueError(f"{job.result_file} is damaged ({error}); delete it and run again") from error
+    return results
+
+
+def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a variant and way of streaming: mean and greatest distance between seeds of each score."""
+    keys = list(dict.fromkeys((r["variant"], row["label"]) for r in results for row in r["rows"]))
+    teacher = next((row["scores"]["overall"] for r in results if r["variant"] == TEACHER for row in r["rows"]), None)
+    rows = []
+    for variant, label in keys:
+        own = [(r, row) for r in results if r["variant"] == variant for row in r["rows"] if row["label"] == label]
+        scores = [row["scores"] for _, row in own]
+        names = [name for name in scores[0] if all(name in each for each in scores)]
+        first = own[0][1]
+        rows.append({
+            "variant": variant, "label": label, "seeds": [r["seed"] for r, _ in own],
+            "scores": {name: statistics.mean(each[name] for each in scores) for name in names},
+            "spread": {name: max(e[name] for e in scores) - min(e[name] for e in scores) for name in names},
+            "of_teacher": statistics.mean(each["overall"] for each in scores) / teacher if teacher else None,
+            "steps": [r["steps"] for r, _ in own], "train_s": statistics.mean(r["train_s"] for r, _ in own),
+            **{name: first[name] for name in ("nfe", "commits", "work") if name in first},
+            "long": [row["long"] for _, row in own if "long" in row],
+        })  # fmt: skip
+    return rows
+
+
+def score_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: scores, forwards and seeds of each row."""
+    lines = [["trained as", "streamed as", "seeds", *SHOWN, "of teacher", "forwards", "work"]]
+    for row in rows:
+        cells = [_cell(row, name) for name in SHOWN]
+        ratio = "-" if row["of_teacher"] is None else f"{100 * row['of_teacher']:.1f}%"
+        forwards = "-" if "nfe" not in row else f"{row['nfe']}" + (f" + {row['commits']}" if row["commits"] else "")
+        lines.append([
+            row["variant"], row["label"], str(len(row["seeds"])), *cells, ratio, forwards, str(row.get("work", "-"))
+        ])  # fmt: skip
+    return markdown(lines)
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    if name not in row["scores"]:
+        return "-"
+    mean = f"{row['scores'][name]:.3f}"
+    return f"{mean} ±{row['spread'][name] / 2:.3f}" if len(row["seeds"]) > 1 else mean
+
+
+def long_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: first and last window of long streams, and how brightness and contrast changed between them."""
+    lines = [["trained as", "streamed as", "overall, first window", "last", "brightness, last / first", "contrast, last / first"]]
+    for row in rows:
+        if not row["long"]:
+            continue
+        mean = lambda name, at: statistics.mean(each[name][at] for each in row["long"])  # noqa: B023, E731
+        overall = [f"{mean('overall', at):.3f}" if "overall" in row["long"][0] else "-" for at in (0, -1)]
+        ratios = [f"{mean(name, -1) / mean(name, 0):.3f}" for name in ("brightness", "contrast")]
+        lines.append([row["variant"], row["label"], *overall, *ratios])
+    return markdown(lines) if len(lines) > 1 else ""
+
+
+def metric_table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: what the trainings logged of their discriminators, over their last quarter."""
+    names = ("gap", "win_rate", "/r", "flow", "clipped")
+    wanted = lambda key: any(part in key for part in names) and "fake_real_gap" not in key and "real_gap" not in key  # noqa: E731
+    lines = [["training", "seed", "numbers of the last quarter"]]
+    for result in results:
+        shown = [f"{key} {value:.3g}" for key, value in result["metrics"].items() if wanted(key)]
+        if shown:
+            lines.append([result["variant"], str(result["seed"]), ", ".join(shown)])
+    return markdown(lines) if len(lines) > 1 else ""
+
+
+def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
+    """Write ``path`` (.json), the tables (.md) and the picture (.png) beside it; returns the tables."""
+    results = read_results(jobs)
+    rows, about = summary(results), environment()
+    missing = [f"{job.name}-{job.seed}" for job in jobs if not job.result_file.exists()]
+    head = (
+        f"Scores on {study.prompts} held-out prompts, the same noise for all; ± is half the distance between the greatest and"
+        f" the least of the training seeds. Forwards are denoising passes + passes that write context.\n"
+    )
+    if missing:
+        head += f"\nNot finished: {', '.join(missing)}.\n"
+    tables = [score_table(rows), long_table(rows), metric_table(results)]
+    notes = "".join(f"\n- {key}: {value}" for key, value in about.items())
+    text = "\n\n".join([head.rstrip("\n"), *filter(None, tables)])
+    with atomic_file(path.with_suffix(".md")) as temporary:
+        temporary.write_text(f"{text}\n{notes}\n")
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps({"environment": about, "missing": missing, "rows": rows}, indent=1) + "\n")
+    draw(path.with_suffix(".png"), study, rows)
+    return text
+
+
+def draw(path: Path, study: StudyConfig, rows: Sequence[dict[str, Any]]) -> None:
+    """World score against forwards a clip: a curve a method, the teacher as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=120)
+    curves: dict[str, list[tuple[int, float, float]]] = {}
+    for row in rows:
+        variant = study.variants.get(row["variant"])
+        if variant is not None and variant.curve is not None:
+            point = (row["nfe"] + row["commits"], row["scores"]["overall"], row["spread"]["overall"] / 2)
+            curves.setdefault(variant.curve, []).append(point)
+    for name, points in curves.items():
+        x, y, spread = zip(*sorted(points))
+        axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, capsize=2, linewidth=1.2, label=name)
+    for row in rows:
+        if row["variant"] == TEACHER:
+            style = ":" if row["label"] == TRUTH else "--"
+            axes.axhline(row["scores"]["overall"], color="grey", linestyle=style, linewidth=1, label=row["label"])
+    axes.set_xlabel("student forwards a clip, commits included")
+    axes.set_ylabel("world score, overall")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+    pyplot.close(figure)

@@ -1,0 +1,107 @@
+"""A diffusers pipeline as a black box gives what the pipeline gives, and teaches through a latent set."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from streamvid.codecs.load import open_codec
+from streamvid.data.latents import LatentClips
+from streamvid.seeding import key_to_seed
+from streamvid.teachers.clip_folder import ClipRenderer, encode_clips
+from streamvid.teachers.load import open_teacher
+from streamvid.teachers.pipeline import PipelineTeacher
+
+SIZE = dict(num_frames=5, height=32, width=48, num_inference_steps=2, max_sequence_length=6)
+PROMPTS = ["a red ball", "a cat", "a cat"]
+
+
+@pytest.fixture
+def teacher(wan):
+    return PipelineTeacher.from_pretrained(wan("2.1"), SIZE)
+
+
+@pytest.mark.parametrize("family, kind, frames", [("wan", "2.1", 5), ("wan", "a14b", 5), ("cogvideox", "2b", 9)])
+def test_clips_are_the_pipelines_own(request, family, kind, frames):
+    folder, size = request.getfixturevalue(family)(kind), {**SIZE, "num_frames": frames}
+    clips = PipelineTeacher.from_pretrained(folder, size).generate(PROMPTS, seed=7)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    assert clips.shape == (3, frames, 3, 32, 48) and clips.min() >= 0 and clips.max() <= 1
+    for index, prompt in enumerate(PROMPTS):
+        generator = torch.Generator().manual_seed(key_to_seed("clip", 7, index))
+        expected = pipeline(prompt, generator=generator, output_type="pt", **size).frames[0]  # [T, 3, H, W]
+        torch.testing.assert_close(clips[index], expected, rtol=0, atol=1e-6)
+    assert not torch.equal(clips[1], clips[2])  # the same prompt, another seed
+
+
+def test_a_clip_does_not_depend_on_the_others(teacher):
+    assert torch.equal(teacher.generate(PROMPTS)[:1], teacher.generate(PROMPTS[:1]))
+
+
+def test_its_clips_become_a_latent_set(teacher, wan, tmp_path):
+    codec, embed = open_codec(wan("2.1")), open_teacher(wan("2.1")).encode_prompt
+    encode_clips(tmp_path / "set.safetensors", ClipRenderer(teacher.render, PROMPTS), codec, embed)
+    data = LatentClips(tmp_path / "set.safetensors", 0, None, None, 0.5)
+    assert len(data) == 3
+    latents = codec.encode_frames(teacher.generate(PROMPTS[:1]))
+    batch = data.batch(0, "student", 0, range(20))
+    nearest = (batch["latents"].float() - latents).flatten(1).abs().amax(1).min()
+    assert nearest < 1e-2 and batch["cond"].shape == (20, 6, 8)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"num_frame": 5}, "WanPipeline has no setting num_frame; did you mean num_frames?"),
+    ({"prompt": "a cat"}, "prompt is not to be set"),
+    ({"output_type": "pil"}, "output_type is not to be set"),
+])  # fmt: skip
+def test_settings_are_checked_before_hours_of_sampling(wan, settings, message):
+    with pytest.raises(ValueError, match=message):
+        PipelineTeacher.from_pretrained(wan("2.1"), settings)
+
+
+def test_a_pipeline_that_rounds_what_was_asked_says_so(wan):
+    """Wan makes 5 frames of 7, with a warning only."""
+    with pytest.raises(ValueError, match="made num_frames=5 of num_frames=7"):
+        PipelineTeacher.from_pretrained(wan("2.1"), {**SIZE, "num_frames": 7}).generate(PROMPTS[:1])
+
+
+def test_an_image_pipeline_needs_its_image(wan):
+    with pytest.raises(ValueError, match="WanImageToVideoPipeline needs image"):
+        PipelineTeacher.from_pretrained(wan("2.1_image"), SIZE)
+
+
+def test_what_makes_no_clips_is_refused():
+    class Silent:
+        def __call__(self, text):
+            """No prompt."""
+
+    class Stills:
+        def __call__(self, prompt, generator, output_type):
+            return SimpleNamespace(frames=[np.zeros((8, 8, 3))])
+
+    with pytest.raises(ValueError, match="prompt is unknown to the call of Silent"):
+        PipelineTeacher(Silent())
+    with pytest.raises(ValueError, match=r"Stills gave \(8, 8, 3\), expected frames"):
+        PipelineTeacher(Stills()).render("a cat", 0)
+
+
+DAMAGE = {
+    "no model_index.json": lambda f: (f / "model_index.json").unlink(),
+    "vae/.*is truncated": lambda f: next((f / "vae").glob("*.safetensors")).write_bytes(b"1234567890"),
+    "cannot open the pipeline": lambda f: shutil.rmtree(f / "vae"),
+    "cannot open the pipeline.*": lambda f: (f / "model_index.json").write_text(json.dumps({"_class_name": "Nothing"})),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_damaged_folder_is_one_clear_line(wan, tmp_path, message):
+    folder = shutil.copytree(wan("2.1"), tmp_path / "teacher")
+    DAMAGE[message](folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        PipelineTeacher.from_pretrained(folder, SIZE)
+    assert "\n" not in str(caught.value)

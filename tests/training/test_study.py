@@ -1,0 +1,69 @@
+"""A study trains, keeps, goes on and reports; its numbers are means over seeds of what runs have left."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamvid.training import study as st
+from streamvid.training.study import StudyConfig, Variant, all_jobs, appearance, jobs_of, load_study, tail_means, write_result
+from streamvid.training.study_report import long_table, read_results, score_table, summary, write_report
+
+ROOT = Path(__file__).parents[2]
+def test_the_shipped_studies_can_be_read():
+    for path in sorted((ROOT / "configs" / "study").glob("*.yaml")):
+        assert load_study(path).variants
+
+
+def test_the_first_seeds_of_all_come_before_the_second_of_any():
+    study = StudyConfig({"a": Variant(run="x", seeds=2), "b": Variant(run="y"), "c": Variant(run="z", seeds=3)})
+    order = [(job.name, job.seed) for job in jobs_of(study, Path("."), Path("."))]
+    assert order == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1), ("c", 2)]
+
+
+def results_of(overalls):
+    """Two seeds of a variant, and the teacher."""
+    row = lambda label, overall: {"label": label, "scores": {"overall": overall}, "nfe": 3, "commits": 2, "work": 15}  # noqa: E731
+    base = {"steps": 10, "train_s": 5.0, "metrics": {}}
+    yield {"variant": "teacher", "seed": 0, **base, "rows": [row("teacher, 50 steps", 0.8)]}
+    for seed, overall in enumerate(overalls):
+        yield {"variant": "a", "seed": seed, **base, "rows": [row("1 step", overall)]}
+
+
+def test_rows_are_means_over_seeds_with_their_spread_and_relative_to_the_teacher():
+    teacher, own = summary(list(results_of([0.5, 0.7])))
+    assert own["scores"]["overall"] == pytest.approx(0.6) and own["spread"]["overall"] == pytest.approx(0.2)
+    assert own["of_teacher"] == pytest.approx(0.75) and own["seeds"] == [0, 1]
+    assert "0.600 ±0.100" in score_table([own]) and "75.0%" in score_table([own]) and "3 + 2" in score_table([own])
+
+
+def test_the_report_names_what_is_missing_and_a_damaged_result(tmp_path):
+    study = StudyConfig({"a": Variant(run="x", seeds=3, curve="a")})
+    jobs = all_jobs(study, tmp_path, tmp_path)
+    for result in results_of([0.5, 0.7]):
+        write_result(tmp_path / f"{result['variant']}-{result['seed']}.json", result)
+    assert "Not finished: a-2." in write_report(tmp_path / "report.json", study, jobs)
+    (tmp_path / "a-1.json").write_text("{")
+    with pytest.raises(ValueError, match="a-1.json is damaged"):
+        read_results(jobs)
+
+
+def test_drift_is_the_last_window_over_the_first():
+    clips = torch.full((1, 8, 3, 2, 2), 0.5)
+    clips[:, 4:] *= 0.5
+    clips[:, 4:, :, 0] = 0.75
+    looks = appearance(clips, 4)
+    assert looks["brightness"] == pytest.approx([0.5, 0.5]) and looks["contrast"][0] == 0 and looks["contrast"][1] > 0.2
+    table = long_table([{"variant": "a", "label": "b", "long": [{"brightness": [0.5, 0.25], "contrast": [0.1, 0.2]}]}])
+    assert "0.500" in table and "2.000" in table
+
+
+def test_a_trainings_numbers_are_means_over_its_last_part():
+    lines = [{"step": s, "seconds": 1.0, "loss": float(s), **({"gap_1": 2.0} if s == 7 else {})} for s in range(8)]
+    assert tail_means(lines) == {"loss": 6.5, "gap_1": 2.0}
+
+
+def test_a_failed_training_is_reported_and_leaves_no_result(tmp_path, monkeypatch):
+    study = StudyConfig({"a": Variant(student="nowhere")})
+    (job,) = jobs_of(study, tmp_path, tmp_path)
+    assert "error: no student folder" in st.run_job(job) and not job.result_file.exists()

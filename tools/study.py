@@ -1,0 +1,115 @@
+"""Train and compare many students, unattended: what each method is worth.
+
+    python tools/study.py --suite methods
+    python tools/study.py --suite methods --only dmd_4,asd --jobs 1
+    python tools/study.py --suite methods --quick
+    python tools/study.py --suite my_study.yaml --out my_study.json prompts=50 minutes_per_run=30
+
+A suite is a file of configs/study, or a path. Finished runs are kept in --folder and skipped, an interrupted training goes on
+from its checkpoint: the same command continues. Writes a report as JSON, as Markdown and as a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+from pathlib import Path
+
+SUITES = Path(__file__).parents[1] / "configs" / "study"
+QUICK = ("prompts=2", "max_steps=2", "minutes_per_run=1", "long_times=2", "long_prompts=1")
+EVALUATION_MINUTES = 1.5  # of one way of streaming on 100 prompts, on one thread
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
+    parser.add_argument("--suite", default="methods", help="the study, a name or a file (default methods)")
+    parser.add_argument("--only", help="variants, comma-separated; by default all")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of several each has one thread (default 2)")
+    parser.add_argument("--folder", help="where runs and results are kept (default runs/study/SUITE)")
+    parser.add_argument("--out", help="the report, .json (default FOLDER/report.json)")
+    parser.add_argument("--quick", action="store_true", help="two steps of each: proves the wiring in minutes")
+    parser.add_argument("--report", action="store_true", help="only write the report of what is finished")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the study file's")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        return study(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def study(args: argparse.Namespace) -> int:
+    from streamvid.training.study import TEACHER, all_jobs, load_study
+    from streamvid.training.study_report import write_report
+    from streamvid.video import ensure_place
+
+    path = Path(args.suite) if args.suite.endswith((".yaml", ".yml")) else SUITES / f"{args.suite}.yaml"
+    config = load_study(path, [*(QUICK if args.quick else ()), *args.overrides])
+    folder = Path(args.folder or f"runs/study/{path.stem}") / ("quick" if args.quick else "")
+    out = Path(args.out or folder / "report.json")
+    if out.suffix != ".json" or args.jobs < 1:
+        raise ValueError(f"--out {out} --jobs {args.jobs}: the report is a .json file, and there is at least one job")
+    ensure_matplotlib()
+    folder.mkdir(parents=True, exist_ok=True)
+    ensure_place(out)
+    jobs = all_jobs(config, path.parent, folder.absolute())
+    names = list(config.variants) if args.only is None else [name.strip() for name in args.only.split(",")]
+    for name in names:
+        if name not in config.variants:
+            raise ValueError(f"--only {name}: expected some of {', '.join(config.variants)}")
+    wanted = [job for job in jobs if job.name in (TEACHER, *names)]
+    left = [job for job in wanted if not job.result_file.exists() and not args.report]
+    failed = []
+    if left:
+        print(f"{len(left)} runs to do, in at most {forecast(left, args.jobs):.1f} h on {args.jobs} threads", file=sys.stderr)
+        for index, line in enumerate(done(left, args.jobs), 1):
+            print(f"[{index}/{len(left)}] {line}", file=sys.stderr, flush=True)
+            failed += [line] if ": error: " in line else []
+    print(write_report(out, config, wanted))
+    return 1 if failed else 0
+
+
+def done(jobs: list, num_at_once: int):
+    """A line about each run, as it ends; several at once have a process and a thread each."""
+    import torch
+
+    from streamvid.training.study import do
+
+    if num_at_once == 1:
+        yield from map(do, jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(num_at_once, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
+        yield from pool.imap_unordered(do, jobs)
+        pool.close()
+        pool.join()
+
+
+def forecast(jobs: list, num_at_once: int) -> float:
+    """The most hours that the jobs take: their time limits, and what evaluation has been measured to take."""
+    minutes = 0.0
+    for job in jobs:
+        ways = len(job.variant.deploy) * (3 if job.variant.long else 1)
+        training = job.study.minutes_per_run if job.variant.run is not None else 0.0
+        minutes += training + ways * EVALUATION_MINUTES * job.study.prompts / 100
+    return minutes / 60 / num_at_once
+
+
+def ensure_matplotlib() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise ValueError("a study's picture needs matplotlib; run pip install 'streamvid[plots]'")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
