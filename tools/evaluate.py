@@ -34,6 +34,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-frames", type=int, default=33)
     parser.add_argument("--long", type=int, default=0, metavar="K", help="also stream K times as long, scored by windows")
     parser.add_argument("--long-prompts", type=int, default=40, help="prompts of the long streams (default 40)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; by default a GPU where there is one")
     parser.add_argument("--out", required=True, help="the report, .json")
     return parser.parse_args(argv)
 
@@ -70,24 +71,25 @@ def evaluate(args: argparse.Namespace) -> None:
     from streamvid.codecs.load import open_codec
     from streamvid.evaluation import report, runs
     from streamvid.evaluation.world_score import mean_scores
-    from streamvid.serving.student import TINY_START, TINY_STUDENT, TINY_TEACHER, load_student
-    from streamvid.teachers.wan import WanTeacher
+    from streamvid.serving.student import TINY_START, TINY_STUDENT, TINY_TEACHER, choose_device, load_student
+    from streamvid.teachers.load import open_teacher
     from streamvid.video import contact_sheet
 
     check(args)
     out, prompts, home = Path(args.out), runs.held_out_prompts(args.prompts), args.teacher or TINY_TEACHER
-    students = [load_student(path, args.components) for path in args.student or (TINY_START, TINY_STUDENT)]
+    device = choose_device(args.device)
+    students = [load_student(path, args.components, device) for path in args.student or (TINY_START, TINY_STUDENT)]
     labels = args.label or args.student or ["start", "student"]
     jobs, codec = [], students[0].codec  # of each model: runner, codec, embeddings, number of seeds
     if args.teacher_steps:
-        teacher, codec = WanTeacher.from_pretrained(home), open_codec(home)
-        embeddings, frames = teacher.encode_prompt(prompts), latent_frames_of(args.num_frames, codec.temporal_ratio)
+        teacher, codec = open_teacher(home, device=device), open_codec(home, device)
+        embeddings, frames = teacher.encode_prompt(prompts).to(device), latent_frames_of(args.num_frames, codec.temporal_ratio)
         for n in map(int, args.teacher_steps.split(",")):
             runner = runs.teacher_runner(f"teacher, {n} steps", teacher, n, args.guidance, frames)
             jobs.append((runner, codec, embeddings, 1))
     for label, s in zip(labels, students):
         runner = runs.student_runner(f"{label}, {s.stream.num_steps} steps", s.transformer, s.stream)
-        jobs.append((runner, s.codec, s.prompts.encode(prompts), args.seeds))
+        jobs.append((runner, s.codec, s.prompts.encode(prompts).to(device), args.seeds))
     costs = [runs.measure_cost(job[0], job[1], job[2][:1], args.num_frames) for job in jobs]  # also finds what can't run
     window, num = args.num_frames - 1, min(args.long_prompts, args.prompts)
     long = [

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -24,6 +22,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--student", help="a student folder; by default the shipped student")
     model.add_argument("--teacher", help="a teacher folder: sample the teacher instead, all frames together")
     parser.add_argument("--components", help="folder of vae/, text_encoder/ and tokenizer/, if the student's lacks them")
+    parser.add_argument("--codec", help="another codec of the same latents: a folder with vae/, or a TAEHV file for speed")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; by default a GPU where there is one")
+    parser.add_argument("--dtype", choices=("float32", "bf16"), default="float32", help="of the transformer (default float32)")
     prompt.add_argument("--prompt", help="one prompt")
     prompt.add_argument("--prompts", help="a UTF-8 text file with a prompt a line")
     parser.add_argument("--num-frames", type=int, default=33, help="pixel frames (default 33)")
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 def sample(args: argparse.Namespace) -> None:
     from streamvid.data.prompts import read_prompts
     from streamvid.serving.export import export_clip, name_outs
+    from streamvid.serving.student import choose_device
     from streamvid.video import ensure_writable
 
     prompts = read_prompts(args.prompts) if args.prompts else [args.prompt]
@@ -67,10 +69,11 @@ def sample(args: argparse.Namespace) -> None:
     outs = name_outs(args.out, len(prompts))
     for out in outs:
         ensure_writable(out)
-    runner, codec, encoder = build_runner(args)
+    device = choose_device(args.device)
+    runner, codec, encoder = build_runner(args, device)
     for index, (prompt, out) in enumerate(zip(prompts, outs)):
         made = export_clip(
-            runner.model, codec, encoder.encode([prompt]), runner.stream, out, seed=args.seed + index, size=args.size,
+            runner.model, codec, encoder.encode([prompt]).to(device), runner.stream, out, seed=args.seed + index, size=args.size,
             num_frames=args.num_frames or None, fps=args.fps, live=args.stream,
         )
         print(
@@ -79,40 +82,30 @@ def sample(args: argparse.Namespace) -> None:
         )
 
 
-def build_runner(args: argparse.Namespace):
+def build_runner(args: argparse.Namespace, device):
     """The model as it will run, its codec and its prompt encoder."""
+    import torch
+
     from streamvid.codecs.base import latent_frames_of
     from streamvid.codecs.load import open_codec
     from streamvid.evaluation.runs import student_runner, teacher_runner
-    from streamvid.serving.student import TINY_STUDENT, load_student
-    from streamvid.teachers.wan import WanTeacher
+    from streamvid.serving.student import TINY_STUDENT, deployed, load_student
+    from streamvid.teachers.load import open_teacher
 
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     if args.teacher:
         for name in ("schedule", "window", "sink"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} is of students; a teacher denoises all frames together")
-        teacher, codec = WanTeacher.from_pretrained(args.teacher), open_codec(args.components or args.teacher)
+        teacher = open_teacher(args.teacher, torch_dtype=dtype, device=device)
+        codec = open_codec(args.codec or args.components or args.teacher, device)
         steps, guidance = (default if x is None else x for x, default in ((args.steps, 50), (args.guidance, 2.0)))
         frames = latent_frames_of(args.num_frames, codec.temporal_ratio)
         return teacher_runner("teacher", teacher, steps, guidance, frames), codec, teacher.prompt_encoder
     if args.guidance is not None:
         raise ValueError("--guidance is of teachers; a student has it distilled in")
-    student = load_student(args.student or TINY_STUDENT, args.components)
-    return student_runner("student", student.transformer, stream_config(args, student.stream)), student.codec, student.prompts
-
-
-def stream_config(args: argparse.Namespace, config):
-    """The student's own configuration with what the command line overrides."""
-    from streamvid.rollout.schedule import StreamConfig
-
-    order = args.schedule if args.schedule in ("autoregressive", "rolling") else None
-    if args.schedule and not order:
-        if not Path(args.schedule).is_file():
-            raise ValueError(f"no schedule {args.schedule}: neither autoregressive nor rolling nor a .json file that exists")
-        config = StreamConfig.from_json(Path(args.schedule).read_text(encoding="utf-8"))
-    table = None if args.steps is None else ()  # a table of times would win over the number
-    given = {"order": order, "num_steps": args.steps, "step_table": table, "window_frames": args.window, "sink_frames": args.sink}
-    return replace(config, **{name: value for name, value in given.items() if value is not None})
+    student = load_student(args.student or TINY_STUDENT, args.components, device, dtype, args.codec)
+    return student_runner("student", student.transformer, deployed(student.stream, args.schedule, args.steps, args.window, args.sink)), student.codec, student.prompts
 
 
 if __name__ == "__main__":

@@ -79,18 +79,19 @@ def held_out_prompts(num: int, first_seed: int = HELD_OUT_SEED) -> list[str]:
 def reconstructed_clips(
     codec: VideoCodec, num: int, num_frames: int, first_seed: int = HELD_OUT_SEED, batch_size: int = 16
 ) -> Tensor:
-    """The true clips ``[B, T, 3, H, W]`` of ``held_out_prompts`` after the codec: what a perfect model would score."""
+    """The true clips ``[B, T, 3, H, W]``, on the CPU, of ``held_out_prompts`` after the codec: what a perfect model would score."""
     seeds, clips = range(first_seed, first_seed + num), []
     for start in tqdm(range(0, num, batch_size), desc="true clips", unit="batch", leave=False):
         batch = [render(sample_spec(seed, held_out=True), num_frames) for seed in seeds[start : start + batch_size]]
-        clips.append(codec.decode_latents(codec.encode_frames(torch.stack(batch))))
+        frames = torch.stack(batch).to(next(codec.parameters()).device)
+        clips.append(codec.decode_latents(codec.encode_frames(frames)).cpu())
     return torch.cat(clips)
 
 
 def make_clips(
     runner: Runner, codec: VideoCodec, embeddings: Tensor, seeds: Sequence[int], num_frames: int, batch_size: int = 16
 ) -> Tensor:
-    """Clips ``[B, T, 3, H, W]`` of the prompts, in batches; a clip does not depend on the batch it is in."""
+    """Clips ``[B, T, 3, H, W]`` of the prompts, on the CPU, made in batches; a clip does not depend on the batch it is in."""
     clips = []
     for start in tqdm(range(0, len(seeds), batch_size), desc=runner.label, unit="batch", leave=False):
         rows = slice(start, start + batch_size)
@@ -98,7 +99,7 @@ def make_clips(
             generate(
                 runner.model, codec, embeddings[rows], runner.stream, seeds=list(seeds[rows]), height=SIZE, width=SIZE,
                 num_frames=num_frames,
-            )
+            ).cpu()
         )
     return torch.cat(clips)
 

@@ -7,7 +7,7 @@ shipped teacher.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,22 @@ TEXT_PARTS = ("text_encoder", "tokenizer")
 COMPONENTS = ("vae", *TEXT_PARTS)
 
 
+def choose_device(name: str = "auto") -> torch.device:
+    """A device that is there; "auto" is the first CUDA device, or the CPU.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"there is no device {name} here ({reason}); use cpu, or auto for the best there is") from error
+
+
 @dataclass(frozen=True)
 class Student:
     """Everything that streaming needs."""
@@ -43,11 +59,13 @@ def load_student(
     components: str | Path | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    codec: str | Path | None = None,
 ) -> Student:
     """Open a student folder.
 
     Args:
         components: where parts that the folder lacks come from; None is the shipped teacher.
+        codec: another codec of the same latents, a folder with vae/ or a TAEHV file; None is the folder's.
         device: of the transformer and the codec; prompts are encoded on the CPU.
         dtype: of the transformer, whatever the file has; the codec and the text encoder are float32.
 
@@ -59,7 +77,7 @@ def load_student(
         raise ValueError(f"no student folder at {path}; it should hold transformer/ and {STREAM_CONFIG_FILE}")
     stream = load_stream_config(path)
     transformer = load_transformer(path, dtype)
-    text_home, vae_home = _home(path, components, TEXT_PARTS), _home(path, components, ("vae",))
+    text_home, vae_home = _home(path, components, TEXT_PARTS), codec or _home(path, components, ("vae",))
     check_weights(text_home / "text_encoder")
     prompts, codec = PromptEncoder.from_pretrained(text_home), open_codec(vae_home, device)
     if prompts.embedding_dim != transformer.config.text_dim:
@@ -70,7 +88,7 @@ def load_student(
     if codec.latent_channels != transformer.config.in_channels:
         raise ValueError(
             f"{path}: the transformer takes latents of {transformer.config.in_channels} channels, the codec of "
-            f"{vae_home} has {codec.latent_channels}; name the folder of the right one with --components"
+            f"{vae_home} has {codec.latent_channels}; name the right one with --components or --codec"
         )
     return Student(transformer.to(device).eval(), stream, codec, prompts)
 
@@ -105,6 +123,30 @@ def load_stream_config(path: str | Path) -> StreamConfig:
         return StreamConfig.from_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def deployed(
+    config: StreamConfig, schedule: str | None = None, steps: int | None = None, window: int | None = None,
+    sink: int | None = None,
+) -> StreamConfig:
+    """A student's own configuration with what is asked otherwise.
+
+    Args:
+        schedule: "autoregressive", "rolling", or a ``stream_config.json`` that stands in for the student's.
+        steps: a chunk; a table of times, which would win over the number, is dropped.
+        window, sink: in latent frames.
+
+    Raises:
+        ValueError: if there is no such schedule, or what ``StreamConfig`` refuses.
+    """
+    order = schedule if schedule in ("autoregressive", "rolling") else None
+    if schedule and not order:
+        if not Path(schedule).is_file():
+            raise ValueError(f"no schedule {schedule}: neither autoregressive nor rolling nor a .json file that exists")
+        config = StreamConfig.from_json(Path(schedule).read_text(encoding="utf-8"))
+    table = None if steps is None else ()
+    given = {"order": order, "num_steps": steps, "step_table": table, "window_frames": window, "sink_frames": sink}
+    return replace(config, **{name: value for name, value in given.items() if value is not None})
 
 
 def save_student(

@@ -38,8 +38,8 @@ QUICK = Effort(student_updates=3, batch_size=32, start_steps=3, num_sets=1)
 
 LENGTHS = {
     **dict.fromkeys(("lcm", "slam", "boot", "tcd"), 4),
-    **dict.fromkeys(("snoopi", "few_step_sid", "ctm", "nitrofusion"), 3),
-    **dict.fromkeys(("dmd2", "uni_dad", "flash_dmd", "sid", "tdm", "twinflow", "ladd", "scott", "add", "dmdx", "afd"), 2),
+    **dict.fromkeys(("snoopi", "few_step_sid"), 3),
+    **dict.fromkeys(("dmd2", "uni_dad", "flash_dmd", "sid", "tdm", "twinflow", "ladd", "scott", "add", "dmdx"), 2),
 }  # fmt: skip
 """Presets that take more updates than ``Effort`` says: of cheap ones many, of several steps each gets a part of all."""
 

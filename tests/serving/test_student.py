@@ -8,7 +8,14 @@ from safetensors.torch import load_file, save_file
 
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import StreamConfig
-from streamvid.serving.student import TINY_TEACHER, load_student, load_transformer, save_student
+from streamvid.serving.student import (
+    TINY_STUDENT,
+    TINY_TEACHER,
+    choose_device,
+    load_student,
+    load_transformer,
+    save_student,
+)
 
 STREAM = StreamConfig(num_steps=2, shift=3.0, window_frames=6, positions="window", max_trained_frames=9)
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -109,3 +116,22 @@ def test_parts_that_do_not_fit_each_other(tmp_path, changes, message):
 def test_components_that_are_not_there(folder, tmp_path):
     with pytest.raises(ValueError, match="nowhere has no folder text_encoder/"):
         load_student(folder, components=tmp_path / "nowhere")
+
+
+def test_a_device_that_is_not_there_is_refused_by_name():
+    assert choose_device("cpu").type == "cpu" and choose_device().type in ("cpu", "cuda")
+    with pytest.raises(ValueError, match="no device cuda:77 here"):
+        choose_device("cuda:77")
+    with pytest.raises(ValueError, match="no device warp here"):
+        choose_device("warp")
+
+
+def test_another_codec_of_the_same_latents_can_stand_in(tmp_path):
+    own = load_student(TINY_STUDENT)
+    (tmp_path / "vae").mkdir()
+    for file in (TINY_TEACHER / "vae").iterdir():
+        (tmp_path / "vae" / file.name).write_bytes(file.read_bytes())
+    other = load_student(TINY_STUDENT, codec=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(own.codec.parameters(), other.codec.parameters(), strict=True))
+    with pytest.raises(ValueError, match="no config.json"):
+        load_student(TINY_STUDENT, codec=tmp_path / "nowhere")
