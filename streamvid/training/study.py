@@ -22,19 +22,23 @@ from torch import Tensor
 from streamvid.codecs.base import latent_frames_of
 from streamvid.codecs.load import open_codec
 from streamvid.config import load_config
+from streamvid.data.latents import WorldSet, world_clips
 from streamvid.data.world import render, sample_spec
 from streamvid.evaluation import runs
+from streamvid.evaluation.judge import win_rate
 from streamvid.evaluation.world_score import mean_scores
 from streamvid.files import atomic_file
+from streamvid.rollout.sampler import generate_latents
 from streamvid.rollout.schedule import StreamConfig, build_schedule, cost_of
-from streamvid.serving.student import TINY_TEACHER, load_student
-from streamvid.teachers.wan import WanTeacher
+from streamvid.serving.student import TINY_TEACHER, Student, load_student
+from streamvid.teachers.wan import WanTeacher, load_wan_transformer
 from streamvid.training.metrics import read_metrics
 from streamvid.training.run import build_trainer, load_run
 from streamvid.training.trainer import TrainingError
 
 TEACHER = "teacher"
 TRUTH = "true clips"
+JUDGE_SEED = 900_000  # of the first clip that a judge sees; no training takes it
 
 
 @dataclass
@@ -54,6 +58,8 @@ class Variant:
     was trained."""
     long: bool = False
     """Also stream it for many times the clip length, scored by windows."""
+    judge: int = 0
+    """Pairs of true clips and its own, for a discriminator that no training has seen; 0 asks none."""
     curve: str | None = None
     """The line of the picture that it belongs to; null keeps it out."""
 
@@ -191,8 +197,26 @@ def evaluated(job: Job, path: str) -> list[dict[str, Any]]:
         row = {"label": label, "scores": scores, **cost_row(stream, study.num_frames, student.codec.temporal_ratio)}
         if job.variant.long:
             row["long"] = long_row(runner, student.codec, embeddings, prompts, study)
+        if job.variant.judge:
+            row["judge"] = judged(runner, student, job.variant.judge, study.num_frames)
         rows.append(row)
     return rows
+
+
+def judged(runner: runs.Runner, student: Student, num: int, num_frames: int) -> dict[str, float]:
+    """How often clips of unseen prompts are taken for true ones, see ``evaluation.judge``."""
+    frames, prompts = zip(*world_clips(WorldSet(num_clips=num, num_frames=num_frames, first_seed=JUDGE_SEED)))
+    true = torch.cat([student.codec.encode_frames(torch.stack(frames[i : i + 16])) for i in range(0, num, 16)])
+    cond = student.prompts.encode([names[0] for names in prompts])
+    shape, seeds = (true.shape[1], *true.shape[3:]), runs.evaluation_keys(0, num)
+    made = [
+        generate_latents(
+            runner.model, cond[i : i + 16], runner.stream, seeds=seeds[i : i + 16], latent_shape=shape,
+            num_chunks=true.shape[2] // runner.stream.chunk_frames,
+        )
+        for i in range(0, num, 16)
+    ]  # fmt: skip
+    return win_rate(load_wan_transformer(TINY_TEACHER), true, torch.cat(made), cond, num_steps=num)
 
 
 def cost_row(stream: StreamConfig, num_frames: int, temporal_ratio: int, passes: int = 1) -> dict[str, int]:

@@ -48,7 +48,7 @@ def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "of_teacher": statistics.mean(each["overall"] for each in scores) / teacher if teacher else None,
             "steps": [r["steps"] for r, _ in own], "train_s": statistics.mean(r["train_s"] for r, _ in own),
             **{name: first[name] for name in ("nfe", "commits", "work") if name in first},
-            "long": [row["long"] for _, row in own if "long" in row],
+            "long": [row["long"] for _, row in own if "long" in row], "judge": [row["judge"] for _, row in own if "judge" in row],
         })  # fmt: skip
     return rows
 
@@ -86,6 +86,16 @@ def long_table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(lines) if len(lines) > 1 else ""
 
 
+def judge_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: how often a judge that no training has seen takes a student's clip for the true one of its prompt."""
+    lines = [["trained as", "streamed as", "seeds", "win rate against true clips", "logit gap"]]
+    for row in rows:
+        if row["judge"]:
+            means = [f"{statistics.mean(each[name] for each in row['judge']):.3f}" for name in ("win_rate", "gap")]
+            lines.append([row["variant"], row["label"], str(len(row["judge"])), *means])
+    return markdown(lines) if len(lines) > 1 else ""
+
+
 def metric_table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: what the trainings logged of their discriminators, over their last quarter."""
     names = ("gap", "win_rate", "/r", "flow", "clipped")
@@ -109,7 +119,7 @@ def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
     )
     if missing:
         head += f"\nNot finished: {', '.join(missing)}.\n"
-    tables = [score_table(rows), long_table(rows), metric_table(results)]
+    tables = [score_table(rows), long_table(rows), judge_table(rows), metric_table(results)]
     notes = "".join(f"\n- {key}: {value}" for key, value in about.items())
     text = "\n\n".join([head.rstrip("\n"), *filter(None, tables)])
     with atomic_file(path.with_suffix(".md")) as temporary:

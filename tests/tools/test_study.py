@@ -19,6 +19,7 @@ variants:
     overrides: [train.max_steps=1, train.batch_size=1, data.num_prompts=2, options.student_start_step=0]
     deploy: {{1 step: {{num_steps: 1, first_steps: none}}, 2 steps: {{num_steps: 2}}}}
     long: true
+    judge: 4
     curve: DMD
 """
 
@@ -44,6 +45,7 @@ def test_a_study_runs_goes_on_and_reports(small, tmp_path, capsys):
     ]  # fmt: skip
     *_, one, two = report["rows"]
     assert (one["nfe"], two["nfe"], one["commits"]) == (3, 6, 2) and one["steps"] == [1] and len(two["long"]) == 1
+    assert 0 <= two["judge"][0]["win_rate"] <= 1 and "win rate against true clips" in printed.out
     assert (tmp_path / "runs" / "report.png").read_bytes()[:4] == b"\x89PNG"
 
     (tmp_path / "runs" / "start-0.json").unlink()
