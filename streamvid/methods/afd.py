@@ -42,6 +42,7 @@ from streamvid.core.adversary import approximate_penalty, discriminator_loss, ge
 from streamvid.core.policy import group_advantage, nft_loss, optimality
 from streamvid.core.process import add_noise, v_from_x0, velocity
 from streamvid.core.times import TimeLaw, choose_times, sample_times
+from streamvid.methods.base import as_floats
 from streamvid.models.video_discriminator import VideoDiscriminator
 from streamvid.rollout.loop import ChunkResult, rollout, unwrapped
 from streamvid.rollout.noise import KeyedNoise, Noise
@@ -204,7 +205,7 @@ class AFD:
             if weight:
                 penalty = penalty + weight * self._penalty(x, logits, batch)
         numbers = {"adversarial": adversarial, "penalty": penalty, **preferences(fake_logits, real_logits)}
-        return adversarial + penalty, _floats(numbers)
+        return adversarial + penalty, as_floats(numbers)
 
     def _nft_loss(self, batch: dict[str, Any], decision: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         c, groups = self.config, self.config.group_size
@@ -223,7 +224,7 @@ class AFD:
             numbers.update({name: part / c.noisings for name, part in parts.items()})
         numbers.update(preferences(logits, real_logits.repeat_interleave(groups, dim=0)))
         numbers.update(weight_std=r.std(correction=0), clipped=((r == 0) | (r == 1)).float().mean())
-        return torch.stack(losses).mean(), _floats(numbers)
+        return torch.stack(losses).mean(), as_floats(numbers)
 
     def _update_loss(
         self, ask: Callable[[nn.Module], NoisedChunks], weight: Tensor
@@ -248,7 +249,7 @@ class AFD:
         with torch.no_grad():
             real_logits = self.discriminator(batch["latents"], batch["cond"])
         loss = generator_loss("paired", logits, real_logits)
-        return loss, _floats({"adversarial": loss, **preferences(logits, real_logits)})
+        return loss, as_floats({"adversarial": loss, **preferences(logits, real_logits)})
 
     # ---- their parts
 
@@ -384,11 +385,6 @@ def _gathered(logits: Tensor) -> tuple[Tensor, int]:
 
 def _frozen_copy(network: nn.Module) -> nn.Module:
     return copy.deepcopy(unwrapped(network)).requires_grad_(False).eval()
-
-
-def _floats(numbers: dict[str, Tensor]) -> dict[str, float]:
-    """Numbers from the device, in one transfer."""
-    return dict(zip(numbers, torch.stack([number.detach().float() for number in numbers.values()]).tolist()))
 
 
 Method = AFD

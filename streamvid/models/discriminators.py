@@ -51,6 +51,7 @@ class TrunkHeads(nn.Module):
         """
         with capture(trunk, [f"blocks.{layer}" for layer in self.layers]) as features:
             call()
+        features = [f.flatten(1, -2) for f in features]  # [B, L, D]; a causal trunk keeps frames apart
         batch, length = features[0].shape[:2]
         if length % num_parts:
             raise ValueError(f"{num_parts} parts do not divide the clip's {length} tokens")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from streamvid.core.adversary import FeatureHeads, capture
+from streamvid.models.discriminators import TrunkHeads
 
 
 class VideoDiscriminator(nn.Module):
@@ -42,15 +42,11 @@ class VideoDiscriminator(nn.Module):
         super().__init__()
         depth = len(trunk.blocks)
         layers = sorted({(depth - 1) // 2, depth - 1}) if layers is None else list(layers)
-        if any(not 0 <= layer < depth for layer in layers):
-            raise ValueError(f"layers={layers}, but the discriminator's trunk has the blocks 0 to {depth - 1}")
         if not 0 <= t <= 1:
             raise ValueError(f"t={t}, expected a noise level in [0, 1]")
         self.trunk = trunk.requires_grad_(train_trunk)
-        self.layers, self.t, self.chunk_frames = layers, t, chunk_frames
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.heads = FeatureHeads([trunk.patch_embedding.out_channels] * len(layers), "query", hidden=hidden)
+        self.t, self.chunk_frames = t, chunk_frames
+        self.heads = TrunkHeads(trunk, layers, hidden=hidden, seed=seed)
         trunk.norm_out.requires_grad_(False)  # what follows the blocks is not read
         for parameter in (trunk.scale_shift_table, *trunk.proj_out.parameters()):
             parameter.requires_grad_(False)
@@ -66,7 +62,5 @@ class VideoDiscriminator(nn.Module):
             raise ValueError(f"chunk_frames={self.chunk_frames} does not divide {frames} latent frames")
         num_chunks = 1 if self.chunk_frames is None else frames // self.chunk_frames
         timestep = torch.full((len(latents),), 1000 * self.t, device=latents.device)
-        with capture(self.trunk, [f"blocks.{layer}" for layer in self.layers]) as features:
-            self.trunk(latents, timestep, cond, return_dict=False)
-        tokens = [f.flatten(1, -2).unflatten(1, (num_chunks, -1)).flatten(0, 1) for f in features]  # [B K, f S, D]
-        return self.heads(tokens).view(len(latents), num_chunks)
+        call = lambda: self.trunk(latents, timestep, cond, return_dict=False)  # noqa: E731
+        return self.heads(self.trunk, call, num_chunks)[..., 0]

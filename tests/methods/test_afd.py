@@ -1,0 +1,248 @@
+"""AFD: who is compared with whom, what the update does where its answer is known, and that context is the stream's."""
+
+import pytest
+import torch
+from method_fakes import TINY_WAN, Ar1Student, noise
+from torch import nn
+
+from streamvid.core.times import step_times
+from streamvid.methods.afd import AFD, Config, Method, noise_chunks, preferences
+from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.rollout.noise import KeyedNoise
+from streamvid.rollout.sampler import new_cache
+from streamvid.rollout.schedule import StreamConfig
+from streamvid.seeding import keyed_generator
+
+STREAM = StreamConfig(num_steps=2, chunk_frames=2)
+STREAM_TIMES = step_times(2, 5.0)
+NUMBERS = StreamConfig(num_steps=2, chunk_frames=1, shift=1.0)
+
+
+class Slope(nn.Module):
+    """D = w mean(x)."""
+
+    def __init__(self, w=0.0):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(float(w)))
+
+    def forward(self, latents, cond):
+        return self.w * latents.mean(dim=(1, 2, 3, 4))[:, None]
+
+
+def wan_method(discriminator=None, stream=STREAM, **config):
+    torch.manual_seed(0)
+    student = CausalWanTransformer3DModel(**TINY_WAN)
+    return AFD(Config(**config), student, stream, discriminator), student
+
+
+def wan_batch(num=2):
+    return {
+        "latents": noise(num, 4, 4, 4, 4, seed=2), "cond": noise(num, 5, 8, seed=1), "keys": list(range(7, 7 + num)),
+        "offset": torch.zeros(num, dtype=torch.long),
+    }  # fmt: skip
+
+
+def number_batch(keys, mean=2.0):
+    keys = list(keys)
+    return {
+        "latents": mean + noise(len(keys), 1, 1, 1, 1, seed=3), "cond": torch.zeros(len(keys), 1, 1), "keys": keys,
+        "offset": torch.zeros(len(keys), dtype=torch.long),
+    }  # fmt: skip
+
+
+def run_turn(method, turn, batch, step=0):
+    for name, network in method.networks().items():
+        network.requires_grad_(name == turn)
+        network.zero_grad(set_to_none=True)
+    loss, numbers = method.loss(turn, batch, step)
+    loss.backward()
+    return {name: {k: p.grad for k, p in n.named_parameters()} for name, n in method.networks().items()}, numbers
+
+
+# Turns and rollouts -------------------------------------------------------------------------------------
+
+
+def test_the_discriminator_is_first_and_warms_up_alone():
+    method, _ = wan_method(Slope(), discriminator_updates=2, student_start_step=3)
+    assert method.turns(2) == ("discriminator", "discriminator") and method.turns(3) == ("discriminator", "discriminator", "student")
+
+
+@pytest.mark.parametrize("policy", ["nft", "gan"])
+def test_each_turn_trains_its_own_network(policy):
+    method, _ = wan_method(policy=policy)
+    for turn in method.networks():
+        grads, numbers = run_turn(method, turn, wan_batch())
+        trained = [g for g in grads[turn].values() if g is not None]
+        assert trained and all(g.isfinite().all() for g in trained) and any(g.any() for g in trained)
+        assert all(g is None for name, of in grads.items() if name != turn for g in of.values())
+        assert {"r", "win_rate", "gap"} <= set(numbers)
+
+
+def test_rollouts_are_the_old_policys():
+    method, student = wan_method(Slope(1.0))
+    before = method.loss("discriminator", wan_batch(), 0)[1]
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    assert method.loss("discriminator", wan_batch(), 0)[1] == before
+    method.after_step("student", 0)
+    assert method.loss("discriminator", wan_batch(), 0)[1] != before
+
+
+def test_the_old_policy_is_a_lagged_average_and_the_reference_stays():
+    method, student = wan_method(Slope(), old_decay=0.75, refresh_every=2)
+    first = [p.clone() for p in method.old.parameters()]
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    method.after_step("student", 0), method.after_step("discriminator", 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, method.old.parameters()))
+    method.after_step("student", 1)
+    for old, now, reference in zip(first, method.old.parameters(), method.reference.parameters()):
+        torch.testing.assert_close(now, old + 0.25)
+        assert torch.equal(reference, old)
+    state = method.extra_state()
+    assert len(state) == len(method.old.state_dict()) and all(name.startswith("old.") for name in state)
+    next(iter(state.values())).zero_()  # live: a checkpoint restores in place
+    assert not next(iter(method.old.state_dict().values())).any()
+
+
+def test_times_are_the_streams_and_the_same_for_all_samples():
+    method, _ = wan_method(Slope())
+    latents = wan_batch()["latents"]
+    draws = [method._draw_times(keyed_generator(0, "decision", step, "student", 0), latents) for step in range(30)]
+    assert {round(t, 6) for draw in draws for t in draw} == {round(t, 6) for t in STREAM_TIMES} and all(len(draw) == 2 for draw in draws)
+    assert any(a != b for a, b in draws)
+
+
+# Noised chunks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_chunk_is_noised_over_the_clean_ones_before_it_as_it_is_streamed(window):
+    stream = StreamConfig(num_steps=2, chunk_frames=2, window_frames=window)
+    torch.manual_seed(0)
+    student, batch = CausalWanTransformer3DModel(**TINY_WAN), wan_batch()
+    clips, cond, times = noise(2, 4, 6, 4, 4, seed=5), batch["cond"], [1.0, 0.5, 0.8]
+    with torch.no_grad():
+        out = noise_chunks(student, stream, clips, cond, times, KeyedNoise([1, 2]))
+        cache = new_cache(student, stream, 2, (4, 4, 4))
+        for k, t in enumerate(times):
+            rows, chunk = slice(2 * k, 2 * k + 2), clips[:, :, 2 * k : 2 * k + 2]
+            eps = KeyedNoise([1, 2]).draw(k, 0, (4, 2, 4, 4), clips.device, clips.dtype)
+            torch.testing.assert_close(out.x_t[rows], (1 - t) * chunk + t * eps)
+            torch.testing.assert_close(out.v_target[rows], eps - chunk)
+            v = student(out.x_t[rows], torch.full((2,), 1000 * t), cond, cache=cache).sample
+            torch.testing.assert_close(out.v[rows], v, rtol=1e-4, atol=1e-5)
+            student.commit(chunk, torch.zeros(2), cond, cache)
+    assert out.t.tolist() == pytest.approx([1.0, 1.0, 0.5, 0.5, 0.8, 0.8])
+
+
+def test_networks_asked_with_one_noise_see_one_state():
+    torch.manual_seed(0)
+    students = [CausalWanTransformer3DModel(**TINY_WAN) for _ in range(2)]
+    clips, cond = noise(2, 4, 4, 4, 4), noise(2, 5, 8, seed=1)
+    one, other = (noise_chunks(s, STREAM, clips, cond, [0.9, 0.4], KeyedNoise([1, 2])) for s in students)
+    assert torch.equal(one.x_t, other.x_t) and torch.equal(one.v_target, other.v_target) and not torch.equal(one.v, other.v)
+
+
+# The update ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("self_normalized", [False, True])
+def test_a_discriminator_that_sees_no_difference_moves_nothing(self_normalized):
+    """At r = 1/2 the two branches pull against each other with one force."""
+    method, _ = wan_method(Slope(0.0), self_normalized=self_normalized)
+    grads, numbers = run_turn(method, "student", wan_batch())
+    assert all(g.abs().max() < 1e-7 for g in grads["student"].values()) and numbers["weight_std"] == 0
+
+
+def test_away_from_the_old_policy_it_is_pulled_back():
+    method, student = wan_method(Slope(0.0), lam_prior=0.0)
+    with torch.no_grad():
+        student.proj_out.weight.add_(0.05 * noise(*student.proj_out.weight.shape))
+    optimizer = torch.optim.Adam(student.parameters(), 1e-3)
+    gaps = []
+    for step in range(25):
+        loss, numbers = method.loss("student", wan_batch(), 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        gaps.append(numbers["velocity_gap"])
+    assert gaps[-1] < 0.5 * gaps[0]
+
+
+def test_the_student_moves_where_the_discriminator_says():
+    """O8: the mean follows the sign of the slope; a clip above its group's mean draws, one below it pushes."""
+    for slope, sign in ((3.0, -1), (-3.0, 1)):
+        student = Ar1Student(mean=0.0, s=1.0)
+        method = AFD(Config(group_size=8, self_normalized=False, lam_prior=0.0, beta=1.0), student, NUMBERS, Slope(slope))
+        grads, _ = run_turn(method, "student", number_batch(range(64)))
+        assert grads["student"]["mean"].sign() == sign
+
+
+def test_it_finds_the_teachers_mean_from_clips_alone():
+    """Teacher N(2, 1), student N(0, 1): logistic regression for D, the policy step for the student."""
+    student = Ar1Student(mean=0.0, s=1.0)
+    config = Config(group_size=4, self_normalized=False, lam_prior=0.0, beta=0.5, old_decay=0.5, r1_weight=0.0, r2_weight=0.0)
+    method = AFD(config, student, StreamConfig(num_steps=1, chunk_frames=1), Slope(0.0))
+    optimizers = {"student": torch.optim.SGD([student.mean], 0.02)}
+    optimizers["discriminator"] = torch.optim.Adam(method.discriminator.parameters(), 0.05)
+    means = []
+    for step in range(300):
+        for turn in method.turns(step):
+            batch = number_batch(range(100 * step, 100 * step + 16))
+            batch["latents"] = 2.0 + noise(16, 1, 1, 1, 1, seed=1000 + step)
+            optimizers[turn].zero_grad()
+            method.loss(turn, batch, step)[0].backward()
+            optimizers[turn].step()
+            method.after_step(turn, step)
+        means.append(student.mean.item())
+    assert sum(means[-100:]) / 100 == pytest.approx(2.0, abs=0.3)
+
+
+def test_advantages_compare_clips_of_one_prompt():
+    method, _ = wan_method(Slope(), group_size=2)
+    logits = torch.tensor([[1.0], [3.0], [10.0], [20.0]])
+    assert method._advantages(logits)[:, 0].tolist() == [-1, 1, -5, 5]
+    batch, _ = wan_method(Slope(), group_size=2, baseline="batch")
+    assert batch._advantages(logits)[:, 0].tolist() == [-7.5, -5.5, 1.5, 11.5]
+
+
+def test_preferences_are_of_pairs():
+    numbers = preferences(torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [2.0]]))
+    assert numbers["win_rate"] == 0.5 and numbers["gap"] == 0.5
+
+
+def test_a_logit_a_chunk_gives_each_its_own_advantage():
+    method, _ = wan_method(logit="chunk", group_size=2)
+    _, numbers = run_turn(method, "student", wan_batch())
+    assert method.discriminator(wan_batch()["latents"], wan_batch()["cond"]).shape == (2, 2) and numbers["weight_std"] >= 0
+
+
+# Errors -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"group_size": 0}, {"beta": 0.0}, {"old_decay": 1.0}, {"lam_prior": -1.0}, {"advantage_clip": 0.0},
+              {"group_size": 1}]
+)  # fmt: skip
+def test_a_wrong_setting_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Config(**wrong)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="set 'autoregressive'"):
+        wan_method(Slope(), StreamConfig(num_steps=2, chunk_frames=2, order="rolling"))
+    with pytest.raises(ValueError, match="set 'clean'"):
+        wan_method(Slope(), StreamConfig(num_steps=2, chunk_frames=2, commit="reuse"))
+    method, _ = wan_method(Slope())
+    batch = wan_batch()
+    with pytest.raises(ValueError, match="does not divide"):
+        method.loss("student", {**batch, "latents": batch["latents"][:, :, :3]}, 0)
+    with pytest.raises(ValueError, match="window_stride=null"):
+        method.loss("student", {**batch, "offset": torch.ones(2, dtype=torch.long)}, 0)
+    with pytest.raises(ValueError, match="turn='critic'"):
+        method.loss("critic", batch, 0)
+    assert Method is AFD

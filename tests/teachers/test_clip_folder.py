@@ -1,0 +1,99 @@
+"""A black box's clips become a latent set once, through the student's own codec."""
+
+import pytest
+import torch
+
+from streamvid.codecs.load import open_codec
+from streamvid.codecs.text import PromptEncoder
+from streamvid.data.clips import ClipFormat
+from streamvid.data.latents import LatentClips
+from streamvid.data.world import caption, render, sample_spec
+from streamvid.serving.student import TINY_TEACHER
+from streamvid.teachers.clip_folder import ClipFolder, ClipRenderer, encode_clips
+from streamvid.video import write_video
+
+FORM = ClipFormat(fps=16.0, num_frames=9, height=64, width=64)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return open_codec(TINY_TEACHER), PromptEncoder.from_pretrained(TINY_TEACHER)
+
+
+def true_clip(seed, num_frames=9):
+    spec = sample_spec(seed)
+    return render(spec, num_frames), caption(spec, 0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for seed in range(3):
+        frames, text = true_clip(seed, 12)
+        write_video(frames, tmp_path / f"{seed}.mp4", 16)
+        (tmp_path / f"{seed}.txt").write_text(text)
+    return tmp_path
+
+
+def test_a_folder_becomes_a_latent_set(folder, tmp_path, parts):
+    codec, prompts = parts
+    teacher = ClipFolder(folder, FORM)
+    assert len(teacher) == 3 and teacher.provides == {"clips"}
+    encode_clips(tmp_path / "set.safetensors", teacher, codec, prompts.encode, batch_size=2)
+    source = LatentClips(tmp_path / "set.safetensors", seed=0)
+    batch = source.batch(0, "student", 0, range(8))
+    assert batch["latents"].shape == (8, codec.latent_channels, 3, 8, 8) and not batch["offset"].any()
+    truth = {caption: codec.encode_frames(frames[None])[0] for frames, (caption,) in teacher}
+    for latents, cond in zip(batch["latents"], batch["cond"]):
+        gaps = {text: (latents - clip).abs().max() for text, clip in truth.items()}
+        text = min(gaps, key=gaps.get)
+        assert gaps[text] < 2e-2  # stored in half precision
+        torch.testing.assert_close(cond, prompts.encode([text])[0], atol=1e-2, rtol=1e-2)
+
+
+def test_anything_that_renders_is_a_teacher(tmp_path, parts):
+    codec, prompts = parts
+    seen = []
+
+    def renderer(prompt, seed):
+        seen.append((prompt, seed))
+        return true_clip(seed % 100)[0]
+
+    names = [true_clip(seed)[1] for seed in range(3)]
+    encode_clips(tmp_path / "set.safetensors", ClipRenderer(renderer, names, seed=4), codec, prompts.encode)
+    assert [prompt for prompt, _ in seen] == names and len({seed for _, seed in seen}) == 3
+    again = [seed for _, seed in seen]
+    seen.clear()
+    list(ClipRenderer(renderer, names, seed=4))
+    assert [seed for _, seed in seen] == again
+
+
+def test_clips_of_two_shapes_are_refused(parts):
+    shapes = iter([9, 5])
+    teacher = ClipRenderer(lambda prompt, seed: torch.zeros(next(shapes), 3, 64, 64), ["a", "b"])
+    with pytest.raises(ValueError, match="rendered for 'b' has the shape"):
+        list(teacher)
+
+
+def test_a_length_that_the_codec_cannot_take_is_found_before_anything_is_decoded(folder, tmp_path, parts):
+    codec, prompts = parts
+    teacher = ClipFolder(folder, ClipFormat(num_frames=10))
+    with pytest.raises(ValueError, match="10 frames|frames"):
+        encode_clips(tmp_path / "set.safetensors", teacher, codec, prompts.encode)
+    assert not (tmp_path / "set.safetensors").exists()
+
+
+def test_a_broken_clip_leaves_no_set(folder, tmp_path, parts):
+    codec, prompts = parts
+    (folder / "2.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="2.mp4 can't be read"):
+        encode_clips(tmp_path / "set.safetensors", ClipFolder(folder, FORM), codec, prompts.encode)
+    assert not (tmp_path / "set.safetensors").exists()
+
+
+def test_the_fingerprint_changes_with_clips_captions_and_format(folder):
+    prints = [ClipFolder(folder, FORM).fingerprint(), ClipFolder(folder, ClipFormat(num_frames=5)).fingerprint()]
+    (folder / "0.txt").write_text("another caption")
+    prints.append(ClipFolder(folder, FORM).fingerprint())
+    write_video(true_clip(7, 14)[0], folder / "1.mp4", 16)
+    prints.append(ClipFolder(folder, FORM).fingerprint())
+    assert len(set(prints)) == 4 and ClipFolder(folder, FORM).fingerprint() == prints[-1]
