@@ -83,3 +83,13 @@ def prompt_batch(teacher, keys, prompt=""):
 
 def noise(*shape, seed=0):
     return keyed_normal(shape, "test", seed)
+
+
+def run_turn(method, batch, turn, step=0):
+    """As the trainer does it: only the turn's own parameters require gradients."""
+    for name, network in method.networks().items():
+        network.requires_grad_(name == turn)
+        network.zero_grad(set_to_none=True)
+    loss, numbers = method.loss(turn, batch, step)
+    loss.backward()
+    return {name: {k: p.grad for k, p in n.named_parameters()} for name, n in method.networks().items()}, numbers

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from method_fakes import TINY_WAN, Ar1Student, noise
+from method_fakes import TINY_WAN, Ar1Student, noise, run_turn
 from torch import nn
 
 from streamvid.core.times import step_times
@@ -50,15 +50,6 @@ def number_batch(keys, mean=2.0):
     }  # fmt: skip
 
 
-def run_turn(method, turn, batch, step=0):
-    for name, network in method.networks().items():
-        network.requires_grad_(name == turn)
-        network.zero_grad(set_to_none=True)
-    loss, numbers = method.loss(turn, batch, step)
-    loss.backward()
-    return {name: {k: p.grad for k, p in n.named_parameters()} for name, n in method.networks().items()}, numbers
-
-
 # Turns and rollouts -------------------------------------------------------------------------------------
 
 
@@ -71,7 +62,7 @@ def test_the_discriminator_is_first_and_warms_up_alone():
 def test_each_turn_trains_its_own_network(policy):
     method, _ = wan_method(policy=policy)
     for turn in method.networks():
-        grads, numbers = run_turn(method, turn, wan_batch())
+        grads, numbers = run_turn(method, wan_batch(), turn)
         trained = [g for g in grads[turn].values() if g is not None]
         assert trained and all(g.isfinite().all() for g in trained) and any(g.any() for g in trained)
         assert all(g is None for name, of in grads.items() if name != turn for g in of.values())
@@ -153,7 +144,7 @@ def test_networks_asked_with_one_noise_see_one_state():
 def test_a_discriminator_that_sees_no_difference_moves_nothing(self_normalized):
     """At r = 1/2 the two branches pull against each other with one force."""
     method, _ = wan_method(Slope(0.0), self_normalized=self_normalized)
-    grads, numbers = run_turn(method, "student", wan_batch())
+    grads, numbers = run_turn(method, wan_batch(), "student")
     assert all(g.abs().max() < 1e-7 for g in grads["student"].values()) and numbers["weight_std"] == 0
 
 
@@ -177,7 +168,7 @@ def test_the_student_moves_where_the_discriminator_says():
     for slope, sign in ((3.0, -1), (-3.0, 1)):
         student = Ar1Student(mean=0.0, s=1.0)
         method = AFD(Config(group_size=8, self_normalized=False, lam_prior=0.0, beta=1.0), student, NUMBERS, Slope(slope))
-        grads, _ = run_turn(method, "student", number_batch(range(64)))
+        grads, _ = run_turn(method, number_batch(range(64)), "student")
         assert grads["student"]["mean"].sign() == sign
 
 
@@ -216,7 +207,7 @@ def test_preferences_are_of_pairs():
 
 def test_a_logit_a_chunk_gives_each_its_own_advantage():
     method, _ = wan_method(logit="chunk", group_size=2)
-    _, numbers = run_turn(method, "student", wan_batch())
+    _, numbers = run_turn(method, wan_batch(), "student")
     assert method.discriminator(wan_batch()["latents"], wan_batch()["cond"]).shape == (2, 2) and numbers["weight_std"] >= 0
 
 

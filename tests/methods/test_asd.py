@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from method_fakes import TINY_WAN, Ar1Student, ClipStudent, ScoreOf, ar1_teacher, noise, prompt_batch
+from method_fakes import TINY_WAN, Ar1Student, ClipStudent, ScoreOf, ar1_teacher, noise, prompt_batch, run_turn
 from torch import nn
 
 from streamvid.methods.asd import ASD, Config, Method
@@ -32,16 +32,6 @@ def wan_method(stream=STREAM, **config):
 def step_with(method, turn, n):
     """A step whose draw is n."""
     return next(step for step in range(200) if method.decide(turn, step).num_steps == n)
-
-
-def run_turn(method, batch, turn, step):
-    """As the trainer does it: only the turn's own parameters require gradients."""
-    for name, network in method.networks().items():
-        network.requires_grad_(name == turn)
-        network.zero_grad(set_to_none=True)
-    loss, numbers = method.loss(turn, batch, step)
-    loss.backward()
-    return {name: {k: p.grad for k, p in n.named_parameters()} for name, n in method.networks().items()}, numbers
 
 
 # Decisions ----------------------------------------------------------------------------------------------
