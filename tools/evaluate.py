@@ -4,10 +4,9 @@
     python tools/evaluate.py --student runs/tiny_dmd/student --prompts 200 --seeds 3 --long 10 --out report.json
     python tools/evaluate.py --student A --student B --label before --label after --teacher-steps 50,4 --out r.json
 
-Writes the report as JSON, as Markdown and as a contact sheet (.png) beside it, and prints the table. `forwards`
-are student forwards + commits a clip, `work` the latent frames that they push through the transformer (a guided
-teacher counts twice), the times are medians at batch 1, the speed-up is that of a whole clip, decoding included, over
-the first teacher row. The first row is the true clips after the codec: what a perfect model would score.
+Writes a report (JSON, Markdown, contact sheet) and prints its table: forwards + commits of the student a clip, work (latent
+frames pushed through the transformer; a guided teacher counts twice), times (medians at batch 1), and the speed-up of a whole
+clip, decoding included, over the first teacher row. The first row is the true clips after the codec.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-frames", type=int, default=33)
     parser.add_argument("--long", type=int, default=0, metavar="K", help="also stream K times as long, scored by windows")
     parser.add_argument("--long-prompts", type=int, default=40, help="prompts of the long streams (default 40)")
+    parser.add_argument("--card", action="store_true", help="also write the scores into each student's model card")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; by default a GPU where there is one")
     parser.add_argument("--out", required=True, help="the report, .json")
     return parser.parse_args(argv)
@@ -71,14 +71,15 @@ def evaluate(args: argparse.Namespace) -> None:
     from streamvid.codecs.load import open_codec
     from streamvid.evaluation import report, runs
     from streamvid.evaluation.world_score import mean_scores
+    from streamvid.serving.card import add_scores
     from streamvid.serving.student import TINY_START, TINY_STUDENT, TINY_TEACHER, choose_device, load_student
     from streamvid.teachers.load import open_teacher
     from streamvid.video import contact_sheet
 
     check(args)
     out, prompts, home = Path(args.out), runs.held_out_prompts(args.prompts), args.teacher or TINY_TEACHER
-    device = choose_device(args.device)
-    students = [load_student(path, args.components, device) for path in args.student or (TINY_START, TINY_STUDENT)]
+    device, paths = choose_device(args.device), args.student or (TINY_START, TINY_STUDENT)
+    students = [load_student(path, args.components, device) for path in paths]
     labels = args.label or args.student or ["start", "student"]
     jobs, codec = [], students[0].codec  # of each model: runner, codec, embeddings, number of seeds
     if args.teacher_steps:
@@ -91,7 +92,7 @@ def evaluate(args: argparse.Namespace) -> None:
         runner = runs.student_runner(f"{label}, {s.stream.num_steps} steps", s.transformer, s.stream)
         jobs.append((runner, s.codec, s.prompts.encode(prompts).to(device), args.seeds))
     costs = [runs.measure_cost(job[0], job[1], job[2][:1], args.num_frames) for job in jobs]  # also finds what can't run
-    window, num = args.num_frames - 1, min(args.long_prompts, args.prompts)
+    window, num = args.num_frames - 1, args.long_prompts
     long = [
         runs.score_long(runner, codec, embeddings[:num], prompts[:num], args.long, window)
         for runner, codec, embeddings, _ in jobs if args.long and runner.stream.commit != "none"
@@ -111,9 +112,9 @@ def evaluate(args: argparse.Namespace) -> None:
     groups = [(prompts[i], [(label, clips[i]) for label, clips in shown]) for i in range(min(NUM_SHOWN, len(prompts)))]
     contact_sheet(groups, out.with_suffix(".png"))
     report.write_report(out, rows, truth, long)
-    print(report.table([truth, *rows]))
-    if long:
-        print(report.window_table(long))
+    for path, row in zip(paths if args.card else (), rows[-len(students) :]):
+        add_scores(path, row["scores"], [f"{args.prompts} held-out prompts of the verifiable world, {row['seeds']} noise seeds"])
+    print(report.table([truth, *rows]), *([report.window_table(long)] if long else []), sep="\n")
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def adapt(network: VelocityField, kind: Literal["eps", "x0", "v"], clock: Clock)
     Args:
         network: takes its own states and its own time.
         kind: what it predicts: "eps", "x0", or "v" = alpha eps - sigma x0, of processes with alpha^2 + sigma^2 = 1
-            (Salimans and Ho, arXiv 2202.00512).
+            (Salimans and Ho, arXiv 2202.00512). Of pure noise an "eps" network says nothing about x0: not finite at t = 1.
         clock: ``edm_clock``, ``trig_clock`` or one of ``vp_clock``.
 
     Raises:

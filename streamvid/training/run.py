@@ -31,6 +31,7 @@ from streamvid.methods.base import BatchSource, Method
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import key_to_seed
+from streamvid.serving.card import model_card
 from streamvid.serving.student import ASSETS, COMPONENTS, TINY_TEACHER, load_transformer, save_student
 from streamvid.teachers.base import Teacher, check_needs, check_width
 from streamvid.teachers.clip_folder import ClipFolder, encode_clips
@@ -239,7 +240,7 @@ def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
     weights = trainer.ema_weights("student") if learner.ema is not None else nullcontext()
     with weights:
         if config.student.kind == "causal":
-            save_student(target, learner.network, config.stream, config.components, model_card(trainer, config))
+            save_student(target, learner.network, config.stream, config.components, card_of(trainer, config))
             return target
         with atomic_folder(target) as temporary:
             learner.network.save_pretrained(temporary / "transformer")
@@ -252,14 +253,15 @@ def shown(path: str) -> str:
     return f"streamvid/assets/{path.relative_to(ASSETS)}" if path.is_relative_to(ASSETS) else path.name
 
 
-def model_card(trainer: Trainer, config: RunConfig) -> str:
-    """The README.md of an exported student."""
-    stream = config.stream
-    return (
-        f"# {config.train.name}\n\nA causal Wan student, made with streamvid.\n\n"
-        f"- method: {config.method}, {trainer.step} steps, seed {config.train.seed}\n"
-        f"- started from: {shown(config.student.path) if config.student.path else 'random weights'}\n"
-        f"- teacher: {shown(config.teacher.path)}\n"
-        f"- data: {config.data.kind}\n- streamed with: {stream.num_steps} steps a chunk of {stream.chunk_frames} latent "
-        f"frames, shift {stream.shift:g}, window {stream.window_frames}, sink {stream.sink_frames}\n"
-    )
+def card_of(trainer: Trainer, config: RunConfig) -> str:
+    """The model card of an exported student."""
+    facts = {
+        "method": f"{config.method}, {trainer.step} steps of batch {config.train.batch_size}, seed {config.train.seed}",
+        "started from": shown(config.student.path) if config.student.path else "random weights",
+        "teacher": shown(config.teacher.path),
+        "data": config.data.kind + (f" ({Path(config.data.path).name})" if config.data.path else ""),
+    }
+    guidance = getattr(config.options, "guidance_scale", None)
+    if guidance is not None:
+        facts["guidance of the teacher"] = f"{guidance:g}"
+    return model_card(config.train.name, facts, config.stream)
