@@ -62,8 +62,8 @@ def write_report(
         "Energy distance to the guided teacher's points over its sampling floor, at 1,024 points a set (median of 9 sets; 1 is"
         " as near as two sets of the teacher's own). The start is the network that every run begins with; it is sampled"
         " with Euler steps. Modes are those of the ring, and of the ring for a start that has seen three of them, a number a"
-        " seed. On the prompts, guided scores that are compared settle elsewhere than the guided flow that is measured"
-        " against; the flow maps follow it.\n\n"
+        " seed; seconds are a core's. On the prompts, guided scores that are compared settle elsewhere than the guided flow that"
+        " is measured against; the flow maps follow it.\n\n"
     )
     about_text = "".join(f"\n- {key}: {value}" for key, value in about.items())
     with atomic_file(path.with_suffix(".md")) as temporary:
