@@ -1,6 +1,7 @@
 """tools/evaluate.py and tools/quickstart.py: the whole report, small."""
 
 import json
+import shutil
 
 import evaluate
 import pytest
@@ -10,8 +11,9 @@ from streamvid.serving.student import TINY_START, load_student
 
 
 def test_a_report_has_a_row_a_model_and_a_picture(tmp_path, capsys):
-    out = tmp_path / "report.json"
-    argv = ["--student", str(TINY_START), "--teacher-steps", "2", "--prompts", "2", "--seeds", "2", "--num-frames", "21"]
+    out, folder = tmp_path / "report.json", tmp_path / "start"
+    shutil.copytree(TINY_START, folder)
+    argv = ["--student", str(folder), "--card", "--teacher-steps", "2", "--prompts", "2", "--seeds", "2", "--num-frames", "21"]
     assert evaluate.main([*argv, "--long", "2", "--long-prompts", "1", "--out", str(out)]) == 0
     teacher, start = json.loads(out.read_text())["rows"]
     assert (teacher["nfe"], teacher["latent_frames"], teacher["commits"]) == (2 * 2, 2 * 2 * 6, 0)
@@ -23,7 +25,9 @@ def test_a_report_has_a_row_a_model_and_a_picture(tmp_path, capsys):
     assert start["clip_speedup"] == pytest.approx(teacher["clip_s"] / start["clip_s"]) and start["decode_s"] > 0
     (long,) = report["long"]  # twice 20 frames after the first chunk of 9, in chunks of 12
     assert long["num_frames"] == 9 + 48 and [long["first"], long["last"]] == [long["windows"][k]["overall"] for k in (0, -1)]
-    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.png", "start"}
+    card = (folder / "README.md").read_text()
+    assert f"{start['scores']['overall']:.3f}" in card and "2 noise seeds" in card
     assert out.with_suffix(".png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert "| teacher, 2 steps" in printed and "by window of 20 frames" in printed
