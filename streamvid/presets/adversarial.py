@@ -65,7 +65,10 @@ def nitrofusion(scale: float = 1.0) -> Preset:
     def refresh(ctx: Context) -> None:
         ctx.networks.refresh_heads(0.01, ctx.rng)
 
-    return Preset("2412.02030", student, disc=disc, heads="film", guidance=specs.dmd(scale), rate=0.3, after_student=refresh)
+    note = "a head a layer is the whole pool: one made anew is a third of the discriminator; LADD is this without"
+    return Preset(
+        "2412.02030", student, disc=disc, heads="film", guidance=specs.dmd(scale), rate=0.3, after_student=refresh, note=note
+    )
 
 
 def adm(scale: float = 1.0, dt: float = 1 / 8) -> Preset:
@@ -117,7 +120,8 @@ def dmdx(scale: float = 1.0, share: float = 0.4) -> Preset:
         t, t_real = ctx.times(), ctx.times()
         return discriminator_loss("hinge", ctx.logits(ctx.noised(fake, t), t), ctx.logits(ctx.noised(real, t_real), t_real))
 
-    return Preset("2507.18569", student, later.critic, disc, heads="film", guidance=specs.dmd(scale), covers=True)
+    note = "ADM's part has 60 % of the updates"
+    return Preset("2507.18569", student, later.critic, disc, heads="film", guidance=specs.dmd(scale), covers=True, note=note)
 
 
 def tad_sr(scale: float = 1.0, gan: float = 0.3) -> Preset:

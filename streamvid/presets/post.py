@@ -31,7 +31,7 @@ def embedding_loss(scale: float = 1.0, weight: float = 0.1, num_nets: int = 2) -
             total = total + weight / num_nets * mmd2(net(x), net(real), unbiased=False)
         return total
 
-    note = "kernel, nets and weight are our reading; compares all prompts together"
+    note = "our reading of kernel, nets, weight; its batch noise takes the host from 1.2 to 2.5; compares all prompts together"
     return Preset("2604.22379", student, fit_critic(), guidance=specs.dmd(scale), covers=True, note=note)
 
 
