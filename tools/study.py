@@ -98,7 +98,7 @@ def forecast(jobs: list, num_at_once: int) -> float:
     """The most hours that the jobs take: their time limits, and what evaluation has been measured to take."""
     minutes = 0.0
     for job in jobs:
-        ways = len(job.variant.deploy) * (3 if job.variant.long else 1)
+        ways = len(job.variant.deploy) + 2 * len(job.variant.long)
         training = job.study.minutes_per_run if job.variant.run is not None else 0.0
         minutes += training + ways * EVALUATION_MINUTES * job.study.prompts / 100
     return minutes / 60 / num_at_once

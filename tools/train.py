@@ -5,7 +5,8 @@
     accelerate launch --cpu --num_processes 2 tools/train.py --config configs/run/tiny_dmd.yaml
 
 A run writes runs/NAME/: config.yaml, metrics.jsonl, checkpoints/ and, at the end, student/. The same command
-resumes it. `--dry-run` prints the resolved configuration and the networks' sizes and stops.
+resumes it. `--dry-run` prints the resolved configuration, and what the run will need: the memory of each network and
+of each turn at its peak, and floating-point operations a step; nothing is loaded or fetched for that.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
     from streamvid.config import to_plain
+    from streamvid.serving.student import choose_device
+    from streamvid.training.estimate import ensure_memory, estimate
     from streamvid.training.run import build_trainer, load_run
     from streamvid.training.trainer import TrainingError
 
     try:
         config = load_run(args.config, args.overrides)
-        trainer = build_trainer(config)
         if args.dry_run:
-            print(yaml.safe_dump(to_plain(config), sort_keys=False))
-            for name, learner in trainer.learners.items():
-                print(f"{name}: {sum(p.numel() for p in learner.parameters.values()) / 1e6:.2f} M trainable parameters")
+            print(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
+            print(estimate(config).table())
             return 0
+        ensure_memory(config, choose_device())
+        trainer = build_trainer(config)
         run_dir = trainer.train()
     except (ValueError, OSError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ Notation: a *step* is one optimiser step of the run; a *turn* is the update of o
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -65,5 +66,7 @@ class Method(Protocol):
 
 
 def as_floats(numbers: dict[str, Tensor]) -> dict[str, float]:
-    """Scalar tensors as numbers, from the device in one transfer."""
+    """Scalar tensors as numbers, from the device in one transfer; of the meta device, which has none, NaN."""
+    if any(number.is_meta for number in numbers.values()):
+        return dict.fromkeys(numbers, math.nan)
     return dict(zip(numbers, torch.stack([number.detach().float() for number in numbers.values()]).tolist()))

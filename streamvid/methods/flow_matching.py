@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from streamvid.core.critic import flow_matching_loss
 from streamvid.core.process import add_noise
 from streamvid.core.times import TimeLaw, sample_times
+from streamvid.methods.base import as_floats
 from streamvid.seeding import keyed_generator, keyed_normal
 
 
@@ -75,7 +76,7 @@ class FlowMatching:
         cond = self._drop_prompts(batch["cond"], keys)
         v = self._predict(add_noise(x0, eps, t), t, cond, x0)
         loss = flow_matching_loss(v, x0, eps, mask=self._counts(batch["offset"], x0))
-        return loss, {"loss": float(loss.detach())}
+        return loss, as_floats({"loss": loss})
 
     def _times(self, key: int, num_frames: int) -> Tensor:
         """A time a frame ``[T]``: one for all, or one a chunk."""

@@ -225,7 +225,7 @@ class DistributionMatching:
             x = self._roll_out(batch, self.stream_of(decision), decision)
             x_t, eps, t = self._noised(x, batch["keys"])
         loss = flow_matching_loss(self._fake_velocity(x_t, t, batch["cond"].to(x.dtype)), x, eps)
-        return loss, {"loss": float(loss.detach())}
+        return loss, as_floats({"loss": loss})
 
     def _roll_out(self, batch: dict[str, Any], stream: StreamConfig, decision: Decision, role: str = "student") -> Tensor:
         """The judged part ``[B, C, T, h, w]`` of a rollout, with the caller's grad mode; each ``role`` has its own noise."""

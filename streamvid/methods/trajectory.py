@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from streamvid.core.process import expand_time, x0_from_v
 from streamvid.data.trajectories import SAME_TIME, check_falling, time_indices
+from streamvid.methods.base import as_floats
 from streamvid.rollout.sampler import GuidedModel, stream_latents
 from streamvid.rollout.schedule import StreamConfig, build_schedule
 from streamvid.seeding import keyed_generator
@@ -83,13 +84,13 @@ class TrajectoryRegression:
         states, times = batch["states"], batch["times"][0]
         levels = self._draw_levels(batch["keys"], times.tolist(), self._num_chunks(states.shape[3]))
         x_t = select_states(states, levels.to(states.device), self.stream.chunk_frames)
-        t = times[levels.to(times.device)].repeat_interleave(self.stream.chunk_frames, dim=1)  # [B, T]
+        t = times[levels.to(times.device)].repeat_interleave(self.stream.chunk_frames, dim=1).to(states.device)  # [B, T]
         x0 = states[:, time_indices(times.tolist(), [0.0])[0]]
         v = self._predict(x_t, t, batch["cond"], x0)
         error = (x0_from_v(x_t, v, t) - x0).square()
         counts = expand_time((t > SAME_TIME).float(), error).expand_as(error)
         loss = (error * counts).sum() / counts.sum()
-        return loss, {"loss": float(loss.detach())}
+        return loss, as_floats({"loss": loss})
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Tensor, x0: Tensor) -> Tensor:
         chunk: dict[str, Any] = {"chunk_frames": self.stream.chunk_frames}

@@ -1,24 +1,27 @@
 """A student on disk: `transformer/` and `stream_config.json`, with or without its own codec and text encoder.
 
 A folder that lacks `vae/`, `text_encoder/` or `tokenizer/` borrows them from a components folder, by default the
-shipped teacher.
+shipped teacher. `model_index.json` names the classes of what it has, as in every diffusers folder, for
+`serving.pipeline` and the hub; nothing here reads it.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import diffusers
 import torch
 
 from streamvid.codecs.base import VideoCodec
-from streamvid.codecs.load import open_codec
-from streamvid.codecs.text import PromptEncoder
+from streamvid.codecs.load import CODECS, open_codec
+from streamvid.codecs.text import RECIPES, PromptEncoder
 from streamvid.files import atomic_folder
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import STREAM_CONFIG_FILE, StreamConfig
-from streamvid.weights import check_weights, load_strictly
+from streamvid.weights import check_weights, load_strictly, read_json
 
 ASSETS = Path(__file__).parents[1] / "assets"
 TINY_TEACHER = ASSETS / "teacher"
@@ -26,6 +29,8 @@ TINY_START = ASSETS / "start"
 TINY_STUDENT = ASSETS / "student"
 TEXT_PARTS = ("text_encoder", "tokenizer")
 COMPONENTS = ("vae", *TEXT_PARTS)
+CARD_FILE = "README.md"
+INDEX_FILE = "model_index.json"
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -167,6 +172,23 @@ def save_student(
     with atomic_folder(path) as temporary:
         transformer.save_pretrained(temporary / "transformer")
         (temporary / STREAM_CONFIG_FILE).write_text(stream.to_json())
-        (temporary / "README.md").write_text(card or "A streamvid student; see stream_config.json.\n")
+        (temporary / CARD_FILE).write_text(card or "A streamvid student; see stream_config.json.\n")
         for part in COMPONENTS if components else ():
             shutil.copytree(Path(components) / part, temporary / part)
+        (temporary / INDEX_FILE).write_text(json.dumps(model_index(temporary), indent=2) + "\n")
+
+
+def model_index(folder: Path) -> dict[str, object]:
+    """What ``model_index.json`` of a student folder says: the module and class of each part, null for borrowed ones."""
+    files = [folder / name for name in ("vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer_config.json")]
+    codec, encoder, tokenizer = (read_json(file) if file.is_file() else {} for file in files)
+    codec_class, recipe = CODECS.get(codec.get("_class_name")), RECIPES.get(encoder.get("model_type"))
+    tokenizer_class = tokenizer.get("tokenizer_class")
+    return {
+        "_class_name": "StreamVidPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "text_encoder": ["transformers", recipe.encoder_class] if recipe else [None, None],
+        "tokenizer": ["transformers", tokenizer_class] if tokenizer_class else [None, None],
+        "transformer": [CausalWanTransformer3DModel.__module__, CausalWanTransformer3DModel.__name__],
+        "vae": [codec_class.__module__, codec_class.__name__] if codec_class else [None, None],
+    }

@@ -18,7 +18,7 @@ FAMILIES: dict[str, type] = {
 """By the class name in ``transformer/config.json``."""
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
-HUB_PARTS = ["model_index.json", "*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt"]  # no pickles, no code
+HUB_PARTS = ["model_index.json", "stream_config.json", "README.md", "*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt"]  # no pickles, no code
 
 
 def open_teacher(path: str | Path, **options: Any) -> Teacher:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import streamvid.methods
 from streamvid.codecs.load import open_codec
@@ -29,6 +30,7 @@ from streamvid.data.trajectories import Trajectories
 from streamvid.files import atomic_folder
 from streamvid.methods.base import BatchSource, Method
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.models.lora import LoraConfig, adapt, is_adapted, save_adapter, share_weights
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import key_to_seed
 from streamvid.serving.card import model_card
@@ -38,6 +40,8 @@ from streamvid.teachers.clip_folder import ClipFolder, encode_clips
 from streamvid.teachers.load import open_teacher, resolve_checkpoint
 from streamvid.teachers.wan import load_wan_transformer
 from streamvid.training.trainer import TrainConfig, Trainer
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -61,6 +65,11 @@ class StudentConfig:
     path: str | None = None  # a folder with transformer/ to start from; null: random weights of `geometry`
     geometry: Geometry = field(default_factory=Geometry)
     kind: Literal["causal", "bidirectional"] = "causal"  # bidirectional: a teacher
+    lora: LoraConfig = field(default_factory=LoraConfig)  # with a rank, adapters on frozen weights are all that is trained
+
+    def __post_init__(self) -> None:
+        if self.lora.rank and self.path is None:
+            raise ValueError(f"student.lora.rank={self.lora.rank} adapts trained weights; name them with student.path")
 
 
 @dataclass
@@ -71,6 +80,22 @@ class TeacherConfig:
     negative_prompt: str = ""
     dtype: Literal["float32", "bf16"] = "float32"  # of its weights, which are frozen
     offload: bool = False  # of two experts by noise level, keep the idle one on the CPU
+
+
+@dataclass
+class FakeScoreConfig:
+    """The network that follows the student's clips, of methods that have one."""
+
+    path: str | None = None  # a folder or hub name whose transformer it starts from; null: a copy of the teacher's
+    lora_rank: int | None = None  # of adapters on those weights; null: as student.lora.rank; 0: all of it is trained
+
+    def __post_init__(self) -> None:
+        if self.lora_rank is not None and self.lora_rank < 0:
+            raise ValueError(f"fake_score.lora_rank={self.lora_rank}, expected at least 0, or null for the student's")
+
+    def rank(self, student: LoraConfig) -> int:
+        """Of its adapters; 0 is none."""
+        return student.rank if self.lora_rank is None else self.lora_rank
 
 
 @dataclass
@@ -105,11 +130,18 @@ class RunConfig:
     method: str = "dmd"
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    fake_score: FakeScoreConfig = field(default_factory=FakeScoreConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     components: str = str(TINY_TEACHER)  # the folder whose text_encoder/, tokenizer/ and vae/ are used
     prompt_cache: str | None = None  # a folder for prompt embeddings; null keeps them in memory, for small encoders
     latent_size: tuple[int, int] = (8, 8)  # height and width of a latent frame, for methods that roll out
+
+    def __post_init__(self) -> None:
+        ranks = {"student": self.student.lora.rank, "fake_score": self.fake_score.rank(self.student.lora)}
+        for name, optimizer in self.train.optimizers.items():
+            if ranks.get(name) and optimizer.kind == "muon":
+                raise ValueError(f"optimizers.{name}.kind=muon is for whole matrices, but {name} has adapters; set adamw")
 
 
 def method_names() -> list[str]:
@@ -135,10 +167,12 @@ def load_run(path: str | Path | None, overrides: list[str]) -> RunConfig:
     return build_config(whole, values)
 
 
-def build_student(config: StudentConfig) -> nn.Module:
-    """The network to train, in float32."""
+def build_student(config: StudentConfig, seed: int = 0) -> nn.Module:
+    """The network to train, in float32; with adapters, frozen but for those, in the precision of ``lora.dtype``."""
     if config.path is not None:
-        return load_transformer(config.path) if config.kind == "causal" else load_wan_transformer(config.path)
+        load = load_transformer if config.kind == "causal" else load_wan_transformer
+        network = load(config.path, DTYPES[config.lora.dtype])
+        return adapt(network, config.lora, seed, "student") if config.lora.rank else network
     from diffusers import WanTransformer3DModel
 
     cls = CausalWanTransformer3DModel if config.kind == "causal" else WanTransformer3DModel
@@ -180,30 +214,97 @@ def encoded_folder(config: RunConfig, prompts: PromptEncoder) -> Path:
     return path
 
 
-def build_method(config: RunConfig, student: nn.Module, prompts: PromptEncoder) -> Method:
-    """The method with the parts that its constructor names."""
-    cls = importlib.import_module(f"streamvid.methods.{config.method}").Method
+def method_class(config: RunConfig) -> Any:
+    """The class of ``streamvid/methods/NAME.py``."""
+    return importlib.import_module(f"streamvid.methods.{config.method}").Method
+
+
+def needs_teacher(config: RunConfig) -> bool:
+    """Whether the method asks for more than the data; a black box gives no more than that."""
+    return bool(method_class(config).needs - {"clips"})
+
+
+def build_method(
+    config: RunConfig, student: nn.Module, uncond: Tensor, teacher: Teacher | None = None, fake_score: nn.Module | None = None
+) -> Method:
+    """The method with the parts that its constructor names.
+
+    Args:
+        uncond: the embedded negative prompt, ``[L, D]``.
+        teacher: of methods that need one.
+        fake_score: None leaves it to the method.
+
+    Raises:
+        ValueError: if a part is missing or of no use.
+    """
+    cls = method_class(config)
+    wanted = inspect.signature(cls.__init__).parameters
+    if "clips" in cls.needs and config.data.kind not in ("world", "clips", "latents"):
+        raise ValueError(f"method={config.method} learns from a teacher's clips; set data.kind=clips and data.path=FOLDER")
+    if fake_score is not None and "fake_score" not in wanted:
+        raise ValueError(f"method={config.method} has no fake score; leave fake_score.path out")
     parts: dict[str, Any] = {
         "student": student,
         "stream": config.stream,
-        "uncond": prompts.encode([config.teacher.negative_prompt])[0],
+        "uncond": uncond,
         "latent_shape": (int(student.config.in_channels), *config.latent_size),
         "seed": config.train.seed,
+        "fake_score": fake_score,
     }
-    if "clips" in cls.needs and config.data.kind not in ("world", "clips", "latents"):
-        raise ValueError(f"method={config.method} learns from a teacher's clips; set data.kind=clips and data.path=FOLDER")
-    if cls.needs - {"clips"}:  # a black box gives no more than the data
-        parts["teacher"] = build_teacher(config.teacher, prompts)
-        check_needs(cls, parts["teacher"])
-    wanted = inspect.signature(cls.__init__).parameters
+    if teacher is not None:
+        check_needs(cls, teacher)
+        parts["teacher"] = teacher
     return cls(config.options, **{name: part for name, part in parts.items() if name in wanted})
+
+
+def share_teacher(config: RunConfig, student: nn.Module, teacher: Teacher) -> None:
+    """An adapted student of the teacher's own checkpoint stands on the teacher's weights, which are so held once."""
+    if stands_on_teacher(config):
+        share_weights(teacher.transformer, student)
+
+
+def stands_on_teacher(config: RunConfig) -> bool:
+    """Whether the student's frozen weights are the teacher's."""
+    if not config.student.lora.rank or config.student.lora.dtype != config.teacher.dtype or config.teacher.offload:
+        return False
+    own, theirs = config.student.path, config.teacher.path
+    return own == theirs or Path(own).resolve() == resolve_checkpoint(theirs).resolve()
+
+
+def build_fake_score(
+    config: RunConfig, teacher: Teacher | None, load: Callable[[str, torch.dtype], nn.Module] = load_wan_transformer
+) -> nn.Module | None:
+    """The transformer that `fake_score.path` names, or adapters on that or on the teacher's weights; None leaves it to the
+    method, which copies the teacher's.
+
+    Args:
+        load: opens a transformer in a precision.
+
+    Raises:
+        ValueError: if adapters would stand on weights that come and go.
+    """
+    own, lora = config.fake_score, config.student.lora
+    rank = own.rank(lora)
+    if not rank:
+        return None if own.path is None else load(own.path, torch.float32)
+    if own.path is not None:
+        base = load(own.path, DTYPES[config.teacher.dtype])
+    elif config.teacher.offload:
+        raise ValueError("teacher.offload=true moves weights that the fake score needs; set fake_score.lora_rank=0")
+    else:
+        base = getattr(teacher, "transformer", None)
+    if base is None and own.lora_rank:
+        raise ValueError(f"method={config.method} has no fake score; leave fake_score.lora_rank out")
+    if base is None:
+        return None
+    alpha = lora.alpha and lora.alpha * rank / lora.rank  # so that it counts as much as the student's
+    return adapt(base, LoraConfig(rank=rank, alpha=alpha, targets=lora.targets), config.train.seed, "fake_score")
 
 
 def build_teacher(config: TeacherConfig, prompts: PromptEncoder) -> Teacher:
     """The teacher without a text encoder of its own: that of the run serves both."""
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     options = {"offload": True} if config.offload else {}  # of families with experts
-    teacher = open_teacher(config.path, torch_dtype=dtype, load_text_encoder=False, **options)
+    teacher = open_teacher(config.path, torch_dtype=DTYPES[config.dtype], load_text_encoder=False, **options)
     check_width(config.path, prompts, teacher.text_dim)
     teacher.uncond = prompts.encode([config.negative_prompt])[0]
     return teacher
@@ -213,9 +314,13 @@ def build_trainer(config: RunConfig, progress: bool = True) -> Trainer:
     """Everything that a run needs, ready for `.train()`, which ends by exporting the network that was trained."""
     asked, config = config, fetched(config)
     prompts = PromptEncoder.from_pretrained(config.components, cache_dir=config.prompt_cache)
-    student = build_student(config.student)
+    student = build_student(config.student, config.train.seed)
     source = build_source(config, prompts)
-    method = build_method(config, student, prompts)
+    teacher = build_teacher(config.teacher, prompts) if needs_teacher(config) else None
+    if teacher is not None:
+        share_teacher(config, student, teacher)
+    fake_score = build_fake_score(config, teacher)
+    method = build_method(config, student, prompts.encode([config.teacher.negative_prompt])[0], teacher, fake_score)
     prompts.release()  # all prompts are encoded
     trainer = Trainer(config.train, method, source, None, resolved=asked, progress=progress)
     if "teacher" in vars(method):  # frozen: the trainer moves only what it trains
@@ -226,24 +331,31 @@ def build_trainer(config: RunConfig, progress: bool = True) -> Trainer:
 
 def fetched(config: RunConfig) -> RunConfig:
     """The same run, with folders where it names checkpoints on the hub."""
-    path = config.student.path
-    student = config.student if path is None else replace(config.student, path=str(resolve_checkpoint(path)))
-    return replace(config, student=student, components=str(resolve_checkpoint(config.components)))
+    student, fake_score = (
+        part if part.path is None else replace(part, path=str(resolve_checkpoint(part.path)))
+        for part in (config.student, config.fake_score)
+    )
+    return replace(
+        config, student=student, fake_score=fake_score, components=str(resolve_checkpoint(config.components))
+    )
 
 
 def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
     """Write `run_dir/student`, with the averaged weights where there are any.
 
     A causal student is complete in itself and can be streamed from there; of a teacher only transformer/ is written.
+    Adapters are merged into transformer/, and lie beside it in lora/.
     """
     learner, target = trainer.learners["student"], run_dir / "student"
     weights = trainer.ema_weights("student") if learner.ema is not None else nullcontext()
     with weights:
         if config.student.kind == "causal":
             save_student(target, learner.network, config.stream, config.components, card_of(trainer, config))
-            return target
-        with atomic_folder(target) as temporary:
-            learner.network.save_pretrained(temporary / "transformer")
+        else:
+            with atomic_folder(target) as temporary:
+                learner.network.save_pretrained(temporary / "transformer")
+        if is_adapted(learner.network):
+            save_adapter(learner.network, target / "lora")
     return target
 
 

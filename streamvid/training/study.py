@@ -56,8 +56,8 @@ class Variant:
     deploy: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Ways to stream the student: a label, and fields of ``stream_config.json`` that differ, "none" for null. {} is as it
     was trained."""
-    long: bool = False
-    """Also stream it for many times the clip length, scored by windows."""
+    long: tuple[str, ...] = ()
+    """Labels of ``deploy`` that are also streamed for many times the clip length, scored by windows."""
     judge: int = 0
     """Pairs of true clips and its own, for a discriminator that no training has seen; 0 asks none."""
     curve: str | None = None
@@ -89,6 +89,9 @@ class StudyConfig:
                 raise ValueError(f"variants.{name}: give either run, a run file, or student, a folder")
             if not variant.deploy:
                 variant.deploy = {name: {}}
+            for label in variant.long:
+                if label not in variant.deploy:
+                    raise ValueError(f"variants.{name}.long has {label!r}, expected labels of deploy: {', '.join(variant.deploy)}")
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,7 @@ def evaluated(job: Job, path: str) -> list[dict[str, Any]]:
         runner = runs.student_runner(label, student.transformer, stream)
         (scores,) = runs.score_by_seed(runner, student.codec, embeddings, prompts, [noise_seed], study.num_frames)
         row = {"label": label, "scores": scores, **cost_row(stream, study.num_frames, student.codec.temporal_ratio)}
-        if job.variant.long:
+        if label in job.variant.long:
             row["long"] = long_row(runner, student.codec, embeddings, prompts, study)
         if job.variant.judge:
             row["judge"] = judged(runner, student, job.variant.judge, study.num_frames)

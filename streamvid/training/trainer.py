@@ -159,7 +159,7 @@ class Trainer:
         self.accelerator = start_accelerator(config.mixed_precision, config.trackers, str(self.run_dir))
         for network in networks.values():
             network.to(self.accelerator.device).train()
-        _switch_on(networks, config)
+        switch_on(networks, config)
         self.learners = {
             name: Learner(
                 name, network, config.optimizers[name], config.ema.get(name), config.mixed_precision == "fp16"
@@ -456,7 +456,7 @@ def _check_trackers(trackers: list[str]) -> None:
             raise ValueError(f"tracker '{tracker}' is not installed; `pip install {tracker}` or leave it out")
 
 
-def _switch_on(networks: dict[str, Module], config: TrainConfig) -> None:
+def switch_on(networks: dict[str, Module], config: TrainConfig) -> None:
     """Activation checkpointing and compilation for the networks that can."""
     recomputing = [n for n in networks.values() if getattr(n, "_supports_gradient_checkpointing", False)]
     repeating = [n for n in networks.values() if getattr(n, "_repeated_blocks", None)]

@@ -18,7 +18,7 @@ variants:
     run: {root}/configs/run/tiny_dmd.yaml
     overrides: [train.max_steps=1, train.batch_size=1, data.num_prompts=2, options.student_start_step=0]
     deploy: {{1 step: {{num_steps: 1, first_steps: none}}, 2 steps: {{num_steps: 2}}}}
-    long: true
+    long: [1 step, 2 steps]
     judge: 4
     curve: DMD
 """

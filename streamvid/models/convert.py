@@ -1,0 +1,415 @@
+"""Checkpoints in the original Wan naming, as the published causal students come: names, containers, LoRA.
+
+The original Wan repository and what descends from it (CausVid, Self-Forcing, Causal-Forcing, LongLive, DiagDistill,
+Krea realtime) name the same tensors otherwise than diffusers does, and save them in the wrapping of their trainer: a
+`generator` and a `generator_ema` in one pickled dictionary, names with a `model.` before them, and pieces of FSDP,
+activation checkpointing or `torch.compile` inside them. `open_original` unwraps, renames, merges a LoRA and checks
+that every tensor of the model is there, in its shape, and no other.
+
+The table of names is that of `scripts/convert_wan_to_diffusers.py` in huggingface/diffusers; its trap is that what Wan
+calls norm3 (before the attention to text) is norm2 in diffusers, and the other way round.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.weights import TORCH_SUFFIXES, check_weights, read_json, read_tensors
+
+HEAD_DIM = 128
+"""Size of a head in every published Wan; a checkpoint's shapes say only how wide all heads are together."""
+
+CONTAINERS = ("generator_ema", "generator", "model", "state_dict")
+"""Keys under which trainers save the student, the one that is taken if there are several first."""
+LORA_CONTAINERS = ("generator_lora",)
+ROLES = ("generator_ema", "generator", "critic")  # what a flat file may have before the names instead of containers
+INDEX_SUFFIX = ".safetensors.index.json"
+
+_WRAPPINGS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_PREFIX = re.compile(r"^(?:(?:model|module|base_model|diffusion_model|transformer)\.)+")
+_BLOCK = re.compile(r"^(blocks\.\d+\.)(.*)$")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_SHOWN = 3  # names of a kind that an error shows
+
+# original module or parameter -> diffusers'
+_OUTSIDE = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+_ATTENTIONS = {"self_attn": "attn1", "cross_attn": "attn2"}
+_PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+_IN_BLOCK = {
+    **{f"{a}.{p}": f"{_ATTENTIONS[a]}.{_PROJECTIONS[p]}" for a in _ATTENTIONS for p in _PROJECTIONS},
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "modulation": "scale_shift_table",
+}
+_OUTSIDE_BACK = {new: old for old, new in _OUTSIDE.items()}
+_IN_BLOCK_BACK = {new: old for old, new in _IN_BLOCK.items()}
+
+
+# ---- names --------------------------------------------------------------------------------------------
+
+
+def diffusers_name(name: str) -> str | None:
+    """Diffusers' name of a module or parameter in the original naming, without wrapping; None if there is none."""
+    return _renamed(name, _OUTSIDE, _IN_BLOCK)
+
+
+def original_name(name: str) -> str | None:
+    """The inverse of ``diffusers_name``."""
+    return _renamed(name, _OUTSIDE_BACK, _IN_BLOCK_BACK)
+
+
+def original_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors under the original names.
+
+    Raises:
+        ValueError: for a name that diffusers' Wan text-to-video transformer does not have.
+    """
+    names = {name: original_name(name) for name in tensors}
+    unknown = [name for name, old in names.items() if old is None]
+    if unknown:
+        raise ValueError(f"{_few(unknown)}: not of diffusers' Wan text-to-video transformer")
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def bare_name(name: str) -> str:
+    """A name without what FSDP, checkpointing, compilation and the trainer's own modules put around it."""
+    for wrapping in _WRAPPINGS:
+        name = name.replace(wrapping, "")
+    return _PREFIX.sub("", name)
+
+
+def _renamed(name: str, outside: Mapping[str, str], in_block: Mapping[str, str]) -> str | None:
+    block = _BLOCK.match(name)
+    place, rest, table = (block[1], block[2], in_block) if block else ("", name, outside)
+    if rest in table:  # a parameter without a module of its own
+        return place + table[rest]
+    module, dot, parameter = rest.rpartition(".")
+    return f"{place}{table[module]}{dot}{parameter}" if module in table else None
+
+
+# ---- files --------------------------------------------------------------------------------------------
+
+
+def open_original(
+    path: str | Path, which: str | None = None, lora: str | Path | None = None
+) -> CausalWanTransformer3DModel:
+    """A student of a checkpoint in the original naming, in the precision that the file has, on the CPU.
+
+    Weights stay in the file (memory-mapped) until they are used; those that a LoRA changes are read.
+
+    Args:
+        path: a .pt, .pth or .safetensors file, a .safetensors.index.json, or a folder with .safetensors.
+        which: the container of the file to take; None is the first of ``CONTAINERS`` that is there.
+        lora: a file of low-rank updates to merge.
+
+    Raises:
+        ValueError: one line, if a file is missing, damaged or holds code, or if a name is missing, unknown or of
+            another shape.
+    """
+    tensors, unknown = _read_renamed(Path(path), which)
+    config = geometry(tensors, str(path), _head_dim(Path(path)))
+    with torch.device("meta"):
+        model = CausalWanTransformer3DModel(**config)
+    _check_strictly(str(path), tensors, unknown, model.state_dict())
+    if lora is not None:
+        tensors = merge_lora(tensors, read_lora(lora), str(lora))
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def read_checkpoint(path: str | Path, which: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the names that its file has for them, without its container.
+
+    Args: see ``open_original``.
+
+    Raises:
+        ValueError: see ``open_original``.
+    """
+    path = Path(path)
+    if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
+        return _unpacked(_read_shards(path), CONTAINERS, which, path)
+    table = _read_pickled(path) if path.suffix in TORCH_SUFFIXES else read_tensors(path)
+    return _unpacked(table, CONTAINERS, which, path)
+
+
+def _read_renamed(path: Path, which: str | None) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors by diffusers' names, and the original names that have none."""
+    tensors: dict[str, Tensor] = {}
+    unknown = []
+    for wrapped, tensor in read_checkpoint(path, which).items():
+        old = bare_name(wrapped)
+        new = diffusers_name(old)
+        if new is None:
+            unknown.append(old)
+        elif new in tensors:
+            raise ValueError(f"{path} has {old} twice, the second time as {wrapped}; expected each tensor once")
+        else:
+            tensors[new] = tensor
+    if any(name.startswith("condition_embedder.") for name in unknown):
+        raise ValueError(f"{path} is in diffusers' naming already; put it in a diffusers folder with its config.json")
+    return tensors, unknown
+
+
+def _read_shards(path: Path) -> dict[str, Tensor]:
+    """All tensors of a folder of .safetensors, or of those that an index names."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / "transformer").is_dir():
+        raise ValueError(f"{folder} is in diffusers' layout already (it has transformer/); nothing is left to convert")
+    check_weights(folder)
+    indices = [path] if path != folder else sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if len(indices) == 1:
+        files = sorted({folder / name for name in read_json(indices[0]).get("weight_map", {}).values()})
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files or (len(files) > 1 and len(indices) != 1):
+        raise ValueError(f"{path} holds {len(files)} .safetensors files and {len(indices)} indices; name the one to take")
+    return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+
+
+def _read_pickled(file: Path) -> dict[str, Any]:
+    """What ``torch.save`` wrote, tensors and containers of them; code in it is an error, it never runs."""
+    if not file.is_file():
+        raise ValueError(f"no file {file}")
+    try:
+        table = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:  # its text advises to run the code
+        raise ValueError(f"{file} is no checkpoint, is damaged, or holds code besides tensors, which is not run") from error
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise ValueError(f"{file} is no checkpoint, or is damaged ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{file} holds a {type(table).__name__}, expected a dictionary of named tensors")
+    return table
+
+
+def _unpacked(table: Mapping[str, Any], containers: Iterable[str], which: str | None, path: Path) -> dict[str, Tensor]:
+    """The tensors in the container ``which``, or in the first of ``containers`` that is there, or in no container."""
+    there = {str(key): value for key, value in table.items() if isinstance(value, Mapping)} or _roles(table)
+    if which is None:
+        which = next((name for name in containers if name in there), None)
+    if which is not None:
+        if which not in there:
+            raise ValueError(f"{path} has no {which}; it has {', '.join(there) or 'no containers, its tensors are bare'}")
+        table = there[which]
+    elif there and not any(isinstance(value, Tensor) for value in table.values()):
+        raise ValueError(f"{path} has {', '.join(there)}, expected one of {', '.join(containers)}; name one with --which")
+    if any(isinstance(value, Mapping) for value in table.values()):  # such as {"state_dict": {"model": ...}}
+        return _unpacked(table, containers, None, path)
+    strange = [str(name) for name, value in table.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    if strange or not table:
+        raise ValueError(f"{path}: expected named tensors, got {f'{_few(strange)} besides' if strange else 'none'}")
+    return dict(table)
+
+
+def _roles(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Containers that a format without nesting has written into all names: `generator_ema.model.blocks...`."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in table.items():
+        role, _, rest = str(name).partition(".")
+        if role not in ROLES:
+            return {}
+        found.setdefault(role, {})[rest] = value
+    return found
+
+
+# ---- geometry -----------------------------------------------------------------------------------------
+
+
+def geometry(tensors: Mapping[str, Tensor], source: str, head_dim: int = HEAD_DIM) -> dict[str, Any]:
+    """The configuration that a model of these tensors, by diffusers' names, has where it differs from the class's defaults.
+
+    Args:
+        source: what an error calls them.
+        head_dim: the size of a head, which no shape shows.
+
+    Raises:
+        ValueError: if the tensors that tell it are missing, or of impossible shapes.
+    """
+    told = {
+        name: _shape(tensors, name, dimensions, source)
+        for name, dimensions in {
+            "patch_embedding.weight": 5,
+            "condition_embedder.text_embedder.linear_1.weight": 2,
+            "condition_embedder.time_embedder.linear_1.weight": 2,
+            "blocks.0.ffn.net.0.proj.weight": 2,
+            "proj_out.weight": 2,
+        }.items()
+    }
+    (dim, in_channels, *patch), text, time, ffn, head = told.values()
+    if dim % head_dim or head[0] % math.prod(patch):
+        raise ValueError(f"{source}: width {dim} is no multiple of heads of {head_dim}, or the head makes {head[0]} numbers "
+                         f"for a patch {tuple(patch)}; expected a Wan transformer")
+    return {
+        "patch_size": tuple(patch),
+        "num_attention_heads": dim // head_dim,
+        "attention_head_dim": head_dim,
+        "in_channels": in_channels,
+        "out_channels": head[0] // math.prod(patch),
+        "text_dim": text[1],
+        "freq_dim": time[1],
+        "ffn_dim": ffn[0],
+        "num_layers": _count_blocks(tensors, source),
+    }
+
+
+def _count_blocks(tensors: Mapping[str, Tensor], source: str) -> int:
+    blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")}
+    gap = next(number for number in itertools.count() if number not in blocks)
+    if gap != len(blocks):
+        raise ValueError(f"{source} has nothing of blocks.{gap} but has a later block; is one of its files missing?")
+    return gap
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int, source: str) -> tuple[int, ...]:
+    if name not in tensors:
+        raise ValueError(f"{source} has no {original_name(name)}; expected a checkpoint in Wan's original naming")
+    if tensors[name].ndim != dimensions:
+        shape = tuple(tensors[name].shape)
+        raise ValueError(f"{source}: {original_name(name)} is {shape}, expected {dimensions} dimensions")
+    return tuple(tensors[name].shape)
+
+
+def _head_dim(path: Path) -> int:
+    """What an original Wan folder's own config.json says, or that of the published models."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not (path.is_dir() or path.name.endswith(INDEX_SUFFIX)) or not file.is_file():
+        return HEAD_DIM
+    config = read_json(file)
+    if not {"dim", "num_heads"} <= config.keys():
+        return HEAD_DIM
+    dim, heads = config["dim"], config["num_heads"]
+    if type(dim) is not int or type(heads) is not int or heads < 1 or dim % heads:
+        raise ValueError(f"{file} has dim={dim!r} and num_heads={heads!r}, expected a multiple of a number of heads")
+    return dim // heads
+
+
+def _check_strictly(source: str, tensors: Mapping[str, Tensor], unknown: list[str], expected: Mapping[str, Tensor]) -> None:
+    """A ValueError of one line with everything that is missing, unknown or of another shape or kind of number."""
+    missing = [original_name(name) for name in expected if name not in tensors]
+    unknown = unknown + [original_name(name) for name in tensors if name not in expected]
+    wrong = [
+        f"{original_name(name)} {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected if name in tensors and tensors[name].shape != expected[name].shape
+    ]
+    numbers = [f"{original_name(name)} {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
+    kinds = {"missing": missing, "unknown": unknown, "of another shape": wrong, "no 16- or 32-bit floats": numbers}
+    faults = [f"{len(names)} {kind}: {_few(names)}" for kind, names in kinds.items() if names]
+    if faults:
+        image = "; it is an image-to-video model, take a text-to-video one" if any("img" in name for name in unknown) else ""
+        raise ValueError(f"{source} is no Wan text-to-video transformer: {'; '.join(faults)}{image}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+# ---- LoRA ---------------------------------------------------------------------------------------------
+
+_LORA_KEY = re.compile(r"^(.+)\.(lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight$")
+_SIDES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An update of a weight [O, I]: ``scale * up @ down``; up [O, R], down [R, I] (LoRA, arXiv 2106.09685)."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+def read_lora(file: str | Path) -> dict[str, LowRank]:
+    """The updates in a file, by module: PEFT's names (`lora_A`, `lora_B`) or those of ComfyUI (`lora_down`, `lora_up`).
+
+    The scale is alpha / R. Alpha is a module's own `.alpha`, else `lora_alpha` of an `adapter_config.json` beside the
+    file, else R, as LongLive's files have it, which say nothing.
+
+    Raises:
+        ValueError: one line, if the file cannot be read, an update is not whole, or a name is of no update.
+    """
+    file = Path(file)
+    table = _read_pickled(file) if file.suffix in TORCH_SUFFIXES else read_tensors(file)
+    sides: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for wrapped, tensor in _unpacked(table, LORA_CONTAINERS, None, file).items():
+        name = bare_name(wrapped)
+        key = _LORA_KEY.match(name)
+        if key:
+            sides.setdefault(key[1], {})[_SIDES[key[2]]] = tensor
+        elif name.endswith(".alpha"):
+            sides.setdefault(name.removesuffix(".alpha"), {})["alpha"] = tensor
+        else:
+            unknown.append(name)
+    halves = [name for name, side in sides.items() if not {"up", "down"} <= side.keys()]
+    if unknown or halves:
+        kind = "unknown" if unknown else "without their other half"
+        raise ValueError(f"{file} is no LoRA that can be merged: {len(unknown or halves)} {kind}: {_few(unknown or halves)}")
+    alpha = _adapter_alpha(file.parent / "adapter_config.json")
+    return {name: _low_rank(side, alpha) for name, side in sides.items()}
+
+
+def _adapter_alpha(file: Path) -> float | None:
+    """`lora_alpha` of PEFT's configuration; None if there is none."""
+    if not file.is_file():
+        return None
+    config = read_json(file)
+    for option in ("use_rslora", "use_dora", "alpha_pattern"):
+        if config.get(option):
+            raise ValueError(f"{file} has {option}, which is not merged here; merge it with peft")
+    return config.get("lora_alpha")
+
+
+def _low_rank(side: Mapping[str, Tensor], alpha: float | None) -> LowRank:
+    rank = side["down"].shape[0]
+    alpha = float(side["alpha"]) if "alpha" in side else rank if alpha is None else alpha
+    return LowRank(side["down"], side["up"], alpha / rank)
+
+
+def merge_lora(tensors: Mapping[str, Tensor], updates: Mapping[str, LowRank], source: str) -> dict[str, Tensor]:
+    """Weights by diffusers' names with updates by either naming: W + scale * up @ down, in float32, then in W's kind.
+
+    Args:
+        source: what an error calls the updates.
+
+    Raises:
+        ValueError: if an update is of a weight that is not there, or of another shape: it is for another model.
+    """
+    targets, strange = {}, []
+    for module, update in updates.items():
+        own = f"{module}.weight"
+        name = own if own in tensors else diffusers_name(own)
+        shape = (update.up.shape[0], *update.down.shape[1:])
+        if name not in tensors:
+            strange.append(f"{module} is not there")
+        elif update.up.ndim != 2 or tensors[name].shape != shape or update.up.shape[1] != update.down.shape[0]:
+            strange.append(f"{module} {shape} instead of {tuple(tensors[name].shape)}")
+        else:
+            targets[name] = update
+    if strange:
+        raise ValueError(f"{source} is a LoRA of another model: {_few(strange)}")
+    merged = {
+        name: (tensors[name].float() + u.scale * (u.up.float() @ u.down.float())).to(tensors[name].dtype)
+        for name, u in targets.items()
+    }
+    return {**tensors, **merged}

@@ -1,0 +1,217 @@
+"""The dry run's arithmetic, against what real runs on the CPU compute and hold."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from streamvid.models.published import EXPERTS, PUBLISHED
+from streamvid.teachers.wan import WanTeacher, load_wan_transformer
+from streamvid.training import estimate as est
+from streamvid.training.optimizers import build_optimizer, optimizer_tensors
+from streamvid.training.run import build_method, build_student, load_run, needs_teacher
+from streamvid.training.trainer import switch_on
+
+TINY = "configs/run/tiny_{}.yaml"
+SMALL = ["train.batch_size=1", "train.max_steps=4"]
+
+
+def of_tensors(formula):
+    """As torch's counter takes a formula that reads the shapes itself."""
+    wrapped = lambda *args, **kwargs: formula(*args, **kwargs)  # noqa: E731
+    wrapped._get_raw = True
+    return wrapped
+
+
+CPU_ATTENTION = {op: of_tensors(formula) for op, formula in est.FLOPS.items() if "for_cpu" in str(op)}
+METHODS = ["dmd", "asd", "diagonal", "afd", "sft", "trajectory"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """A checkpoint of two blocks."""
+    from diffusers import WanTransformer3DModel
+
+    network = WanTransformer3DModel(
+        num_layers=2, num_attention_heads=2, attention_head_dim=24, ffn_dim=96, in_channels=16, out_channels=16,
+        text_dim=64, freq_dim=32, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+    )  # fmt: skip
+    SMALL[2:] = [f"teacher.path={tmp_path_factory.mktemp('wan')}"]
+    network.save_pretrained(f"{SMALL[2].split('=')[1]}/transformer")
+    SMALL.append("student." + SMALL[2].split(".", 1)[1])
+
+
+def run_of(method, *more):
+    early = ["options.student_start_step=0"] if method in ("dmd", "asd", "diagonal", "afd") else []
+    small = [each for each in SMALL if method != "teacher" or not each.startswith("student")]
+    return load_run(TINY.format(method), [*small, *early, *more])
+
+
+def really(config, turn, step):
+    """FLOPs and peak bytes of the same turn on the CPU, with real weights."""
+    student = build_student(config.student)
+    teacher = None
+    if needs_teacher(config):
+        teacher = WanTeacher(load_wan_transformer(config.teacher.path), None, shift=1.0)
+        teacher.uncond = torch.zeros(est.text_tokens_of(config), 64)
+    method = build_method(config, student, torch.zeros(est.text_tokens_of(config), 64), teacher)
+    switch_on(method.networks(), config.train)
+    for name, network in method.networks().items():
+        network.train().requires_grad_(name == turn)
+    batch = {
+        key: torch.randn(value.shape) if torch.is_tensor(value) and value.is_meta else value
+        for key, value in est.batch_on_meta(config, method).items()
+    }
+    with est.Watch() as watch, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        loss, _ = method.loss(turn, batch, step)
+        loss.backward()
+    return watch.flops, counter.get_total_flops(), method, batch
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_operations_are_those_of_a_real_turn(method):
+    """The same method, once without data and once with: the same matrix products."""
+    config = run_of(method)
+    on_meta, _ = est.build_on_meta(config)
+    for turn in sorted(set(on_meta.turns(1))):
+        batch = est.batch_on_meta(config, on_meta)
+        expected, _ = est.measure_turn(on_meta, turn, batch, 1, config)
+        ours, torchs, _, _ = really(config, turn, 1)
+        assert expected == pytest.approx(ours, rel=1e-3), turn  # of a few queries the CPU takes another kernel
+        assert ours == torchs, "torch's own counter"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_is_what_a_real_turn_holds(checkpointing):
+    """The most bytes of live tensors, against the same watch over real ones; attention on the CPU differs a little."""
+    config = run_of("dmd", f"train.gradient_checkpointing={str(checkpointing).lower()}")
+    on_meta, _ = est.build_on_meta(config)
+    _, expected = est.measure_turn(on_meta, "student", est.batch_on_meta(config, on_meta), 1, config)
+    _, _, method, batch = really(config, "student", 1)
+    method.student.zero_grad(set_to_none=True)
+    with est.Watch() as watch:
+        method.loss("student", batch, 1)[0].backward()
+    assert expected == pytest.approx(watch.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["dmd", "afd", "sft"])
+def test_networks_take_what_they_really_take(method):
+    config = run_of(method)
+    _, roles = est.build_on_meta(config)
+    _, _, real, _ = really(config, "student", 1)
+    role = next(each for each in roles if each.name == "student")
+    parameters = dict(real.student.named_parameters())
+    optimizer = build_optimizer(parameters, config.train.optimizers["student"])
+    for parameter in parameters.values():
+        parameter.requires_grad_(True).grad = torch.zeros_like(parameter)
+    optimizer.step()
+    held = optimizer_tensors(optimizer, {p: name for name, p in parameters.items()}).values()
+    assert role.optimizer == sum(t.nbytes for t in held)
+    assert role.weights == role.average == sum(p.nbytes for p in parameters.values())
+    names = {"dmd": {"student", "fake_score", "teacher"}, "afd": {"student", "discriminator", "old"}, "sft": {"student"}}
+    assert {each.name for each in roles} == names[method]
+
+
+def test_deep_networks_are_extrapolated_exactly(monkeypatch):
+    deep = ["student.path=null", "student.geometry.num_layers=9", "student.geometry.num_attention_heads=1"]
+    config = run_of("sft", *deep)
+    assert est._depth_of(config) == 9
+    line = est.estimate(config)
+    monkeypatch.setattr(est, "DEPTHS", (8, 9))
+    whole = est.estimate(config)
+    assert whole.roles == line.roles
+    assert line.flops == pytest.approx(whole.flops, rel=1e-12)
+    assert line.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.02)
+
+
+def test_autocast_is_played():
+    """bf16 halves what products leave behind; weights that are trained are cast once, frozen ones at each use."""
+    full, half = (est.estimate(run_of("sft", f"train.mixed_precision={mode}")) for mode in ("no", "bf16"))
+    assert half.flops == full.flops
+    assert 0.4 * full.turns[0].peak < half.turns[0].peak < 0.9 * full.turns[0].peak
+    x, w = torch.empty(4, 8, device="meta"), torch.nn.Parameter(torch.empty(8, 8, device="meta"))
+    with est.as_on_accelerator("bf16"):
+        assert F.linear(x, w).dtype == torch.bfloat16
+    assert F.linear(x, w).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "parameters"), [
+    ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 1_418_996_800),
+    ("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14_288_491_584),
+    ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", 16_396_000_000),
+    ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", 4_999_787_712),
+])  # fmt: skip
+def test_published_sizes(name, parameters):
+    from diffusers import WanTransformer3DModel
+
+    with torch.device("meta"):
+        network = WanTransformer3DModel(**PUBLISHED[name])
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(parameters, rel=1e-4)
+
+
+def test_a_published_run_is_estimated_without_its_checkpoint():
+    """1.3B in float32 with AdamW and an average, a copy of it as fake score, a teacher in half precision."""
+    name = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    config = run_of("dmd", f"student.path={name}", f"teacher.path={name}", "teacher.dtype=bf16", "teacher.offload=false")
+    _, roles = est.build_on_meta(config, depth=30)
+    sizes = {role.name: role for role in roles}
+    weights = 4 * 1_418_996_800
+    assert sizes["student"].weights == sizes["student"].average == weights
+    assert sizes["fake_score"].weights == pytest.approx(weights, rel=1e-3)  # and diffusers' table of rotations
+    assert sizes["student"].optimizer == pytest.approx(2 * weights, rel=1e-5)
+    assert sizes["teacher"].weights == pytest.approx(weights / 2, rel=0.01)  # what diffusers keeps in float32
+
+
+def test_two_experts_are_counted_twice_unless_one_is_put_away():
+    name = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+    assert name in EXPERTS
+    more = [f"teacher.path={name}", "student.path=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
+    both, one = (est.build_on_meta(run_of("dmd", *more, f"teacher.offload={o}"), 1)[1] for o in ("false", "true"))
+    assert [role.name for role in both if role not in one] == ["teacher, expert 2"]
+
+
+def test_shared_weights_are_counted_once():
+    """Three roles on one set of weights: the student's and the fake score's own are their adapters."""
+    pytest.importorskip("peft")
+    whole = est.build_on_meta(run_of("dmd"))[1]
+    one = est.build_on_meta(run_of("dmd", "student.lora.rank=4"))[1]
+    own = {role.name: role.parameters for role in one}
+    assert own["teacher"] == whole[-1].parameters
+    layers = [(48, 48)] * 8 + [(48, 96), (96, 48)]  # of two attentions and the feed-forward network
+    assert own["student"] == own["fake_score"] == 2 * sum(4 * (i + o) for i, o in layers)
+
+
+def test_too_little_memory_is_refused_before_the_attempt(monkeypatch):
+    config = run_of("dmd")
+    monkeypatch.setattr(est, "memory_of", lambda device: 10**5)
+    with pytest.raises(ValueError, match=r"need 0\.\d\d GiB, free on cpu are 0\.00; --dry-run says"):
+        est.ensure_memory(config, torch.device("cpu"))
+    monkeypatch.setattr(est, "memory_of", lambda device: 10**9)
+    est.ensure_memory(config, torch.device("cpu"))
+
+
+def test_unknown_sizes_are_named():
+    with pytest.raises(ValueError, match="student.path=nowhere: no transformer/config.json there"):
+        est.build_on_meta(run_of("dmd", "student.path=nowhere"))
+
+
+def test_the_table_adds_up():
+    estimate = est.Estimate(
+        (est.Role("student", 10, 2**30, 2**31, 2**30), est.Role("teacher", 5, 2**29)),
+        (est.Turn("student", 0.2, 5e12, 2**32), est.Turn("fake_score", 1.0, 1e12, 2**31)),
+    )
+    assert estimate.state_bytes == 4.5 * 2**30 and estimate.peak_bytes == 8.5 * 2**30
+    assert estimate.flops == pytest.approx(2e12)
+    assert "4.50 GiB of networks, 8.50 GiB at the peak, 2.000 TFLOP a step" in estimate.table()
+
+
+def test_watch_counts_what_is_alive():
+    with est.Watch() as watch:
+        a = torch.empty(1000, device="meta")
+        b = a + 1
+        c = a.view(10, 100)  # no storage of its own
+        del b
+        torch.empty(500, device="meta")
+        assert watch.now == 4000 and watch.peak == 8000
+        del a, c
+        assert watch.now == 0
