@@ -62,7 +62,8 @@ def make(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts) if args.prompts else world_prompts(args.num, args.first_seed)
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     teacher = WanTeacher.from_pretrained(args.teacher, dtype, args.device, args.negative_prompt)
-    grid = grid_through(student_times, step_times(args.steps, args.shift or teacher.shift))
+    own = step_times(args.steps, args.shift) if args.shift else teacher.step_times(args.steps)
+    grid = grid_through(student_times, own)
     logging.info("%d clips, %d teacher steps each, states at t = %s", args.num, len(grid), times)
     solve = partial(
         solve_trajectories, teacher, times=times, grid=grid, guidance_scale=args.guidance,

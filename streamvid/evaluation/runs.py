@@ -60,12 +60,10 @@ def student_runner(label: str, student: Any, config: StreamConfig) -> Runner:
 def teacher_runner(
     label: str, teacher: Any, num_steps: int, guidance_scale: float, latent_frames: int, shift: float | None = None
 ) -> Runner:
-    """A teacher with Euler steps over the whole clip; ``shift`` None is the checkpoint's own."""
+    """A teacher with Euler steps over the whole clip; ``shift`` None takes the times of the model's own sampler."""
     model = GuidedModel(teacher.predict, teacher.uncond[None], guidance_scale)
-    config = StreamConfig(
-        num_steps=num_steps, shift=shift or teacher.shift, chunk_frames=latent_frames, commit="none",
-        stepper="euler", order="full_sequence",
-    )
+    times = {"step_table": (teacher.step_times(num_steps),)} if shift is None else {"num_steps": num_steps, "shift": shift}
+    config = StreamConfig(**times, chunk_frames=latent_frames, commit="none", stepper="euler")  # one chunk, the clip
     return Runner(label, model, config, 1 if guidance_scale == 1 else 2)
 
 

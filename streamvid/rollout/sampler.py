@@ -59,14 +59,14 @@ def stream(
         before_step, after_x0: as in ``rollout``.
 
     Raises:
-        ValueError: if the size is no multiple of the codec's, or ``num_frames`` no whole number of chunks.
+        ValueError: if codec and patches do not divide the size, or ``num_frames`` no whole number of chunks.
     """
     results = stream_latents(
         student,
         encoder_hidden_states,
         config,
         seeds=seeds,
-        latent_shape=_latent_shape(codec, height, width),
+        latent_shape=_latent_shape(codec, student, height, width),
         num_chunks=None if num_frames is None else _num_chunks(num_frames, config.chunk_frames, codec),
         before_step=before_step,
         after_x0=after_x0,
@@ -221,11 +221,15 @@ def _now_s(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _latent_shape(codec: VideoCodec, height: int, width: int) -> tuple[int, int, int]:
+def _latent_shape(codec: VideoCodec, student: Any, height: int, width: int) -> tuple[int, int, int]:
+    """(C, h, w) of frames in pixels, which codec and patches have to divide."""
     ratio = codec.spatial_ratio
-    if height < ratio or width < ratio or height % ratio or width % ratio:
-        nearest = " x ".join(str(max(1, round(size / ratio)) * ratio) for size in (height, width))
-        raise ValueError(f"frames of {height} x {width} pixels, expected multiples of {ratio}; use {nearest}")
+    patch = getattr(getattr(unwrapped(student), "config", None), "patch_size", (1, 1, 1))
+    units = [ratio * side for side in patch[1:]]
+    if any(size < unit or size % unit for size, unit in zip((height, width), units)):
+        nearest = " x ".join(str(max(1, round(size / unit)) * unit) for size, unit in zip((height, width), units))
+        several = units[0] if units[0] == units[1] else " and ".join(map(str, units))
+        raise ValueError(f"frames of {height} x {width} pixels, expected multiples of {several}; use {nearest}")
     return codec.latent_channels, height // ratio, width // ratio
 
 

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from streamvid.files import atomic_folder
+from streamvid.training.sharding import cut_like
 
 
 @dataclass
@@ -98,7 +99,7 @@ def restore_tensors(live: dict[str, Tensor], saved: dict[str, Tensor], path: Pat
         if tensor.shape != saved[key].shape:
             shapes = f"{tuple(saved[key].shape)}, expected {tuple(tensor.shape)}"
             raise damaged(path, f"{key} of {name}.safetensors has shape {shapes}")
-        tensor.copy_(saved[key])
+        tensor.copy_(cut_like(saved[key], tensor))
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from streamvid.training.sharding import cut_like
+
 
 @dataclass
 class OptimizerConfig:
@@ -154,5 +156,5 @@ def load_optimizer_tensors(
         shape = parameters[name].shape
         if key != "step" and tensor.shape != shape:
             raise ValueError(f"{full_name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-        memories.setdefault(index[parameters[name]], {})[key] = tensor
+        memories.setdefault(index[parameters[name]], {})[key] = tensor if key == "step" else cut_like(tensor, parameters[name])
     optimizer.load_state_dict({"state": memories, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -109,6 +109,14 @@ def average_gradients(parameters: list[Parameter], loss: Tensor) -> Tensor:
     return loss[0]
 
 
+@torch.no_grad()
+def average_loss(loss: Tensor) -> Tensor:
+    """The loss averaged over the processes, whose gradients are averaged elsewhere."""
+    loss = loss.float().clone()
+    dist.all_reduce(loss)
+    return loss / dist.get_world_size()
+
+
 def agree_on_largest(values: list[float], device: torch.device) -> list[float]:
     """The largest of each value over the processes: equal everywhere afterwards."""
     if not dist.is_initialized():

@@ -341,7 +341,7 @@ def fetched(config: RunConfig) -> RunConfig:
 
 
 def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
-    """Write `run_dir/student`, with the averaged weights where there are any.
+    """Write `run_dir/student`, with the averaged weights where there are any. Every process calls it, the main one writes.
 
     A causal student is complete in itself and can be streamed from there; of a teacher only transformer/ is written.
     Adapters are merged into transformer/, and lie beside it in lora/.
@@ -349,13 +349,16 @@ def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
     learner, target = trainer.learners["student"], run_dir / "student"
     weights = trainer.ema_weights("student") if learner.ema is not None else nullcontext()
     with weights:
+        network = trainer.whole("student")
+        if not trainer.is_main:
+            return target
         if config.student.kind == "causal":
-            save_student(target, learner.network, config.stream, config.components, card_of(trainer, config))
+            save_student(target, network, config.stream, config.components, card_of(trainer, config))
         else:
             with atomic_folder(target) as temporary:
-                learner.network.save_pretrained(temporary / "transformer")
-        if is_adapted(learner.network):
-            save_adapter(learner.network, target / "lora")
+                network.save_pretrained(temporary / "transformer")
+        if is_adapted(network):
+            save_adapter(network, target / "lora")
     return target
 
 

@@ -54,8 +54,18 @@ from streamvid.training.processes import (
     StopSignals,
     agree_on_largest,
     average_gradients,
+    average_loss,
     broadcast_tensors,
     start_accelerator,
+)
+from streamvid.training.sharding import (
+    check_shardable,
+    gathered,
+    held_networks,
+    is_sharded,
+    shard_networks,
+    whole_network,
+    whole_tensor,
 )
 
 log = logging.getLogger(__name__)
@@ -79,6 +89,7 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; parameters stay float32
     gradient_checkpointing: bool = False  # less memory, about a third more time
     compile: bool = False  # compiles the repeated blocks of the networks that have any
+    shard: Literal["none", "full"] = "none"  # full: processes divide all networks, trained and frozen; one keeps them whole
     log_every: int = 10  # steps between lines of metrics.jsonl
     save_every: int = 500  # steps between checkpoints; the end of the run and an interruption save too
     keep_checkpoints: int = 2
@@ -117,7 +128,7 @@ class Learner:
     def clip(self) -> float:
         """Clips the gradient to `clip_norm` and returns the norm that it had."""
         limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
-        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit).item()
+        return whole_tensor(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)).item()
 
     def update(self, progress: float) -> float:
         """One optimiser step, at the learning rate that is returned."""
@@ -134,7 +145,8 @@ class Learner:
 class Trainer:
     """Trains the networks of a method on a source of batches.
 
-    save_fn: called with the run folder in the main process when training has ended, to export what it made.
+    save_fn: called with the run folder, in every process, when training has ended, to export what it made; the main
+    process writes.
     resolved: the configuration to keep with the run and to compare on resume; `config`, or a dataclass with it
     in one of its fields.
     progress: whether a terminal gets a progress bar.
@@ -157,9 +169,17 @@ class Trainer:
         _check_names(config, networks)
         _check_trackers(config.trackers)
         self.accelerator = start_accelerator(config.mixed_precision, config.trackers, str(self.run_dir))
+        self.sharded = config.shard == "full" and self.accelerator.num_processes > 1
         for network in networks.values():
-            network.to(self.accelerator.device).train()
+            network.train()
+            if not self.sharded:
+                network.to(self.accelerator.device)
         switch_on(networks, config)
+        if config.shard == "full":
+            kinds = {name: config.optimizers[name].kind for name in networks}
+            check_shardable(method, kinds, config.mixed_precision, config.compile)
+        if self.sharded:
+            shard_networks(held_networks(method).values(), self.accelerator.device)
         self.learners = {
             name: Learner(
                 name, network, config.optimizers[name], config.ema.get(name), config.mixed_precision == "fp16"
@@ -169,7 +189,7 @@ class Trainer:
         self.means, self.show_progress = RunningMeans(), progress
         self.step, self.samples, self.seconds = 0, 0, 0.0
         for tensors in self._tensors().values():
-            broadcast_tensors(tensors.values())
+            broadcast_tensors(tensor for tensor in tensors.values() if not is_sharded(tensor))
 
     @property
     def is_main(self) -> bool:
@@ -188,6 +208,10 @@ class Trainer:
             raise ValueError(f"network '{name}' has no moving average; set ema.{name}.decay=0.99 to keep one")
         return ema.weights()
 
+    def whole(self, name: str) -> Module | None:
+        """A network as it can be saved, with the weights it has now. All processes must ask; None where another one writes."""
+        return whole_network(self.learners[name].network, self.is_main)
+
     def train(self) -> Path:
         """Trains to the end, from the newest checkpoint of the run if there is one; returns the run folder.
 
@@ -204,7 +228,7 @@ class Trainer:
             raise SystemExit(128 + signal.SIGINT) from None
         finally:
             self._require_gradients_of(self.learners)
-        if self.save_fn is not None and self.is_main:
+        if self.save_fn is not None:
             self.save_fn(self.run_dir)
         self.accelerator.end_training()
         return self.run_dir
@@ -242,7 +266,10 @@ class Trainer:
         self._require_gradients_of([turn])
         learner.optimizer.zero_grad(set_to_none=True)
         loss = sum(self._backward(learner, turn, micro, part) for part in range(learner.config.accumulate))
-        loss = average_gradients(list(learner.parameters.values()), loss).item()
+        if self.sharded:  # gradients are averaged as they are made
+            loss = average_loss(loss).item()
+        else:
+            loss = average_gradients(list(learner.parameters.values()), loss).item()
         self._check_finite("loss", loss, turn)
         learner.scaler.unscale_(learner.optimizer)
         norm = learner.clip()
@@ -355,8 +382,9 @@ class Trainer:
     def _save(self) -> None:
         own = {"random": ckpt.random_state(self.accelerator.device), "means": self.means.state_dict()}
         ranks = gather_object([own])
+        tensors = {file: gathered(live, self.is_main) for file, live in self._tensors().items()}
         if self.is_main:
-            snapshot = ckpt.Snapshot(self._counters(), self._tensors(), ranks)
+            snapshot = ckpt.Snapshot(self._counters(), tensors, ranks)
             ckpt.write_checkpoint(self.checkpoints, self.step, snapshot, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 

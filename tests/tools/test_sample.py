@@ -58,7 +58,7 @@ def test_a_teacher_can_be_sampled(tmp_path, capsys):
     (("--out", "clip.mp4", "--num-frames", 0), "at least 1 frame"),
     (("--out", "clip.mp4", "--student", "nowhere"), "no student folder"),
     (("--out", "clip.mp4", "--schedule", "nowhere.json"), "no schedule nowhere.json"),
-    (("--out", "clip.mp4", "--size", 60, 64), "multiples of 8"),
+    (("--out", "clip.mp4", "--size", 60, 64), "multiples of 16"),
     (("--out", "clip.mp4", "--schedule", "zigzag"), "neither autoregressive nor rolling nor"),
     (("--out", "clip.mp4", "--steps", 0), "num_steps=0"),
     (("--out", "clip.mp4", "--steps", 2, "--schedule", "rolling"), "not allowed with"),
