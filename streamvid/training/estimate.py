@@ -36,6 +36,7 @@ from streamvid.models.lora import adapt, share_weights
 from streamvid.models.published import EXPERTS, PUBLISHED
 from streamvid.teachers.wan import WanTeacher
 from streamvid.training.optimizers import OptimizerConfig, build_optimizer, optimizer_tensors
+from streamvid.training.processes import launched_processes
 from streamvid.training.run import (
     DTYPES,
     Geometry,
@@ -47,6 +48,7 @@ from streamvid.training.run import (
     needs_teacher,
     stands_on_teacher,
 )
+from streamvid.training.sharding import held_networks
 from streamvid.training.trainer import switch_on
 from streamvid.weights import read_json
 
@@ -62,6 +64,7 @@ FLOPS = {  # torch knows no formula for the CPU's attention
 TEXT_TOKENS = 512  # of a published text encoder
 TEMPORAL_RATIO = 4  # pixel frames a latent frame, of all codecs here
 DEPTHS = (4, 6)  # at which deeper networks are measured
+EXAMPLE_PROCESSES = 8  # that a sharded run is shown for, if it is asked about in one process
 SAMPLED_STEPS = 64  # over which random exits are averaged
 
 
@@ -92,14 +95,16 @@ class Turn:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one process; with several, each has all of this."""
+    """Of one process; with several, each has all of this, but for sharded networks."""
 
     roles: tuple[Role, ...]
     turns: tuple[Turn, ...] = ()
+    sharded: bool = False
+    processes: int = 1  # that divide sharded networks
 
     @property
     def state_bytes(self) -> int:
-        return sum(role.bytes for role in self.roles)
+        return sum(role.bytes for role in self.roles) // (self.processes if self.sharded else 1)
 
     @property
     def peak_bytes(self) -> float:
@@ -122,6 +127,13 @@ class Estimate:
             f"\nin all, a process: {self.state_bytes / GIB:.2f} GiB of networks, {self.peak_bytes / GIB:.2f} GiB at the "
             f"peak, {self.flops / 1e12:.3f} TFLOP a step"
         )
+        if self.sharded:
+            count = self.processes if self.processes > 1 else EXAMPLE_PROCESSES
+            divided = replace(self, processes=count)
+            lines.append(
+                f"sharded over {count} processes: {divided.state_bytes / GIB:.2f} GiB of networks each, at most "
+                f"{divided.peak_bytes / GIB:.2f} GiB at the peak, where gradients are counted whole"
+            )
         return "\n".join(lines)
 
 
@@ -135,11 +147,12 @@ def estimate(config: RunConfig) -> Estimate:
         ValueError: one line, if a network's sizes can't be known, or for what the method refuses.
     """
     method, roles = build_on_meta(config)
-    depth = max((int(n.config.num_layers) for n in _all_networks(method).values() if hasattr(n, "config")), default=0)
+    depth = max((int(n.config.num_layers) for n in held_networks(method).values() if hasattr(n, "config")), default=0)
+    sharing = {"sharded": config.train.shard == "full", "processes": launched_processes()}
     if depth <= max(DEPTHS):
-        return Estimate(roles, turns_of(config, method))
+        return Estimate(roles, turns_of(config, method), **sharing)
     few, more = (turns_of(config, build_on_meta(config, depth)[0]) for depth in DEPTHS)
-    return Estimate(roles, tuple(_extrapolated(a, b, depth) for a, b in zip(few, more)))
+    return Estimate(roles, tuple(_extrapolated(a, b, depth) for a, b in zip(few, more)), **sharing)
 
 
 def ensure_memory(config: RunConfig, device: torch.device) -> None:
@@ -148,11 +161,13 @@ def ensure_memory(config: RunConfig, device: torch.device) -> None:
     Raises:
         ValueError: one line, with what is needed and what is there.
     """
-    needed, there = Estimate(build_on_meta(config)[1]).state_bytes, memory_of(device)
+    roles, sharded = build_on_meta(config)[1], config.train.shard == "full"
+    needed, there = Estimate(roles, (), sharded, launched_processes()).state_bytes, memory_of(device)
     if needed > there:
         raise ValueError(
             f"the networks of this run need {needed / GIB:.2f} GiB, free on {device} are {there / GIB:.2f}; --dry-run says "
-            "what each takes; teacher.dtype=bf16, student.lora.rank=64 or smaller networks need less"
+            "what each takes; teacher.dtype=bf16, student.lora.rank=64, smaller networks, or train.shard=full and more "
+            "processes need less"
         )
 
 
@@ -253,20 +268,10 @@ def _depth_of(config: RunConfig) -> int | None:
     return config.student.geometry.num_layers if path is None else sizes_of(path, "student.path").get("num_layers")
 
 
-def _all_networks(method: Method) -> dict[str, nn.Module]:
-    """Those that are trained, then all others that the method holds, such as a teacher and a reference."""
-    networks = dict(method.networks())
-    for name, part in vars(method).items():
-        network = part if isinstance(part, nn.Module) else getattr(part, "transformer", None)
-        if isinstance(network, nn.Module) and all(network is not other for other in networks.values()):
-            networks[name] = network
-    return networks
-
-
 def _roles(config: RunConfig, method: Method) -> tuple[Role, ...]:
     """What each network takes, with its optimiser and average as the trainer makes them."""
     trained, roles, counted = method.networks(), [], set()
-    networks = _all_networks(method)
+    networks = held_networks(method)
     for name in sorted(networks, key=trained.__contains__):  # frozen ones first: adapters stand on these
         network = networks[name]
         everything = [*(p for _, p in nn.Module.named_parameters(network)), *network.buffers()]  # adapters list only their own
@@ -290,7 +295,8 @@ def _optimizer_bytes(parameters: dict[str, nn.Parameter], config: OptimizerConfi
     optimizer = build_optimizer(twins, config)
     for twin in twins.values():
         twin.grad = torch.empty_like(twin)
-    optimizer.step()
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
     return sum(tensor.nbytes for tensor in optimizer_tensors(optimizer, {p: n for n, p in twins.items()}).values())
 
 
@@ -357,10 +363,13 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.flops = self.now = self.peak = 0
-        self._alive: dict[int, weakref.ref] = {}
+        self._alive: dict[int, weakref.ref] = {}  # what was there before too, as 0 bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage(), made_here=False)
         out = func(*args, **kwargs)
         if func._overloadpacket in FLOPS:
             self.flops += FLOPS[func._overloadpacket](*args, **kwargs, out_val=out)
@@ -369,11 +378,11 @@ class Watch(TorchDispatchMode):
                 self._see(tensor.untyped_storage())
         return out
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _see(self, storage: torch.UntypedStorage, made_here: bool = True) -> None:
         key = storage._cdata
         if key in self._alive:
             return
-        size = storage.nbytes()
+        size = storage.nbytes() if made_here else 0
         self.now += size
         self.peak = max(self.peak, self.now)
         self._alive[key] = weakref.ref(storage, lambda _: self._forget(key, size))

@@ -205,8 +205,31 @@ def test_the_table_adds_up():
     assert "4.50 GiB of networks, 8.50 GiB at the peak, 2.000 TFLOP a step" in estimate.table()
 
 
+def test_sharded_networks_are_divided(monkeypatch):
+    """In one process a line says what each of eight would hold."""
+    whole, alone = est.estimate(run_of("sft")), est.estimate(run_of("sft", "train.shard=full"))
+    assert alone.state_bytes == whole.state_bytes and "sharded" not in whole.table()
+    assert "sharded over 8 processes: 0.00 GiB of networks each, at most" in alone.table()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    four, each = est.estimate(run_of("sft", "train.shard=full")), est.estimate(run_of("sft"))
+    assert 4 * four.state_bytes == pytest.approx(whole.state_bytes, abs=4) and each.state_bytes == whole.state_bytes
+    assert four.peak_bytes == four.state_bytes + four.turns[0].peak and "sharded over 4 processes" in four.table()
+
+
+def test_a_state_in_8_bits_is_a_quarter():
+    pytest.importorskip("torchao")
+    wide = "student.path=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    whole, small = (
+        est.build_on_meta(run_of("sft", wide, f"train.optimizers.student.kind={kind}"), depth=1)[1][0].optimizer
+        for kind in ("adamw", "adamw8bit")
+    )
+    assert small == pytest.approx(whole / 4 * (1 + 4 / 256), rel=0.01)  # a scale a block, and little stays in 32 bits
+
+
 def test_watch_counts_what_is_alive():
+    before = torch.empty(2000, device="meta")
     with est.Watch() as watch:
+        before.t()  # a view of what was there before
         a = torch.empty(1000, device="meta")
         b = a + 1
         c = a.view(10, 100)  # no storage of its own
