@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,6 +35,7 @@ from streamvid.methods.trajectory import chunk_times
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import adapt, share_weights
 from streamvid.models.published import EXPERTS, PUBLISHED
+from streamvid.teachers.load import HUB_NAME
 from streamvid.teachers.wan import WanTeacher
 from streamvid.training.optimizers import OptimizerConfig, build_optimizer, optimizer_tensors
 from streamvid.training.processes import launched_processes
@@ -66,6 +68,10 @@ TEMPORAL_RATIO = 4  # pixel frames a latent frame, of all codecs here
 DEPTHS = (4, 6)  # at which deeper networks are measured
 EXAMPLE_PROCESSES = 8  # that a sharded run is shown for, if it is asked about in one process
 SAMPLED_STEPS = 64  # over which random exits are averaged
+
+
+class UnknownSizes(ValueError):
+    """Of a network there is nothing here to tell its sizes from."""
 
 
 @dataclass(frozen=True)
@@ -206,14 +212,17 @@ def sizes_of(path: str, option: str) -> dict[str, Any]:
     """The configuration of a folder's transformer, or a published one's.
 
     Raises:
-        ValueError: if there is neither.
+        UnknownSizes: if there is neither, and none in the hub's own cache.
     """
     file = Path(path) / "transformer" / "config.json"
     if file.is_file():
         return read_json(file)
     if path in PUBLISHED:
         return PUBLISHED[path]
-    raise ValueError(
+    cached = try_to_load_from_cache(path, "transformer/config.json") if HUB_NAME.fullmatch(path) else None
+    if isinstance(cached, str):
+        return read_json(Path(cached))
+    raise UnknownSizes(
         f"{option}={path}: no transformer/config.json there, and no published name of which the sizes are known "
         f"({', '.join(PUBLISHED)})"
     )
@@ -236,7 +245,7 @@ def _transformer(path: str, option: str, depth: int | None, dtype: torch.dtype, 
     sizes = sizes_of(path, option)
     name = sizes.get("_class_name", "WanTransformer3DModel")
     if name not in ("WanTransformer3DModel", "CausalWanTransformer3DModel"):
-        raise ValueError(f"{option}={path} is a {name}; the cost of Wan transformers is known only")
+        raise UnknownSizes(f"{option}={path} is a {name}; only the cost of Wan transformers is known here")
     with torch.device("meta"):
         network = (CausalWanTransformer3DModel if causal else WanTransformer3DModel).from_config(_changed(sizes, depth))
     kept = tuple(network._keep_in_fp32_modules or ())

@@ -190,6 +190,11 @@ def test_too_little_memory_is_refused_before_the_attempt(monkeypatch):
     est.ensure_memory(config, torch.device("cpu"))
 
 
+def test_what_is_yet_to_be_fetched_is_not_refused(monkeypatch):
+    monkeypatch.setattr(est, "memory_of", lambda device: 10**5)
+    est.ensure_memory(run_of("dmd", "student.path=somebody/their-wan"), torch.device("cpu"))
+
+
 def test_unknown_sizes_are_named():
     with pytest.raises(ValueError, match="student.path=nowhere: no transformer/config.json there"):
         est.build_on_meta(run_of("dmd", "student.path=nowhere"))
