@@ -164,10 +164,15 @@ def estimate(config: RunConfig) -> Estimate:
 def ensure_memory(config: RunConfig, device: torch.device) -> None:
     """Refuse a run whose networks alone do not fit on a device, before they are loaded.
 
+    Of checkpoints that are yet to be fetched, or are of a family whose sizes are not known here, nothing is said.
+
     Raises:
         ValueError: one line, with what is needed and what is there.
     """
-    roles, sharded = build_on_meta(config)[1], config.train.shard == "full"
+    try:
+        roles, sharded = build_on_meta(config)[1], config.train.shard == "full"
+    except UnknownSizes:
+        return
     needed, there = Estimate(roles, (), sharded, launched_processes()).state_bytes, memory_of(device)
     if needed > there:
         raise ValueError(
