@@ -1,8 +1,11 @@
-"""AdamW or Muon for one network, and its learning rate, a pure function of how far training is.
+"""AdamW in 32 or 8 bits or Muon for one network, and its learning rate, a pure function of how far training is.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalises the momentum of hidden matrices; here it
 updates the matrices and convolution kernels of repeated blocks, scaled so that AdamW's rates apply (Liu et al.,
 arXiv 2502.16982), and AdamW updates all else.
+
+AdamW in 8 bits (arXiv 2110.02861; torchao's) keeps the moments of large parameters as a byte a value and a scale a block
+of 256: 2 bytes a weight in place of 8.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +26,8 @@ from streamvid.training.sharding import cut_like
 class OptimizerConfig:
     """How one network is updated. The defaults are those of DMD-like fine-tuning of a pretrained network."""
 
-    kind: Literal["adamw", "muon"] = "adamw"  # muon: for training from random weights; needs torch 2.9
+    kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw8bit: a quarter of the state's memory, needs torchao; muon: for training from random weights, needs torch 2.9"""
     lr: float = 1e-5  # after the warm-up; 2e-6 for a 1.3B student, 1e-3 for a tiny one from scratch
     betas: tuple[float, float] = (0.9, 0.999)  # adversarial and score-distillation updates often use (0, 0.999)
     weight_decay: float = 0.01  # decoupled, a step, times lr
@@ -77,12 +81,22 @@ def build_optimizer(parameters: dict[str, Parameter], config: OptimizerConfig) -
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    if config.kind == "adamw8bit":
+        return _adamw8bit([group for group in groups if group["params"]], config)
     fused = all(p.device.type in ("cpu", "cuda") for p in others)
     adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None,
     )
     return MuonAndAdamW(hidden, adamw, config) if hidden else adamw
+
+
+def _adamw8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError("kind=adamw8bit needs torchao; `pip install 'streamvid[adamw8bit]'`, or set kind=adamw") from error
+    return AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def _is_hidden_matrix(name: str, parameter: Parameter) -> bool:
@@ -126,16 +140,49 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):  # torchao compiles its step for it
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Parameter, str]) -> dict[str, Tensor]:
-    """What the optimiser remembers of each parameter, as `NAME/exp_avg`, `NAME/exp_avg_sq`, `NAME/step`."""
+    """What the optimiser remembers of each parameter, as `NAME/exp_avg`, `NAME/exp_avg_sq`, `NAME/step`.
+
+    A moment in 8 bits is `NAME/exp_avg:codes`, of the parameter's shape, `:scale`, one a block, and `:qmap`, the 256 values.
+    """
     return {
         f"{names[parameter]}/{key}": value
         for parameter, memory in optimizer.state.items()
-        for key, value in memory.items()
+        for moment, kept in memory.items()
+        for key, value in _parts(moment, kept).items()
     }
+
+
+def _parts(moment: str, kept: Tensor) -> dict[str, Tensor]:
+    if not hasattr(kept, "codes"):
+        return {moment: kept}
+    return {f"{moment}:{part}": getattr(kept, part) for part in ("codes", "scale", "qmap")}
+
+
+def _joined(memory: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undoes `_parts` for all moments of a parameter."""
+    joined: dict[str, Any] = {}
+    for key, tensor in memory.items():
+        moment, _, part = key.partition(":")
+        if part:
+            joined.setdefault(moment, {})[part] = tensor
+        else:
+            joined[moment] = tensor
+    return {moment: _moment8bit(moment, kept) if isinstance(kept, dict) else kept for moment, kept in joined.items()}
+
+
+def _moment8bit(moment: str, parts: dict[str, Tensor]) -> Tensor:
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    if parts.keys() != {"codes", "scale", "qmap"}:
+        raise ValueError(f"{moment} has of a moment in 8 bits only {', '.join(parts)}")
+    return OptimState8bit(**parts, signed=moment == "exp_avg", dtype=torch.float32)
 
 
 def load_optimizer_tensors(
@@ -154,7 +201,9 @@ def load_optimizer_tensors(
         if name not in parameters:
             raise ValueError(f"{full_name} is of no trained parameter")
         shape = parameters[name].shape
-        if key != "step" and tensor.shape != shape:
+        if not key.endswith(("step", ":scale", ":qmap")) and tensor.shape != shape:
             raise ValueError(f"{full_name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-        memories.setdefault(index[parameters[name]], {})[key] = tensor if key == "step" else cut_like(tensor, parameters[name])
+        part = tensor if key == "step" else cut_like(tensor, parameters[name])
+        memories.setdefault(index[parameters[name]], {})[key] = part
+    memories = {place: _joined(memory) for place, memory in memories.items()}
     optimizer.load_state_dict({"state": memories, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -3,7 +3,8 @@
 Gradients are averaged by us and not by DistributedDataParallel: a method calls `student.commit`, rollouts and
 several forwards before one backward, all of which DDP's wrapper of `forward` either bypasses or forbids. One
 reduction of the flattened gradient before each optimiser step is exact whatever the method does, and
-accumulation costs no communication. The price is one float32 copy of the gradient.
+accumulation costs no communication. The price is one float32 copy of the gradient. Networks that do not fit on a
+device are divided instead, see `streamvid.training.sharding`.
 """
 
 from __future__ import annotations
@@ -76,6 +77,11 @@ def _processes_missing() -> int:
     if arguments.num_processes is None and arguments.config_file is not None:
         return load_config_from_file(arguments.config_file).num_processes
     return arguments.num_processes or 0
+
+
+def launched_processes() -> int:
+    """How many processes `torchrun` or `accelerate launch` has started, also before they know each other."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:

@@ -10,6 +10,7 @@ Outside a call a sharded network's parameters are ``DTensor``s: what stands in a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -47,17 +48,18 @@ def check_shardable(method: Any, kinds: dict[str, str], mixed_precision: str, co
     """
     for name, kind in kinds.items():
         if kind != "adamw":
-            raise ValueError(f"shard=full divides matrices, which optimizers.{name}.kind={kind} needs whole; set adamw")
+            raise ValueError(f"shard=full divides parameters, which optimizers.{name}.kind={kind} needs whole; set adamw")
     if mixed_precision == "fp16":
         raise ValueError("shard=full does not scale gradients, which mixed_precision=fp16 needs; set bf16")
     if compiled:
         raise ValueError("shard=full gathers weights inside what compile=true would compile; set one of them off")
     if getattr(getattr(method, "teacher", None), "offload", False):
-        raise ValueError("shard=full divides both experts of the teacher, so that none is put away; set teacher.offload=false")
+        raise ValueError("shard=full divides both experts of the teacher and puts none away; set teacher.offload=false")
     owners: dict[int, str] = {}
     for name, network in held_networks(method).items():
         if is_adapted(network):
-            raise ValueError(f"shard=full can't divide weights that networks share, as the adapters of {name} do; set lora.rank=0")
+            what = f"the adapters of {name} do; set lora.rank=0"
+            raise ValueError(f"shard=full can't divide weights that networks share, as {what}")
         for _, parameter in nn.Module.named_parameters(network):
             other = owners.setdefault(id(parameter), name)
             if other != name:
@@ -70,18 +72,18 @@ def shard_networks(networks: Iterable[nn.Module], device: torch.device) -> None:
     A network is brought to the device a block at a time, so that none has to fit on it as a whole. Blocks are the
     classes that a diffusers model names in ``_no_split_modules``; the rest is gathered with the call of the whole.
 
+    The outermost part is given up after its call too, or it would not notice ``requires_grad_``, which the trainer calls
+    before each turn: FSDP2 takes that over when it gathers.
+
     Args:
         device: of this process; the networks may still be on the CPU.
     """
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nobody writes into it
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for network in networks:
         for part in (*_blocks(network), network):
             _place(part, device)
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)  # the outermost part too: see below
-
-
-# A parameter that stays gathered would not notice ``requires_grad_``, which the trainer calls before each turn: FSDP2 takes
-# it over when it gathers.
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
 def is_sharded(tensor: Tensor) -> bool:

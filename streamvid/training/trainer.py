@@ -209,7 +209,7 @@ class Trainer:
         return ema.weights()
 
     def whole(self, name: str) -> Module | None:
-        """A network as it can be saved, with the weights it has now. All processes must ask; None where another one writes."""
+        """A network as it can be saved, with the weights it has now. All processes must call; None where another writes."""
         return whole_network(self.learners[name].network, self.is_main)
 
     def train(self) -> Path:

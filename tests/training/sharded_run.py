@@ -43,40 +43,49 @@ class Latents:
 
 
 def config_of(method, output_dir, teacher, name, networks, accumulate, *more):
-    """Four steps of four samples; two processes take one at a time, and one takes all (`accumulate` 1)."""
+    """Three steps of four samples; two processes take one at a time, and one takes all (`accumulate` 1)."""
     return load_run(RUNS / f"tiny_{method}.yaml", [
         f"train.name={name}", f"train.output_dir={output_dir}", f"teacher.path={teacher}", f"student.path={teacher}",
-        f"components={teacher}", f"train.batch_size={1 if accumulate == 2 else 4}", "train.max_steps=4", "train.log_every=1",
+        f"components={teacher}", f"train.batch_size={1 if accumulate == 2 else 4}", "train.max_steps=3", "train.log_every=1",
         "train.save_every=2", "latent_size=[4, 4]", "options.student_start_step=0", "stream.chunk_frames=3",
-        "train.ema={student: {decay: 0.5}}", *(f"train.optimizers.{n}={SMOOTH % accumulate}" for n in networks), *more,
+        "stream.num_steps=2", "train.ema={student: {decay: 0.5}}",
+        *(f"train.optimizers.{name}={SMOOTH % accumulate}" for name in networks), *more,
     ])  # fmt: skip
 
 
 def dmd(output_dir, teacher, name, accumulate, *more):
-    options = ["options.num_chunks=2", "options.fake_updates_per_student=2", "data.num_prompts=4"]
+    options = ["options.num_chunks=2", "options.fake_updates_per_student=1", "data.num_prompts=4"]
     networks = ("student", "fake_score")
-    return build_trainer(config_of("dmd", output_dir, teacher, name, networks, accumulate, *options, *more), progress=False)
+    config = config_of("dmd", output_dir, teacher, name, networks, accumulate, *options, *more)
+    return build_trainer(config, progress=False)
 
 
 def afd(output_dir, teacher, name, accumulate, *more):
-    networks = ("student", "discriminator")
-    config = config_of("afd", output_dir, teacher, name, networks, accumulate, "options.group_size=2", *more)
+    """Without accumulation: a clip's advantage depends on the others of its pass."""
+    more = ("options.group_size=2", "train.max_steps=2", f"train.batch_size={4 // accumulate}", *more)
+    config = config_of("afd", output_dir, teacher, name, ("student", "discriminator"), 1, *more)
     method = build_method(config, build_student(config.student), torch.zeros(5, 64))
     return Trainer(config.train, method, Latents(), resolved=config, progress=False)
+
+
+def train(trainer):
+    """Without leaving the process group, as accelerate does at a run's end."""
+    trainer.accelerator.end_training = lambda: None
+    trainer.train()
 
 
 def main():
     torch.set_num_threads(1)
     output_dir, teacher = sys.argv[1:]
     sharded = ("train.shard=full", "train.gradient_checkpointing=true")
-    afd(output_dir, teacher, "afd", 2, *sharded).train()
-    dmd(output_dir, teacher, "dmd", 2, *sharded).train()
+    train(dmd(output_dir, teacher, "dmd", 2, *sharded))
     broken = dmd(output_dir, teacher, "parts", 2, *sharded)
-    broken.source = UntilStep(broken.source, 3)
+    broken.source = UntilStep(broken.source, 2)
     try:
-        broken.train()
+        train(broken)
     except Power:
-        dmd(output_dir, teacher, "parts", 2, *sharded).train()
+        train(dmd(output_dir, teacher, "parts", 2, *sharded))
+    train(afd(output_dir, teacher, "afd", 2, *sharded))
 
 
 if __name__ == "__main__":

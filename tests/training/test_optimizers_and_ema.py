@@ -1,9 +1,15 @@
 """Learning rates, weight decay, and moving averages against their closed forms."""
 
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from streamvid.seeding import keyed_normal
 from streamvid.training.ema import EMA, EMAConfig
 from streamvid.training.optimizers import (
     OptimizerConfig,
@@ -11,6 +17,7 @@ from streamvid.training.optimizers import (
     learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
+    set_learning_rate,
 )
 
 
@@ -59,6 +66,109 @@ def test_muon_takes_hidden_matrices_and_kernels_only():
         rms = (p - before[name]).square().mean().sqrt().item() / 0.1
         assert rms == pytest.approx(1.0 if name.endswith("bias") else 0.2, rel=0.35), name
     assert set(optimizer.state[net[0].weight]) == {"momentum_buffer"}
+
+
+@dataclass
+class Moment:
+    """What torchao's OptimState8bit has."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    qmap: torch.Tensor
+    signed: bool
+    dtype: torch.dtype
+
+
+class FakeAdamW8bit(torch.optim.AdamW):
+    """The rate of a group is a tensor, which must stay that tensor, as in torchao."""
+
+    def __init__(self, groups, lr, betas, eps):
+        super().__init__([{**group, "lr": torch.tensor(lr)} for group in groups], betas=betas, eps=eps)
+
+
+def test_adamw_in_8_bits_is_given_and_keeps_what_it_needs(monkeypatch):
+    """The wiring, without the package: groups, a rate that is filled, moments in parts."""
+    monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
+    for name, content in (("optim", {"AdamW8bit": FakeAdamW8bit}), ("optim.subclass_8bit", {"OptimState8bit": Moment})):
+        module = ModuleType(f"torchao.{name}")
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    net = nn.Linear(2, 2)
+    names = {p: name for name, p in net.named_parameters()}
+    optimizer = build_optimizer(dict(net.named_parameters()), OptimizerConfig(kind="adamw8bit", lr=0.5, weight_decay=0.25))
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    set_learning_rate(optimizer, 0.125)
+    assert [rate.item() for rate in rates] == [0.125] * 2
+    assert all(rate is group["lr"] for rate, group in zip(rates, optimizer.param_groups))
+    moments = {
+        name: Moment(torch.ones(2, 2, dtype=torch.uint8), torch.ones(1), torch.ones(256), name == "exp_avg", torch.float32)
+        for name in ("exp_avg", "exp_avg_sq")
+    }
+    optimizer.state[net.weight] = {"step": torch.tensor(3.0), **moments}
+    tensors = optimizer_tensors(optimizer, names)
+    assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()) and len(tensors) == 7
+    optimizer.state.clear()
+    load_optimizer_tensors(optimizer, names, tensors)
+    kept = optimizer.state[net.weight]
+    assert kept["step"] == 3 and {name: kept[name].signed for name in moments} == {"exp_avg": True, "exp_avg_sq": False}
+    assert torch.equal(kept["exp_avg"].codes, moments["exp_avg"].codes)
+
+
+def eight_bits(steps, seed=0):
+    """A large matrix and a small vector after some updates in the direction of fixed noise, without a compiler."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(seed)
+    net = nn.Linear(64, 64)
+    optimizer = build_optimizer(dict(net.named_parameters()), OptimizerConfig(kind="adamw8bit", lr=0.1))
+    update(net, optimizer, range(steps))
+    return net, optimizer, {p: name for name, p in net.named_parameters()}
+
+
+def update(net, optimizer, steps):
+    for step in steps:
+        set_learning_rate(optimizer, 0.1 / (1 + step))
+        for p in net.parameters():
+            p.grad = keyed_normal(tuple(p.shape), "gradient", step)
+        with torch.compiler.set_stance("force_eager"):
+            optimizer.step()
+
+
+def test_adamw_in_8_bits_is_nearly_adamw_with_a_quarter_of_its_state():
+    net, optimizer, names = eight_bits(4)
+    torch.manual_seed(0)
+    whole = nn.Linear(64, 64)
+    before = whole.weight.detach().clone()
+    adamw = build_optimizer(dict(whole.named_parameters()), OptimizerConfig(lr=0.1))
+    update(whole, adamw, range(4))
+    torch.testing.assert_close(net.bias, whole.bias)  # too small to be worth it
+    error = (net.weight - whole.weight).square().mean().sqrt() / (whole.weight - before).square().mean().sqrt()
+    assert 0 < error < 0.05
+    held = {key: t.nbytes for key, t in optimizer_tensors(optimizer, names).items() if key.startswith("weight/")}
+    assert sum(held.values()) == 2 * (4096 + 4 * 16 + 4 * 256) + 4
+
+
+def test_adamw_in_8_bits_resumes_from_its_tensors(tmp_path):
+    """Bitwise, through a file."""
+    net, optimizer, names = eight_bits(2)
+    save_file(optimizer_tensors(optimizer, names), tmp_path / "x.safetensors")
+    weights = {name: p.detach().clone() for name, p in net.named_parameters()}
+    fresh, other, others = eight_bits(0, seed=1)
+    fresh.load_state_dict(weights)
+    load_optimizer_tensors(other, others, load_file(tmp_path / "x.safetensors"))
+    update(net, optimizer, range(2, 4))
+    update(fresh, other, range(2, 4))
+    assert torch.equal(fresh.weight, net.weight) and torch.equal(fresh.bias, net.bias)
+    tensors = optimizer_tensors(optimizer, names)
+    tensors.pop("weight/exp_avg:scale")
+    with pytest.raises(ValueError, match="exp_avg has of a moment in 8 bits only codes, qmap"):
+        load_optimizer_tensors(other, others, tensors)
+
+
+def test_adamw_in_8_bits_needs_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(ValueError, match="kind=adamw8bit needs torchao; `pip install 'streamvid.adamw8bit.'`, or set"):
+        build_optimizer(dict(nn.Linear(2, 2).named_parameters()), OptimizerConfig(kind="adamw8bit"))
 
 
 def test_muon_resumes_from_its_tensors():
