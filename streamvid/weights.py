@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -99,12 +100,27 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         check_safetensors(file)
         return load_file(file)
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # its text advises to run the code
-        raise ValueError(f"{file} is damaged or holds code besides tensors; it is not run, take the .safetensors") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{file} is truncated or damaged ({' '.join(str(error).split())[:200]}); copy it again") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    tensors = read_pickled(file)
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{file} is no plain table of named tensors; take the published file as it is")
     return tensors
+
+
+def read_pickled(file: Path) -> dict[str, Any]:
+    """What ``torch.save`` wrote, tensors and containers of them, memory-mapped where its format allows; code never runs.
+
+    Raises:
+        ValueError: if it is missing, damaged, holds code, or is no dictionary.
+    """
+    if not file.is_file():
+        raise ValueError(f"no file {file}")
+    try:
+        table = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:  # its text advises to run the code
+        raise ValueError(f"{file} is no checkpoint, is damaged, or holds code besides tensors, which is not run") from error
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} is truncated, damaged, or no checkpoint ({reason}); copy it again") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{file} holds a {type(table).__name__}, expected a dictionary of named tensors")
+    return table

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ import torch
 from torch import Tensor
 
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
-from streamvid.weights import TORCH_SUFFIXES, check_weights, read_json, read_tensors
+from streamvid.weights import TORCH_SUFFIXES, check_weights, read_json, read_pickled, read_tensors
 
 HEAD_DIM = 128
 """Size of a head in every published Wan; a checkpoint's shapes say only how wide all heads are together."""
@@ -150,7 +148,7 @@ def read_checkpoint(path: str | Path, which: str | None = None) -> dict[str, Ten
     path = Path(path)
     if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
         return _unpacked(_read_shards(path), CONTAINERS, which, path)
-    table = _read_pickled(path) if path.suffix in TORCH_SUFFIXES else read_tensors(path)
+    table = read_pickled(path) if path.suffix in TORCH_SUFFIXES else read_tensors(path)
     return _unpacked(table, CONTAINERS, which, path)
 
 
@@ -186,21 +184,6 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
     if not files or (len(files) > 1 and len(indices) != 1):
         raise ValueError(f"{path} holds {len(files)} .safetensors files and {len(indices)} indices; name the one to take")
     return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
-
-
-def _read_pickled(file: Path) -> dict[str, Any]:
-    """What ``torch.save`` wrote, tensors and containers of them; code in it is an error, it never runs."""
-    if not file.is_file():
-        raise ValueError(f"no file {file}")
-    try:
-        table = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:  # its text advises to run the code
-        raise ValueError(f"{file} is no checkpoint, is damaged, or holds code besides tensors, which is not run") from error
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise ValueError(f"{file} is no checkpoint, or is damaged ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(table, dict):
-        raise ValueError(f"{file} holds a {type(table).__name__}, expected a dictionary of named tensors")
-    return table
 
 
 def _unpacked(table: Mapping[str, Any], containers: Iterable[str], which: str | None, path: Path) -> dict[str, Tensor]:
@@ -349,7 +332,7 @@ def read_lora(file: str | Path) -> dict[str, LowRank]:
         ValueError: one line, if the file cannot be read, an update is not whole, or a name is of no update.
     """
     file = Path(file)
-    table = _read_pickled(file) if file.suffix in TORCH_SUFFIXES else read_tensors(file)
+    table = read_pickled(file) if file.suffix in TORCH_SUFFIXES else read_tensors(file)
     sides: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for wrapped, tensor in _unpacked(table, LORA_CONTAINERS, None, file).items():
