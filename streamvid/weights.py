@@ -120,7 +120,7 @@ def read_pickled(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is no checkpoint, is damaged, or holds code besides tensors, which is not run") from error
     except Exception as error:  # torch raises many kinds for a damaged file
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file} is truncated, damaged, or no checkpoint ({reason}); copy it again") from error
+        raise ValueError(f"{file} is truncated or damaged, or no checkpoint ({reason}); copy it again") from error
     if not isinstance(table, dict):
         raise ValueError(f"{file} holds a {type(table).__name__}, expected a dictionary of named tensors")
     return table
