@@ -70,6 +70,20 @@ def flatten(plain: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def flat_defaults(config: Any, prefix: str = "") -> dict[str, Any]:
+    """What a dataclass and those within it have where nothing sets it, by dotted keys as of `flatten`."""
+    flat = {}
+    for f in dataclasses.fields(config):
+        value, default = getattr(config, f.name), _default_of(f)
+        inner = value if isinstance(value, dict) else {"": value}
+        for name, part in inner.items():
+            if dataclasses.is_dataclass(part):
+                flat.update(flat_defaults(part, f"{prefix}{f.name}.{name}." if name else f"{prefix}{f.name}."))
+        if default is not MISSING:
+            flat.update(flatten({f.name: to_plain(default)}, prefix))
+    return flat
+
+
 # Reading: files and overrides become one nested dictionary.
 
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from tqdm import tqdm
 
-from streamvid.config import flatten, save_config, to_plain
+from streamvid.config import flat_defaults, flatten, save_config, to_plain
 from streamvid.files import remove_leftovers
 from streamvid.methods.base import BatchSource, Method
 from streamvid.training import checkpoint as ckpt
@@ -510,11 +510,15 @@ def _place_of(config: TrainConfig, resolved: Any) -> str:
 
 
 def _check_same_run(path: Path, resolved: Any, prefix: str) -> None:
-    """A run folder holds one run: all but the keys that are free to change must be as they were."""
+    """A run folder holds one run: all but the keys that are free to change must be as they were.
+
+    A setting that came with a later version counts as having had its default.
+    """
     if not path.is_file():
         return
-    was = flatten(yaml.safe_load(path.read_text()) or {})
     now = flatten(json.loads(json.dumps(to_plain(resolved))))
+    defaults = {key: value for key, value in flat_defaults(resolved).items() if key in now}
+    was = defaults | flatten(yaml.safe_load(path.read_text()) or {})
     free = {prefix + key for key in CHANGEABLE}
     differing = [
         f"{key} was {was.get(key, 'not there')}, now {now.get(key, 'not there')}"

@@ -130,6 +130,17 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
     assert "max_steps" not in str(error.value)
 
 
+def test_a_setting_of_a_later_version_counts_as_its_default(tmp_path):
+    run = train(tmp_path)
+    file = run.run_dir / "config.yaml"
+    kept = [line for line in file.read_text().splitlines() if line.split(":")[0].strip() not in ("shard", "eps")]
+    file.write_text("\n".join(kept))
+    assert len(train(tmp_path, "train.max_steps=20").method.updates) == 8 + 3
+    file.write_text("\n".join(kept))
+    with pytest.raises(ValueError, match="train.optimizers.student.eps was 1e-08, now 0.1. Give"):
+        train(tmp_path, "train.max_steps=20", "train.optimizers.student.eps=0.1")
+
+
 def test_a_damaged_checkpoint_is_one_line(tmp_path):
     run = train(tmp_path)
     file = list_checkpoints(run.checkpoints)[-1] / "student.optimizer.safetensors"
