@@ -70,7 +70,8 @@ def study(args: argparse.Namespace) -> int:
     left = [job for job in wanted if not job.result_file.exists() and not args.report]
     failed = []
     if left:
-        print(f"{len(left)} runs to do, in at most {forecast(left, args.jobs):.1f} h on {args.jobs} threads", file=sys.stderr)
+        hours, most = forecast(left, args.jobs)
+        print(f"{len(left)} runs to do, in about {hours:.1f} h on {args.jobs} threads, {most:.1f} at most", file=sys.stderr)
         for index, line in enumerate(done(left, args.jobs), 1):
             print(f"[{index}/{len(left)}] {line}", file=sys.stderr, flush=True)
             failed += [line] if ": error: " in line else []
@@ -94,14 +95,16 @@ def done(jobs: list, num_at_once: int):
         pool.join()
 
 
-def forecast(jobs: list, num_at_once: int) -> float:
-    """The most hours that the jobs take: their time limits, and what evaluation has been measured to take."""
-    minutes = 0.0
+def forecast(jobs: list, num_at_once: int) -> tuple[float, float]:
+    """The hours that the jobs should take by what has been measured, and the most that their limits allow."""
+    expected = most = 0.0
     for job in jobs:
-        ways = len(job.variant.deploy) + 2 * len(job.variant.long)
-        training = job.study.minutes_per_run if job.variant.run is not None else 0.0
-        minutes += training + ways * EVALUATION_MINUTES * job.study.prompts / 100
-    return minutes / 60 / num_at_once
+        ways = len(job.variant.deploy) + 2 * len(job.variant.long) + 2 * bool(job.variant.judge)
+        evaluation = ways * EVALUATION_MINUTES * job.study.prompts / 100
+        limit = job.study.minutes_per_run if job.variant.run is not None else 0.0
+        expected += evaluation + min(job.variant.minutes or limit, limit)
+        most += evaluation + limit
+    return expected / 60 / num_at_once, most / 60 / num_at_once
 
 
 def ensure_matplotlib() -> None:

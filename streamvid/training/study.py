@@ -60,8 +60,10 @@ class Variant:
     """Labels of ``deploy`` that are also streamed for many times the clip length, scored by windows."""
     judge: int = 0
     """Pairs of true clips and its own, for a discriminator that no training has seen; 0 asks none."""
-    curve: str | None = None
-    """The line of the picture that it belongs to; null keeps it out."""
+    curves: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Lines of the picture, and which labels of ``deploy`` are on each; [] is all of them."""
+    minutes: float = 0.0
+    """What its training has been measured to take, for the time that is said beforehand."""
 
 
 @dataclass
@@ -69,6 +71,8 @@ class StudyConfig:
     """A study."""
 
     variants: dict[str, Variant] = field(default_factory=dict)
+    about: str = ""
+    """What its report begins with."""
     prompts: int = 100
     """Held-out prompts for every score."""
     num_frames: int = 33
@@ -89,9 +93,11 @@ class StudyConfig:
                 raise ValueError(f"variants.{name}: give either run, a run file, or student, a folder")
             if not variant.deploy:
                 variant.deploy = {name: {}}
-            for label in variant.long:
-                if label not in variant.deploy:
-                    raise ValueError(f"variants.{name}.long has {label!r}, expected labels of deploy: {', '.join(variant.deploy)}")
+            for key, labels in {"long": variant.long, **{f"curves.{line}": of for line, of in variant.curves.items()}}.items():
+                for label in labels:
+                    if label not in variant.deploy:
+                        known = ", ".join(variant.deploy)
+                        raise ValueError(f"variants.{name}.{key} has {label!r}, expected labels of deploy: {known}")
 
 
 @dataclass(frozen=True)

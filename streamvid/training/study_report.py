@@ -113,7 +113,8 @@ def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
     results = read_results(jobs)
     rows, about = summary(results), environment()
     missing = [f"{job.name}-{job.seed}" for job in jobs if not job.result_file.exists()]
-    head = (
+    head = f"{study.about.strip()}\n\n" if study.about else ""
+    head += (
         f"Scores on {study.prompts} held-out prompts, the same noise for all; ± is half the distance between the greatest and"
         f" the least of the training seeds. Forwards are denoising passes + passes that write context.\n"
     )
@@ -140,10 +141,11 @@ def draw(path: Path, study: StudyConfig, rows: Sequence[dict[str, Any]]) -> None
     figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=120)
     curves: dict[str, list[tuple[int, float, float]]] = {}
     for row in rows:
-        variant = study.variants.get(row["variant"])
-        if variant is not None and variant.curve is not None:
-            point = (row["nfe"] + row["commits"], row["scores"]["overall"], row["spread"]["overall"] / 2)
-            curves.setdefault(variant.curve, []).append(point)
+        lines = study.variants[row["variant"]].curves if row["variant"] in study.variants else {}
+        for name, labels in lines.items():
+            if not labels or row["label"] in labels:
+                point = (row["nfe"] + row["commits"], row["scores"]["overall"], row["spread"]["overall"] / 2)
+                curves.setdefault(name, []).append(point)
     for name, points in curves.items():
         x, y, spread = zip(*sorted(points))
         axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, capsize=2, linewidth=1.2, label=name)

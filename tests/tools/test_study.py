@@ -13,14 +13,15 @@ num_frames: 33
 long_times: 1
 long_prompts: 1
 variants:
-  start: {{student: {root}/streamvid/assets/start, deploy: {{1 step: {{num_steps: 1}}}}, curve: start}}
+  start: {{student: {root}/streamvid/assets/start, deploy: {{1 step: {{num_steps: 1}}}}, curves: {{start: []}}}}
   dmd:
     run: {root}/configs/run/tiny_dmd.yaml
     overrides: [train.max_steps=1, train.batch_size=1, data.num_prompts=2, options.student_start_step=0]
     deploy: {{1 step: {{num_steps: 1, first_steps: none}}, 2 steps: {{num_steps: 2}}}}
     long: [1 step, 2 steps]
     judge: 4
-    curve: DMD
+    curves: {{DMD: [1 step]}}
+    minutes: 5
 """
 
 
@@ -38,7 +39,7 @@ def arguments_of(path, tmp_path, *arguments):
 def test_a_study_runs_goes_on_and_reports(small, tmp_path, capsys):
     assert study.main(arguments_of(small, tmp_path)) == 0
     printed = capsys.readouterr()
-    assert "3 runs to do, in at most" in printed.err and "| dmd " in printed.out
+    assert "3 runs to do, in about 0.1 h on 1 threads, 0.2 at most" in printed.err and "| dmd " in printed.out
     report = json.loads((tmp_path / "runs" / "report.json").read_text())
     assert [(row["variant"], row["label"]) for row in report["rows"]] == [
         ("teacher", "teacher, 50 steps"), ("teacher", "true clips"), ("start", "1 step"), ("dmd", "1 step"), ("dmd", "2 steps"),
@@ -66,6 +67,7 @@ def test_two_at_once_have_processes_of_their_own(small, tmp_path, capsys):
     (("variants.dmd.overrides=[options.num_chunk=3]",), "variants.dmd: "),
     (("variants.dmd.run=nowhere.yaml",), "does not exist"),
     (("variants.start.run=x.yaml",), "variants.start: give either run"),
+    (("variants.dmd.curves={DMD: [3 steps]}",), "variants.dmd.curves.DMD has '3 steps', expected labels of deploy: 1 step, 2 steps"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_before_anything_runs(small, tmp_path, capsys, arguments, said):
     assert study.main(arguments_of(small, tmp_path, *arguments)) == 2

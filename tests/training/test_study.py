@@ -38,7 +38,7 @@ def test_rows_are_means_over_seeds_with_their_spread_and_relative_to_the_teacher
 
 
 def test_the_report_names_what_is_missing_and_a_damaged_result(tmp_path):
-    study = StudyConfig({"a": Variant(run="x", seeds=3, curve="a")})
+    study = StudyConfig({"a": Variant(run="x", seeds=3, curves={"a": ()})})
     jobs = all_jobs(study, tmp_path, tmp_path)
     for result in results_of([0.5, 0.7]):
         write_result(tmp_path / f"{result['variant']}-{result['seed']}.json", result)
