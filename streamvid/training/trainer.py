@@ -14,8 +14,6 @@ The run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/step-0000123/` and 
 
 from __future__ import annotations
 
-import difflib
-import json
 import logging
 import math
 import signal
@@ -24,22 +22,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, gather_object, send_to_device, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from torch import Tensor
 from torch.nn import Module, Parameter
 from tqdm import tqdm
 
-from streamvid.config import flat_defaults, flatten, save_config, to_plain
+from streamvid.config import flatten, save_config, to_plain
 from streamvid.files import remove_leftovers
 from streamvid.methods.base import BatchSource, Method
 from streamvid.training import checkpoint as ckpt
+from streamvid.training.checks import check_names, check_parameters, check_same_run, check_trackers
 from streamvid.training.ema import EMA, EMAConfig
 from streamvid.training.metrics import RunningMeans, append_metrics, trim_metrics
 from streamvid.training.optimizers import (
@@ -69,10 +66,6 @@ from streamvid.training.sharding import (
 )
 
 log = logging.getLogger(__name__)
-
-# What may change between the start of a run and its continuation.
-CHANGEABLE = {"max_steps", "max_minutes", "log_every", "save_every", "keep_checkpoints", "trackers"}
-
 
 class TrainingError(RuntimeError):
     """Training can't go on, such as after a loss that is not a number. The message is one line for the user."""
@@ -115,7 +108,7 @@ class Learner:
     ) -> None:
         self.network, self.config, self.updates = network, optimizer, 0
         self.parameters = {key: p for key, p in network.named_parameters() if p.requires_grad}
-        _check_parameters(name, self.parameters)
+        check_parameters(name, self.parameters)
         self.optimizer = build_optimizer(self.parameters, optimizer)
         self.ema = EMA(self.parameters, ema) if ema is not None else None
         device = next(iter(self.parameters.values())).device
@@ -166,8 +159,8 @@ class Trainer:
         self.run_dir = Path(config.output_dir) / config.name
         self.checkpoints = self.run_dir / "checkpoints"
         networks = method.networks()
-        _check_names(config, networks)
-        _check_trackers(config.trackers)
+        check_names(config, networks)
+        check_trackers(config.trackers)
         self.accelerator = start_accelerator(config.mixed_precision, config.trackers, str(self.run_dir))
         self.sharded = config.shard == "full" and self.accelerator.num_processes > 1
         for network in networks.values():
@@ -367,7 +360,7 @@ class Trainer:
 
     def _open_run_dir(self) -> None:
         """Refuses a folder of a run with another configuration; writes this one."""
-        _check_same_run(self.run_dir / "config.yaml", self.resolved, _place_of(self.config, self.resolved))
+        check_same_run(self.run_dir / "config.yaml", self.config, self.resolved)
         self.accelerator.wait_for_everyone()
         if self.is_main:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -451,39 +444,6 @@ class Trainer:
         ckpt.restore_random_state(saved.ranks[0]["random"], self.accelerator.device)
 
 
-# Checks at construction
-
-
-def _check_names(config: TrainConfig, networks: dict[str, Module]) -> None:
-    for section, configured in (("optimizers", config.optimizers), ("ema", config.ema)):
-        for name in configured.keys() - networks.keys():
-            near = difflib.get_close_matches(name, networks, n=1, cutoff=0.0)
-            raise ValueError(f"{section}.{name} is for no network of the method; did you mean '{section}.{near[0]}'?")
-    for name in networks.keys() - config.optimizers.keys():
-        raise ValueError(f"network '{name}' has no optimizer; set optimizers.{name}.lr, such as 1e-5")
-
-
-def _check_parameters(name: str, parameters: dict[str, Parameter]) -> None:
-    if not parameters:
-        raise ValueError(f"network '{name}' has no parameter that requires a gradient; nothing to train")
-    for key, parameter in parameters.items():
-        if parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{key} of network '{name}' is {parameter.dtype}, in which small updates are rounded away; "
-                "load the network in float32 and set mixed_precision=bf16"
-            )
-
-
-def _check_trackers(trackers: list[str]) -> None:
-    """accelerate leaves out in silence what is not installed."""
-    known = [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]
-    for tracker in trackers:
-        if tracker not in known:
-            raise ValueError(f"tracker '{tracker}' is unknown; known are {', '.join(known)}")
-        if tracker not in {str(available) for available in get_available_trackers()}:
-            raise ValueError(f"tracker '{tracker}' is not installed; `pip install {tracker}` or leave it out")
-
-
 def switch_on(networks: dict[str, Module], config: TrainConfig) -> None:
     """Activation checkpointing and compilation for the networks that can."""
     recomputing = [n for n in networks.values() if getattr(n, "_supports_gradient_checkpointing", False)]
@@ -500,33 +460,3 @@ def _some(networks: list[Module], option: str) -> list[Module]:
     if not networks:
         raise ValueError(f"{option}=true, but no network of the method supports it; set it to false")
     return networks
-
-
-def _place_of(config: TrainConfig, resolved: Any) -> str:
-    """The prefix of the trainer's keys in the resolved configuration: `train.`, or nothing."""
-    if resolved is config or not is_dataclass(resolved):
-        return ""
-    return next((f"{f.name}." for f in fields(resolved) if getattr(resolved, f.name) is config), "")
-
-
-def _check_same_run(path: Path, resolved: Any, prefix: str) -> None:
-    """A run folder holds one run: all but the keys that are free to change must be as they were.
-
-    A setting that came with a later version counts as having had its default.
-    """
-    if not path.is_file():
-        return
-    now = flatten(json.loads(json.dumps(to_plain(resolved))))
-    defaults = {key: value for key, value in flat_defaults(resolved).items() if key in now}
-    was = defaults | flatten(yaml.safe_load(path.read_text()) or {})
-    free = {prefix + key for key in CHANGEABLE}
-    differing = [
-        f"{key} was {was.get(key, 'not there')}, now {now.get(key, 'not there')}"
-        for key in sorted(was.keys() | now.keys())
-        if key not in free and was.get(key) != now.get(key)
-    ]
-    if differing:
-        raise ValueError(
-            f"{path.parent} holds a run with another configuration: {'; '.join(differing)}. "
-            "Give this run another name, or delete that folder"
-        )

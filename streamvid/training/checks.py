@@ -1,0 +1,83 @@
+"""What a trainer refuses before the first step: names that fit nothing, nothing to train, another run's folder."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+from torch.nn import Module, Parameter
+
+from streamvid.config import flat_defaults, flatten, to_plain
+
+if TYPE_CHECKING:
+    from streamvid.training.trainer import TrainConfig
+
+# What may change between the start of a run and its continuation.
+CHANGEABLE = {"max_steps", "max_minutes", "log_every", "save_every", "keep_checkpoints", "trackers"}
+
+
+def check_names(config: TrainConfig, networks: dict[str, Module]) -> None:
+    for section, configured in (("optimizers", config.optimizers), ("ema", config.ema)):
+        for name in configured.keys() - networks.keys():
+            near = difflib.get_close_matches(name, networks, n=1, cutoff=0.0)
+            raise ValueError(f"{section}.{name} is for no network of the method; did you mean '{section}.{near[0]}'?")
+    for name in networks.keys() - config.optimizers.keys():
+        raise ValueError(f"network '{name}' has no optimizer; set optimizers.{name}.lr, such as 1e-5")
+
+
+def check_parameters(name: str, parameters: dict[str, Parameter]) -> None:
+    if not parameters:
+        raise ValueError(f"network '{name}' has no parameter that requires a gradient; nothing to train")
+    for key, parameter in parameters.items():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{key} of network '{name}' is {parameter.dtype}, in which small updates are rounded away; "
+                "load the network in float32 and set mixed_precision=bf16"
+            )
+
+
+def check_trackers(trackers: list[str]) -> None:
+    """accelerate leaves out in silence what is not installed."""
+    known = [tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL]
+    for tracker in trackers:
+        if tracker not in known:
+            raise ValueError(f"tracker '{tracker}' is unknown; known are {', '.join(known)}")
+        if tracker not in {str(available) for available in get_available_trackers()}:
+            raise ValueError(f"tracker '{tracker}' is not installed; `pip install {tracker}` or leave it out")
+
+
+def _place_of(config: TrainConfig, resolved: Any) -> str:
+    """The prefix of the trainer's keys in the resolved configuration: `train.`, or nothing."""
+    if resolved is config or not is_dataclass(resolved):
+        return ""
+    return next((f"{f.name}." for f in fields(resolved) if getattr(resolved, f.name) is config), "")
+
+
+def check_same_run(path: Path, config: TrainConfig, resolved: Any) -> None:
+    """A run folder holds one run: all but the keys that are free to change must be as they were.
+
+    A setting that came with a later version counts as having had its default.
+    """
+    if not path.is_file():
+        return
+    now = flatten(json.loads(json.dumps(to_plain(resolved))))
+    defaults = {key: value for key, value in flat_defaults(resolved).items() if key in now}
+    was = defaults | flatten(yaml.safe_load(path.read_text()) or {})
+    free = {_place_of(config, resolved) + key for key in CHANGEABLE}
+    differing = [
+        f"{key} was {was.get(key, 'not there')}, now {now.get(key, 'not there')}"
+        for key in sorted(was.keys() | now.keys())
+        if key not in free and was.get(key) != now.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path.parent} holds a run with another configuration: {'; '.join(differing)}. "
+            "Give this run another name, or delete that folder"
+        )
