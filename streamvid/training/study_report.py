@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,17 +74,40 @@ def _cell(row: dict[str, Any], name: str) -> str:
     return f"{mean} ±{row['spread'][name] / 2:.3f}" if len(row["seeds"]) > 1 else mean
 
 
+def _ends(runs: Sequence[dict[str, list[float]]], name: str) -> tuple[float, float]:
+    """A number in the first and in the last window of long streams, means over seeds."""
+    first, last = (statistics.mean(run[name][at] for run in runs) for at in (0, -1))
+    return first, last
+
+
+def _change(runs: Sequence[dict[str, list[float]]], name: str) -> str:
+    first, last = _ends(runs, name)
+    return f"{last / first:.3f}"
+
+
 def long_table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: first and last window of long streams, and how brightness and contrast changed between them."""
     lines = [["trained as", "streamed as", "overall, first window", "last", "brightness, last / first", "contrast, last / first"]]
     for row in rows:
-        if not row["long"]:
-            continue
-        mean = lambda name, at: statistics.mean(each[name][at] for each in row["long"])  # noqa: B023, E731
-        overall = [f"{mean('overall', at):.3f}" if "overall" in row["long"][0] else "-" for at in (0, -1)]
-        ratios = [f"{mean(name, -1) / mean(name, 0):.3f}" for name in ("brightness", "contrast")]
-        lines.append([row["variant"], row["label"], *overall, *ratios])
+        runs = row["long"]
+        if runs:
+            overall = [f"{value:.3f}" for value in _ends(runs, "overall")] if "overall" in runs[0] else ["-", "-"]
+            lines.append([row["variant"], row["label"], *overall, _change(runs, "brightness"), _change(runs, "contrast")])
     return markdown(lines) if len(lines) > 1 else ""
+
+
+def crossed_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: long streams of variants that are streamed in each other's ways: first and last window, change of contrast."""
+    long = {(row["variant"], row["label"]): row["long"] for row in rows if row["long"] and "overall" in row["long"][0]}
+    labels = [label for label, num in Counter(label for _, label in long).items() if num > 1]
+    lines = [["long streams: trained as", *labels]]
+    for variant in dict.fromkeys(variant for variant, label in long if label in labels):
+        cells = []
+        for label in labels:
+            runs = long.get((variant, label), [])
+            cells.append("{:.3f} to {:.3f}, ".format(*_ends(runs, "overall")) + f"contrast x {_change(runs, 'contrast')}" if runs else "-")
+        lines.append([variant, *cells])
+    return markdown(lines) if len(labels) > 1 else ""
 
 
 def judge_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -120,7 +144,7 @@ def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
     )
     if missing:
         head += f"\nNot finished: {', '.join(missing)}.\n"
-    tables = [score_table(rows), long_table(rows), judge_table(rows), metric_table(results)]
+    tables = [score_table(rows), long_table(rows), crossed_table(rows), judge_table(rows), metric_table(results)]
     notes = "".join(f"\n- {key}: {value}" for key, value in about.items())
     text = "\n\n".join([head.rstrip("\n"), *filter(None, tables)])
     with atomic_file(path.with_suffix(".md")) as temporary:

@@ -7,7 +7,7 @@ import torch
 
 from streamvid.training import study as st
 from streamvid.training.study import StudyConfig, Variant, all_jobs, appearance, jobs_of, load_study, tail_means, write_result
-from streamvid.training.study_report import long_table, read_results, score_table, summary, write_report
+from streamvid.training.study_report import crossed_table, long_table, read_results, score_table, summary, write_report
 
 ROOT = Path(__file__).parents[2]
 def test_the_shipped_studies_can_be_read():
@@ -56,6 +56,18 @@ def test_drift_is_the_last_window_over_the_first():
     assert looks["brightness"] == pytest.approx([0.5, 0.5]) and looks["contrast"][0] == 0 and looks["contrast"][1] > 0.2
     table = long_table([{"variant": "a", "label": "b", "long": [{"brightness": [0.5, 0.25], "contrast": [0.1, 0.2]}]}])
     assert "0.500" in table and "2.000" in table
+
+
+def test_variants_streamed_in_each_others_ways_are_a_matrix():
+    long = lambda last: [{"overall": [0.9, last], "brightness": [0.5, 0.5], "contrast": [0.1, 0.2]}]  # noqa: E731
+    rows = [{"variant": v, "label": label, "long": long(last)} for v, label, last in [
+        ("a", "x", 0.8), ("a", "y", 0.3), ("b", "y", 0.7), ("b", "x", 0.4), ("c", "z", 0.1), ("d", "x", 0.6),
+    ]]  # fmt: skip
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in crossed_table(rows).splitlines()]
+    assert table[0][1:] == ["x", "y"] and [line[0] for line in table[2:]] == ["a", "b", "d"]
+    assert table[2][1:] == ["0.900 to 0.800, contrast x 2.000", "0.900 to 0.300, contrast x 2.000"]
+    assert table[3][1].startswith("0.900 to 0.400") and table[4][2] == "-"
+    assert crossed_table(rows[:2]) == "" and crossed_table(rows[4:]) == ""
 
 
 def test_a_trainings_numbers_are_means_over_its_last_part():
