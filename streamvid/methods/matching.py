@@ -13,6 +13,9 @@ Every step updates the fake score; every ``fake_updates_per_student``-th step th
 so meets a score that has just followed it. With 5, a run of 1000 steps has 1000 updates of the fake score and
 200 of the student, as Self-Forcing counts.
 
+The fake score sees clips that ended at different steps, as one mixture; a mixture may be right while each step's clips are
+wrong. ``fake_knows_steps`` tells it which step of how many ended the rollout.
+
 Long rollouts (``rollout_chunks``; after Self-Forcing++, arXiv 2510.02283): the student goes on past the teacher's
 clip length, over the window and sink that it streams with, and a part as long as the teacher's clips is judged.
 The part's first latent frame is not re-encoded as an image, as Self-Forcing does with Wan's codec, so the teacher
@@ -40,7 +43,8 @@ from streamvid.core.inject import dmd_gradient, surrogate
 from streamvid.core.process import add_noise, x0_from_v
 from streamvid.core.times import TimeLaw, sample_times
 from streamvid.methods.base import as_floats
-from streamvid.rollout.loop import rollout
+from streamvid.models.step_labels import add_step_labels, labelled
+from streamvid.rollout.loop import rollout, unwrapped
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import new_cache
 from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, truncate
@@ -73,6 +77,8 @@ class MatchingConfig:
     """Updates of the fake score for each of the student; 1 to 10."""
     student_start_step: int = 0
     """Steps that warm up the fake score alone."""
+    fake_knows_steps: bool = False
+    """Whether the fake score is told which step of how many ended a rollout, by a vector on its time embedding."""
     exit: Literal["random", "last"] = "random"
     """Which step of a chunk carries gradient and ends its rollout: any, or always the last."""
     rollout_chunks: int | None = None
@@ -161,6 +167,8 @@ class DistributionMatching:
         self.fake_score = _trainable_copy(teacher) if fake_score is None else fake_score
         self.seed = seed
         self.num_steps = max(steps_per_chunk(stream, config.rollout_chunks or config.num_chunks).values())
+        if config.fake_knows_steps:
+            add_step_labels(self.fake_score, self.num_steps * (self.num_steps + 1) // 2)
 
     def networks(self) -> dict[str, nn.Module]:
         return {"student": self.student, "fake_score": self.fake_score}
@@ -200,7 +208,7 @@ class DistributionMatching:
         return surrogate(judged.x, judged.gradient), {}
 
     def _student_loss(self, batch: dict[str, Any], decision: Decision) -> tuple[Tensor, dict[str, float]]:
-        judged = self._judge(self._roll_out(batch, self.stream_of(decision), decision), batch)
+        judged = self._judge(self._roll_out(batch, self.stream_of(decision), decision), batch, decision)
         loss, numbers = self.student_terms(judged, batch, decision)
         x = judged.x.detach()
         numbers = {"loss": loss.detach(), **numbers}
@@ -211,11 +219,11 @@ class DistributionMatching:
         return loss, {**as_floats(numbers), "exit_index": float(decision.exit_index)}
 
     @torch.no_grad()
-    def _judge(self, x: Tensor, batch: dict[str, Any]) -> Judged:
+    def _judge(self, x: Tensor, batch: dict[str, Any], decision: Decision) -> Judged:
         """Both scores at one noising of ``x``, and the direction between them."""
         x_t, _, t = self._noised(x, batch["keys"])
         cond = batch["cond"].to(x.dtype)
-        x0_fake = x0_from_v(x_t, self._fake_velocity(x_t, t, cond), t)
+        x0_fake = x0_from_v(x_t, self._fake_velocity(x_t, t, cond, self._label(decision)), t)
         v_real = predict_guided(self.teacher, x_t, t, cond, self.config.guidance_scale)
         x0_real = x0_from_v(x_t, v_real.to(x_t.device), t)
         return Judged(x, x_t, t, x0_fake, x0_real, dmd_gradient(x, x0_fake, x0_real, self.config.normalizer))
@@ -224,7 +232,8 @@ class DistributionMatching:
         with torch.no_grad():
             x = self._roll_out(batch, self.stream_of(decision), decision)
             x_t, eps, t = self._noised(x, batch["keys"])
-        loss = flow_matching_loss(self._fake_velocity(x_t, t, batch["cond"].to(x.dtype)), x, eps)
+        velocity = self._fake_velocity(x_t, t, batch["cond"].to(x.dtype), self._label(decision))
+        loss = flow_matching_loss(velocity, x, eps)
         return loss, as_floats({"loss": loss})
 
     def _roll_out(self, batch: dict[str, Any], stream: StreamConfig, decision: Decision, role: str = "student") -> Tensor:
@@ -255,8 +264,16 @@ class DistributionMatching:
         eps, t = eps.to(x), t.to(x)
         return add_noise(x.detach(), eps, t), eps, t  # sg
 
-    def _fake_velocity(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        return self.fake_score(x_t, 1000 * t, cond, return_dict=False)[0]
+    def _fake_velocity(self, x_t: Tensor, t: Tensor, cond: Tensor, label: int | None = None) -> Tensor:
+        with labelled(unwrapped(self.fake_score), label):
+            return self.fake_score(x_t, 1000 * t, cond, return_dict=False)[0]
+
+    def _label(self, decision: Decision) -> int | None:
+        """A number for each step of each number of steps; None where the fake score is not told."""
+        if not self.config.fake_knows_steps:
+            return None
+        n = decision.num_steps or self.num_steps
+        return n * (n - 1) // 2 + decision.exit_index
 
 
 def steps_per_chunk(stream: StreamConfig, num_chunks: int) -> Counter[int]:

@@ -62,6 +62,34 @@ def test_below_the_most_steps_a_rollout_ends_with_the_last_one():
     assert exits == {1: {0}, 2: {1}, 3: {2}, 4: {0, 1, 2, 3}}
 
 
+# What the fake score is told ------------------------------------------------------------------------------
+
+
+def test_each_step_of_each_number_of_steps_has_a_label_of_its_own():
+    method, _ = wan_method(fake_knows_steps=True)
+    decisions = [method.decide("fake_score", step) for step in range(400)]
+    of = {(d.num_steps, d.exit_index): method._label(d) for d in decisions}
+    assert of == {(1, 0): 0, (2, 1): 2, (3, 2): 5, (4, 0): 6, (4, 1): 7, (4, 2): 8, (4, 3): 9}
+    assert method.fake_score.step_labels.num_embeddings == 10
+    assert wan_method()[0]._label(decisions[0]) is None
+
+
+def test_the_fake_score_learns_its_labels_and_the_discriminator_is_not_told():
+    plain, batch = wan_method()
+    told, _ = wan_method(fake_knows_steps=True)
+    step = step_with(told, "fake_score", 3)
+    losses = [method.loss("fake_score", batch, step)[0] for method in (plain, told)]
+    assert torch.equal(*losses)  # labels begin at zero
+    losses[1].backward()
+    assert told.fake_score.step_labels.weight.grad.abs().sum(1).nonzero().flatten().tolist() == [5]
+
+    nn.init.normal_(told.fake_score.step_labels.weight)
+    differs = lambda turn, step: plain.loss(turn, batch, step)[0] != told.loss(turn, batch, step)[0]  # noqa: E731
+    assert differs("fake_score", step) and not differs("discriminator", step_with(told, "discriminator", 2))
+    first, second = (method.loss("student", batch, step_with(told, "student", 2))[1] for method in (plain, told))
+    assert first["adversarial"] == second["adversarial"] and first["gradient_rms"] != second["gradient_rms"]
+
+
 # Rollouts -----------------------------------------------------------------------------------------------
 
 
