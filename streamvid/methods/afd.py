@@ -18,6 +18,8 @@ with. The old policy follows the student as a moving average; the reference is t
 ``dmd``, carries gradient at one random step, and lowers -log sigmoid(D(x, y) - D(x^T, y)).
 
 The paper's text leaves open, hence the fields: baseline, normalisation, times, the logit's reach, the old policy's lag.
+Ours: the clips of a prompt share their noise. To first order the update is sum_i A_i (v_old(x_t,i) - eps_i + x_i), and with
+one eps for all of a group, whose advantages add up to 0, eps is not in it; each clip's own law is as it was.
 Departures: R1 and R2, without which D soon tells all pairs apart; an explicit old policy, which is what pulls v back where
 r = 1/2 (with the student itself in its place the update is a weighted regression that may run away).
 
@@ -77,6 +79,8 @@ class Config:
     """"steps": the times of the student's own list; otherwise the law of the nominal time."""
     shift: float = 5.0
     """Shift of that law."""
+    shared_noise: bool = True
+    """Whether the G clips of a prompt are noised alike; in the sum of advantages times errors the noise then cancels."""
     noisings: int = 1
     """How often a rollout is noised, each time at new times, for one update; 1 to 4."""
     old_decay: float = 0.9
@@ -217,7 +221,7 @@ class AFD:
         weight = r.T.expand(self._num_chunks(x), -1).flatten()  # [K B G], chunk by sample
         losses, numbers = [], Counter()
         for n in range(c.noisings):
-            noise, times = KeyedNoise(self._seeds(batch, f"noising{n}", groups)), self._draw_times(decision, x)
+            noise, times = KeyedNoise(self._noising_seeds(batch, n)), self._draw_times(decision, x)
             ask = partial(noise_chunks, stream=self.stream, clips=x, cond=cond, times=times, noise=noise)
             loss, parts = self._update_loss(ask, weight)
             losses.append(loss)
@@ -299,6 +303,12 @@ class AFD:
 
     def _seeds(self, batch: dict[str, Any], what: str, groups: int = 1) -> list[int]:
         return [key_to_seed(self.seed, what, key, member) for key in batch["keys"] for member in range(groups)]
+
+    def _noising_seeds(self, batch: dict[str, Any], n: int) -> list[int]:
+        """Of the noise in which clips are learned from."""
+        if not self.config.shared_noise:
+            return self._seeds(batch, f"noising{n}", self.config.group_size)
+        return [seed for seed in self._seeds(batch, f"noising{n}") for _ in range(self.config.group_size)]
 
     def _num_chunks(self, latents: Tensor) -> int:
         return latents.shape[2] // self.stream.chunk_frames

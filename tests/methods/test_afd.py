@@ -140,6 +140,21 @@ def test_networks_asked_with_one_noise_see_one_state():
 # The update ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shared_noise", [True, False])
+def test_noise_that_a_prompts_clips_share_is_not_in_the_update(shared_noise):
+    """In one step the gradient to the student's mean is -2 E A (x + v_old - eps), of which -2 E A x is left."""
+    student, stream = Ar1Student(s=1.5, mean=0.5), StreamConfig(num_steps=1, chunk_frames=1)
+    config = Config(group_size=4, self_normalized=False, lam_prior=0.0, shared_noise=shared_noise)
+    method, batch = AFD(config, student, stream, Slope(0.3)), number_batch(range(5))
+    grads, _ = run_turn(method, batch, "student")
+    with torch.no_grad():
+        x = method._roll_out(method.old, {**batch, "cond": torch.zeros(20, 1, 1)}, method._seeds(batch, "rollout", 4))
+    x = x.view(5, 4)
+    advantage = 0.3 * (x - x.mean(1, keepdim=True))
+    exact = torch.allclose(grads["student"]["mean"], -2 * (advantage * x).mean(), rtol=1e-4)
+    assert exact == shared_noise
+
+
 @pytest.mark.parametrize("self_normalized", [False, True])
 def test_a_discriminator_that_sees_no_difference_moves_nothing(self_normalized):
     """At r = 1/2 the two branches pull against each other with one force."""
