@@ -58,6 +58,8 @@ class Variant:
     was trained."""
     long: tuple[str, ...] = ()
     """Labels of ``deploy`` that are also streamed for many times the clip length, scored by windows."""
+    noise_seeds: int = 1
+    """Seeds of the noise that each trained student's scores are means over; one scores 100 prompts to about 0.01."""
     judge: int = 0
     """Pairs of true clips and its own, for a discriminator that no training has seen; 0 asks none."""
     curves: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -197,19 +199,24 @@ def evaluated(job: Job, path: str) -> list[dict[str, Any]]:
     study, student = job.study, load_student(path)
     prompts = runs.held_out_prompts(study.prompts)
     embeddings = student.prompts.encode(prompts)
-    noise_seed = job.seed if job.variant.run is None else 0
+    noise_seeds = range(job.variant.noise_seeds) if job.variant.run is not None else [job.seed]
     rows = []
     for label, fields in job.variant.deploy.items():
         stream = replace(student.stream, **{name: None if value == "none" else value for name, value in fields.items()})
         runner = runs.student_runner(label, student.transformer, stream)
-        (scores,) = runs.score_by_seed(runner, student.codec, embeddings, prompts, [noise_seed], study.num_frames)
-        row = {"label": label, "scores": scores, **cost_row(stream, study.num_frames, student.codec.temporal_ratio)}
+        by_seed = runs.score_by_seed(runner, student.codec, embeddings, prompts, noise_seeds, study.num_frames)
+        row = {"label": label, "scores": mean_of(by_seed), **cost_row(stream, study.num_frames, student.codec.temporal_ratio)}
         if label in job.variant.long:
             row["long"] = long_row(runner, student.codec, embeddings, prompts, study)
         if job.variant.judge:
             row["judge"] = judged(runner, student, job.variant.judge, study.num_frames)
         rows.append(row)
     return rows
+
+
+def mean_of(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The means of numbers that all have."""
+    return {name: statistics.mean(each[name] for each in scores) for name in scores[0] if all(name in each for each in scores)}
 
 
 def judged(runner: runs.Runner, student: Student, num: int, num_frames: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from streamvid.evaluation.report import environment, markdown
 from streamvid.files import atomic_file
-from streamvid.training.study import TEACHER, TRUTH, Job, StudyConfig
+from streamvid.training.study import TEACHER, TRUTH, Job, StudyConfig, mean_of
 
 SHOWN = ("overall", "physics", "speed", "direction", "colour", "shape", "permanence")
 
@@ -40,12 +40,11 @@ def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for variant, label in keys:
         own = [(r, row) for r in results if r["variant"] == variant for row in r["rows"] if row["label"] == label]
         scores = [row["scores"] for _, row in own]
-        names = [name for name in scores[0] if all(name in each for each in scores)]
+        means = mean_of(scores)
         first = own[0][1]
         rows.append({
             "variant": variant, "label": label, "seeds": [r["seed"] for r, _ in own],
-            "scores": {name: statistics.mean(each[name] for each in scores) for name in names},
-            "spread": {name: max(e[name] for e in scores) - min(e[name] for e in scores) for name in names},
+            "scores": means, "spread": {name: max(e[name] for e in scores) - min(e[name] for e in scores) for name in means},
             "of_teacher": statistics.mean(each["overall"] for each in scores) / teacher if teacher else None,
             "steps": [r["steps"] for r, _ in own], "train_s": statistics.mean(r["train_s"] for r, _ in own),
             **{name: first[name] for name in ("nfe", "commits", "work") if name in first},

@@ -20,6 +20,7 @@ variants:
     deploy: {{1 step: {{num_steps: 1, first_steps: none}}, 2 steps: {{num_steps: 2}}}}
     long: [1 step, 2 steps]
     judge: 4
+    noise_seeds: 2
     curves: {{DMD: [1 step]}}
     minutes: 5
 """

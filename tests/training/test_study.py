@@ -75,6 +75,10 @@ def test_a_trainings_numbers_are_means_over_its_last_part():
     assert tail_means(lines) == {"loss": 6.5, "gap_1": 2.0}
 
 
+def test_scores_are_means_over_seeds_of_what_all_have():
+    assert st.mean_of([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": 2.0}
+
+
 def test_a_failed_training_is_reported_and_leaves_no_result(tmp_path, monkeypatch):
     study = StudyConfig({"a": Variant(student="nowhere")})
     (job,) = jobs_of(study, tmp_path, tmp_path)
