@@ -138,8 +138,8 @@ def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
     missing = [f"{job.name}-{job.seed}" for job in jobs if not job.result_file.exists()]
     head = f"{study.about.strip()}\n\n" if study.about else ""
     head += (
-        f"Scores on {study.prompts} held-out prompts, the same noise for all; ± is half the distance between the greatest and"
-        f" the least of the training seeds. Forwards are denoising passes + passes that write context.\n"
+        f"Scores on {study.prompts} held-out prompts, the same seeds of the noise for all; ± is half the distance between the"
+        f" greatest and the least of the training seeds, or of the noise's where nothing was trained. Forwards are denoising passes + passes that write context.\n"
     )
     if missing:
         head += f"\nNot finished: {', '.join(missing)}.\n"
