@@ -23,7 +23,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
     parser.add_argument("--suite", choices=["world"], default="world")
     parser.add_argument("--student", action="append", help="a student folder, may be repeated; default: start and student as shipped")
-    parser.add_argument("--label", action="append", help="name of a student in the report, one a --student; default: its folder")
+    parser.add_argument("--label", action="append", help="name of a student in the report, one a --student; default: its folder and steps")
     parser.add_argument("--components", help="folder of vae/, text_encoder/ and tokenizer/ for students that lack them")
     parser.add_argument("--teacher", help="a teacher folder; default: the shipped one")
     parser.add_argument("--teacher-steps", default="50", help="Euler steps, comma-separated (default 50; '' leaves it out)")
@@ -80,7 +80,8 @@ def evaluate(args: argparse.Namespace) -> None:
     out, prompts, home = Path(args.out), runs.held_out_prompts(args.prompts), args.teacher or TINY_TEACHER
     device, paths = choose_device(args.device), args.student or (TINY_START, TINY_STUDENT)
     students = [load_student(path, args.components, device) for path in paths]
-    labels = args.label or args.student or ["start", "student"]
+    folders = zip(args.student or ["start", "student"], students)
+    labels = args.label or [f"{folder}, {s.stream.num_steps} steps" for folder, s in folders]
     jobs, codec = [], students[0].codec  # of each model: runner, codec, embeddings, number of seeds
     if args.teacher_steps:
         teacher, codec = open_teacher(home, device=device), open_codec(home, device)
@@ -89,7 +90,7 @@ def evaluate(args: argparse.Namespace) -> None:
             runner = runs.teacher_runner(f"teacher, {n} steps", teacher, n, args.guidance, frames)
             jobs.append((runner, codec, embeddings, 1))
     for label, s in zip(labels, students):
-        runner = runs.student_runner(f"{label}, {s.stream.num_steps} steps", s.transformer, s.stream)
+        runner = runs.student_runner(label, s.transformer, s.stream)
         jobs.append((runner, s.codec, s.prompts.encode(prompts).to(device), args.seeds))
     costs = [runs.measure_cost(job[0], job[1], job[2][:1], args.num_frames) for job in jobs]  # also finds what can't run
     window, num = args.num_frames - 1, args.long_prompts

@@ -66,13 +66,15 @@ def study(args: argparse.Namespace) -> int:
     for name in names:
         if name not in config.variants:
             raise ValueError(f"--only {name}: expected some of {', '.join(config.variants)}")
-    wanted = [job for job in jobs if job.name in (TEACHER, *names)]
+    names = [TEACHER, *names, *(config.variants[name].after for name in names)]
+    wanted = [job for job in jobs if job.name in names]
     left = [job for job in wanted if not job.result_file.exists() and not args.report]
     failed = []
     if left:
         hours, most = forecast(left, args.jobs)
         print(f"{len(left)} runs to do, in about {hours:.1f} h on {args.jobs} threads, {most:.1f} at most", file=sys.stderr)
-        for index, line in enumerate(done(left, args.jobs), 1):
+        stages = [[job for job in left if (job.variant.after is None) is first] for first in (True, False)]
+        for index, line in enumerate((line for stage in stages for line in done(stage, args.jobs)), 1):
             print(f"[{index}/{len(left)}] {line}", file=sys.stderr, flush=True)
             failed += [line] if ": error: " in line else []
     print(write_report(out, config, wanted))

@@ -49,6 +49,8 @@ class Variant:
     """Its run file, relative to the study file; null evaluates ``student`` as it is."""
     student: str | None = None
     """A student folder, where there is nothing to train."""
+    after: str | None = None
+    """A variant whose student, of the same seed, this training starts from; null leaves it to the run file."""
     overrides: tuple[str, ...] = ()
     """``key=value`` settings that replace the run file's."""
     seeds: int = 1
@@ -95,11 +97,23 @@ class StudyConfig:
                 raise ValueError(f"variants.{name}: give either run, a run file, or student, a folder")
             if not variant.deploy:
                 variant.deploy = {name: {}}
+            self._check_after(name, variant)
             for key, labels in {"long": variant.long, **{f"curves.{line}": of for line, of in variant.curves.items()}}.items():
                 for label in labels:
                     if label not in variant.deploy:
                         known = ", ".join(variant.deploy)
                         raise ValueError(f"variants.{name}.{key} has {label!r}, expected labels of deploy: {known}")
+
+    def _check_after(self, name: str, variant: Variant) -> None:
+        first = self.variants.get(variant.after) if variant.after is not None else None
+        if variant.after is None or (
+            variant.run and first and first.run and first.after is None and first.seeds >= variant.seeds and first is not variant
+        ):
+            return
+        raise ValueError(
+            f"variants.{name}.after={variant.after!r}, expected another variant that is trained, from its own run file's start "
+            f"and with at least {variant.seeds} seeds, and a run of this one"
+        )
 
 
 @dataclass(frozen=True)
@@ -149,6 +163,8 @@ def _run_config(job: Job) -> Any:
         *job.variant.overrides, f"train.name={job.name}-{job.seed}", f"train.output_dir={job.folder / 'runs'}",
         f"train.seed={job.seed}", f"train.max_minutes={job.study.minutes_per_run:g}",
     ]  # fmt: skip
+    if job.variant.after is not None:
+        overrides.append(f"student.path={job.folder / 'runs' / f'{job.variant.after}-{job.seed}' / 'student'}")
     if job.study.max_steps is not None:
         overrides.append(f"train.max_steps={job.study.max_steps}")
     return load_run(job.home / job.variant.run, overrides)

@@ -56,6 +56,19 @@ def test_a_study_runs_goes_on_and_reports(small, tmp_path, capsys):
     assert json.loads((tmp_path / "runs" / "report.json").read_text())["rows"] == report["rows"]
 
 
+def test_a_training_may_start_from_anothers_student(small, tmp_path, capsys):
+    small.write_text(f"""{small.read_text()}
+  more:
+    run: {ROOT}/configs/run/tiny_dmd.yaml
+    after: dmd
+    overrides: [train.max_steps=1, train.batch_size=1, data.num_prompts=2, options.student_start_step=0]
+""")
+    assert study.main(arguments_of(small, tmp_path, "--only", "more")) == 0
+    done = [line.split()[1].strip(":,") for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    assert done == ["teacher", "dmd", "more"]
+    assert "dmd-0/student" in (tmp_path / "runs" / "runs" / "more-0" / "config.yaml").read_text()
+
+
 def test_two_at_once_have_processes_of_their_own(small, tmp_path, capsys):
     study.main([*arguments_of(small, tmp_path, "--only", "start"), "--jobs", "2"])
     assert (tmp_path / "runs" / "start-0.json").exists() and "[2/2]" in capsys.readouterr().err
@@ -67,6 +80,7 @@ def test_two_at_once_have_processes_of_their_own(small, tmp_path, capsys):
     (("prompts=many",), "prompts"),
     (("variants.dmd.overrides=[options.num_chunk=3]",), "variants.dmd: "),
     (("variants.dmd.run=nowhere.yaml",), "does not exist"),
+    (("variants.dmd.after=start",), "variants.dmd.after='start', expected another variant that is trained"),
     (("variants.start.run=x.yaml",), "variants.start: give either run"),
     (("variants.dmd.curves={DMD: [3 steps]}",), "variants.dmd.curves.DMD has '3 steps', expected labels of deploy: 1 step, 2 steps"),
 ])  # fmt: skip
