@@ -5,14 +5,16 @@
     python tools/study.py --suite methods --quick
     python tools/study.py --suite my_study.yaml --out my_study.json prompts=50 minutes_per_run=30
 
-A suite is a file of configs/study, or a path. Finished runs are kept in --folder and skipped, an interrupted training goes on
-from its checkpoint: the same command continues. Writes a report as JSON, as Markdown and as a picture.
+A suite is a file of configs/study, or a path. Writes a report as JSON, as Markdown and as a picture. Finished runs are kept in
+--folder and in the report and skipped, an interrupted training goes on from its checkpoint: the same command continues, with
+the report alone also on another machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,6 +28,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
     parser.add_argument("--suite", default="methods", help="the study, a name or a file (default methods)")
     parser.add_argument("--only", help="variants, comma-separated; by default all")
+    parser.add_argument("--redo", default="", help="variants whose trainings and results are thrown away first")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of several each has one thread (default 2)")
     parser.add_argument("--folder", help="where runs and results are kept (default runs/study/SUITE)")
     parser.add_argument("--out", help="the report, .json (default FOLDER/report.json)")
@@ -48,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def study(args: argparse.Namespace) -> int:
-    from streamvid.training.study import TEACHER, all_jobs, load_study
-    from streamvid.training.study_report import write_report
+    from streamvid.training.study import TEACHER, all_jobs, load_study, still_to_do
+    from streamvid.training.study_report import restore_results, write_report
     from streamvid.video import ensure_place
 
     path = Path(args.suite) if args.suite.endswith((".yaml", ".yml")) else SUITES / f"{args.suite}.yaml"
@@ -62,13 +65,15 @@ def study(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     ensure_place(out)
     jobs = all_jobs(config, path.parent, folder.absolute())
-    names = list(config.variants) if args.only is None else [name.strip() for name in args.only.split(",")]
-    for name in names:
-        if name not in config.variants:
-            raise ValueError(f"--only {name}: expected some of {', '.join(config.variants)}")
-    names = [TEACHER, *names, *(config.variants[name].after for name in names)]
-    wanted = [job for job in jobs if job.name in names]
-    left = [job for job in wanted if not job.result_file.exists() and not args.report]
+    names = names_of("only", args.only, config) or list(config.variants)
+    redo = set(names_of("redo", args.redo, config))
+    for job in jobs:
+        if job.name in redo:
+            job.result_file.unlink(missing_ok=True)
+            shutil.rmtree(job.run_dir, ignore_errors=True)
+    kept = restore_results(out, jobs, redo)
+    wanted = [job for job in jobs if job.name in (TEACHER, *names)]
+    left = [] if args.report else still_to_do(wanted, jobs, kept if args.only is None else set())
     failed = []
     if left:
         hours, most = forecast(left, args.jobs)
@@ -77,8 +82,18 @@ def study(args: argparse.Namespace) -> int:
         for index, line in enumerate((line for stage in stages for line in done(stage, args.jobs)), 1):
             print(f"[{index}/{len(left)}] {line}", file=sys.stderr, flush=True)
             failed += [line] if ": error: " in line else []
-    print(write_report(out, config, wanted))
+            write_report(out, config, jobs)
+    print(write_report(out, config, jobs))
     return 1 if failed else 0
+
+
+def names_of(option: str, value: str | None, config) -> list[str]:
+    """Variants that an option names."""
+    names = [name.strip() for name in value.split(",")] if value else []
+    for name in names:
+        if name not in config.variants:
+            raise ValueError(f"--{option} {name}: expected some of {', '.join(config.variants)}")
+    return names
 
 
 def done(jobs: list, num_at_once: int):

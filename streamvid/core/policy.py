@@ -18,14 +18,14 @@ from streamvid.core.process import Time, as_work, expand_time, x0_from_v
 def group_advantage(
     rewards: Tensor, group: Tensor | None = None, std: Literal["group", "batch", "none"] = "group", clip: float | None = None
 ) -> Tensor:
-    """Rewards ``[B]`` less their group's mean, over a deviation (GRPO, arXiv 2402.03300, section 4.1).
+    """Rewards ``[B]`` or ``[B, J]`` less their group's mean, over a deviation (GRPO, arXiv 2402.03300, section 4.1).
 
     With a deviation it does not change under rewards -> a rewards + b; a group of equal rewards gives 0. Near an optimum a
     deviation keeps steps from shrinking, so "none" is for what has to converge.
 
     Args:
         group: integers ``[B]``, such as the index of the prompt; None is one group.
-        std: whose deviation to divide by.
+        std: whose deviation to divide by; of J rewards a sample each has its own "group", and all share one "batch".
         clip: bound on the absolute value.
 
     Raises:
@@ -103,7 +103,7 @@ def nft_loss(
     Args:
         v: the network's velocity, with gradient.
         v_old: the lagged policy's; ``v_target``: v*; neither gets gradient.
-        weight: r ``[B]`` in [0, 1], of ``optimality``.
+        weight: r in [0, 1], of ``optimality``: ``[B]``, or one a place, of a shape that broadcasts to that of ``v``.
         beta: b > 0.
         x_t, t: given both, the errors are taken of x0 and each sample's divided by its own mean absolute error, as in the
             released code; otherwise they are the plain squares above.
@@ -121,14 +121,17 @@ def nft_loss(
         positive, negative, v_target = (x0_from_v(x_t, each, t) for each in (positive, negative, v_target))
     good, bad = (_error(guess, v_target, normalized=x_t is not None) for guess in (positive, negative))
     weight = as_work(weight).detach()  # sg
+    if weight.ndim == 1:
+        weight = expand_time(weight, v_target)
     return (weight * good + (1 - weight) * bad).mean()
 
 
 def _error(guess: Tensor, target: Tensor, normalized: bool) -> Tensor:
-    """Mean squared error of each sample ``[B]``."""
-    error = (guess - target).flatten(1)
-    square = error.square().mean(1)
-    return square / error.detach().abs().mean(1).clamp_min(1e-5) if normalized else square  # sg
+    """Squared errors, of the inputs' shape."""
+    error = guess - target
+    if not normalized:
+        return error.square()
+    return error.square() / expand_time(error.detach().abs().flatten(1).mean(1).clamp_min(1e-5), error)  # sg
 
 
 def winner_loser_gradient(winner: Tensor, loser: Tensor, x_is_winner: Tensor, eta: float) -> Tensor:

@@ -24,7 +24,7 @@ Departures: R1 and R2, without which D soon tells all pairs apart; an explicit o
 r = 1/2 (with the student itself in its place the update is a weighted regression that may run away).
 
 Shapes: B prompts of a batch, G clips a prompt, C channels, T = K f latent frames in K chunks, h w latent size,
-J logits a clip: 1, or K.
+J logits a clip: 1, K, or one a token.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from einops import repeat
 from torch import Tensor, nn
 
 from streamvid.core.adversary import approximate_penalty, discriminator_loss, generator_loss
@@ -97,8 +98,8 @@ class Config:
     """Of the same at student clips."""
     penalty_sigma: float = 0.05
     """s, in units of the latents' deviation."""
-    logit: Literal["clip", "chunk"] = "clip"
-    """A logit for the clip as a whole, or one a chunk, each chunk then having its own advantage."""
+    logit: Literal["clip", "chunk", "token"] = "clip"
+    """A logit for the clip as a whole, or one a chunk or a token, each of which then has its own advantage."""
     discriminator_layers: tuple[int, ...] | None = None
     """Blocks that it reads; null: half-way and the last."""
     discriminator_t: float = 0.1
@@ -218,7 +219,7 @@ class AFD:
             x = self._roll_out(self._placed(self.old), {**batch, "cond": cond}, self._seeds(batch, "rollout", groups))
             logits, real_logits = self.discriminator(x, cond), self.discriminator(batch["latents"], batch["cond"])
             r = optimality(self._advantages(logits), c.advantage_clip)  # [B G, J]
-        weight = r.T.expand(self._num_chunks(x), -1).flatten()  # [K B G], chunk by sample
+        weight = self._weights(r, x)
         losses, numbers = [], Counter()
         for n in range(c.noisings):
             noise, times = KeyedNoise(self._noising_seeds(batch, n)), self._draw_times(decision, x)
@@ -233,7 +234,7 @@ class AFD:
     def _update_loss(
         self, ask: Callable[[nn.Module], NoisedChunks], weight: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's loss on noised chunks, of which ``ask`` asks any network, with r ``[K B]``."""
+        """The student's loss on noised chunks, of which ``ask`` asks any network, with their r."""
         c, chunks = self.config, ask(self.student)
         states = (chunks.x_t, chunks.t) if c.self_normalized else (None, None)
         with torch.no_grad():
@@ -286,8 +287,17 @@ class AFD:
         if len(everyone) == 1:
             raise ValueError("one rollout has no other to be compared with; raise train.batch_size or options.group_size")
         std = "batch" if c.normalize == "std" else "none"
-        columns = [group_advantage(column, group, std) for column in everyone.unbind(dim=1)]
-        return torch.stack(columns, dim=1)[first : first + len(logits)]
+        return group_advantage(everyone, group, std)[first : first + len(logits)]
+
+    def _weights(self, r: Tensor, clips: Tensor) -> Tensor:
+        """r ``[B G, J]`` of ``clips [B G, C, T, h, w]`` for their chunks, ``[K B G]`` or ``[K B G, 1, f, h, w]``."""
+        if self.config.logit != "token":
+            return r.T.expand(self._num_chunks(clips), -1).flatten()
+        patch, sizes = unwrapped(self.student).config.patch_size, clips.shape[2:]
+        of_patches = r.unflatten(1, [size // p for size, p in zip(sizes, patch)])
+        p, q, s = patch
+        places = repeat(of_patches, "n t h w -> n 1 (t p) (h q) (w s)", p=p, q=q, s=s)
+        return torch.cat(places.split(self.stream.chunk_frames, dim=2))
 
     def _draw_times(self, decision: torch.Generator, x: Tensor) -> list[float]:
         """A time for each chunk, the same for all samples and all processes."""
@@ -328,7 +338,7 @@ class AFD:
         c = self.config
         return VideoDiscriminator(
             copy.deepcopy(unwrapped(self.student)), c.discriminator_layers, c.discriminator_t, c.train_trunk,
-            chunk_frames=self.stream.chunk_frames if c.logit == "chunk" else None, seed=self.seed,
+            chunk_frames=self.stream.chunk_frames if c.logit == "chunk" else None, per_token=c.logit == "token", seed=self.seed,
         )  # fmt: skip
 
 

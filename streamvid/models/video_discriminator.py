@@ -2,7 +2,7 @@
 
 A video transformer looks at the clip in latent space, all frames at once and at one small noise level, with the prompt in
 its cross-attention; on the activations of some blocks, heads whose learned registers gather what they need
-(``core.adversary.FeatureHeads`` of kind "query"; APT, arXiv 2501.08316) give a logit for the clip, or one a chunk.
+(``core.adversary.FeatureHeads`` of kind "query"; APT, arXiv 2501.08316) give a logit for the clip, one a chunk, or one a token.
 The trunk begins as a denoiser, such as the student: it knows the world and the words already. APT and AAPT train all of
 it, diffusion GANs keep it frozen (LADD, arXiv 2403.12015).
 
@@ -11,6 +11,7 @@ Shapes: B batch, C channels, T latent frames, h w latent size, K chunks of f fra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +30,7 @@ class VideoDiscriminator(nn.Module):
         train_trunk: False freezes it; the gradient to the clip passes all the same.
         hidden: width of the heads, a multiple of 4.
         chunk_frames: f, for a logit a chunk; None gives one for the clip.
+        per_token: a logit for each of the clip's T S tokens instead, of what the trunk makes of it amid all others.
         seed: of the heads' first weights.
 
     Raises:
@@ -37,7 +39,7 @@ class VideoDiscriminator(nn.Module):
 
     def __init__(
         self, trunk: nn.Module, layers: Sequence[int] | None = None, t: float = 0.1, train_trunk: bool = True,
-        hidden: int = 64, chunk_frames: int | None = None, seed: int = 0,
+        hidden: int = 64, chunk_frames: int | None = None, per_token: bool = False, seed: int = 0,
     ):  # fmt: skip
         super().__init__()
         depth = len(trunk.blocks)
@@ -45,14 +47,14 @@ class VideoDiscriminator(nn.Module):
         if not 0 <= t <= 1:
             raise ValueError(f"t={t}, expected a noise level in [0, 1]")
         self.trunk = trunk.requires_grad_(train_trunk)
-        self.t, self.chunk_frames = t, chunk_frames
+        self.t, self.chunk_frames, self.per_token = t, chunk_frames, per_token
         self.heads = TrunkHeads(trunk, layers, hidden=hidden, seed=seed)
         trunk.norm_out.requires_grad_(False)  # what follows the blocks is not read
         for parameter in (trunk.scale_shift_table, *trunk.proj_out.parameters()):
             parameter.requires_grad_(False)
 
     def forward(self, latents: Tensor, cond: Tensor) -> Tensor:
-        """Logits ``[B, 1]`` or ``[B, K]`` of ``latents [B, C, T, h, w]`` for the prompts ``cond [B, L, D]``.
+        """Logits ``[B, 1]``, ``[B, K]`` or ``[B, T S]`` of ``latents [B, C, T, h, w]`` for the prompts ``cond [B, L, D]``.
 
         Raises:
             ValueError: if the chunks do not divide the clip.
@@ -61,6 +63,8 @@ class VideoDiscriminator(nn.Module):
         if self.chunk_frames is not None and frames % self.chunk_frames:
             raise ValueError(f"chunk_frames={self.chunk_frames} does not divide {frames} latent frames")
         num_chunks = 1 if self.chunk_frames is None else frames // self.chunk_frames
+        if self.per_token:
+            num_chunks = math.prod(size // patch for size, patch in zip(latents.shape[2:], self.trunk.config.patch_size))
         timestep = torch.full((len(latents),), 1000 * self.t, device=latents.device)
         call = lambda: self.trunk(latents, timestep, cond, return_dict=False)  # noqa: E731
         return self.heads(self.trunk, call, num_chunks)[..., 0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,17 @@ class Job:
     def result_file(self) -> Path:
         return self.folder / f"{self.name}-{self.seed}.json"
 
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "runs" / f"{self.name}-{self.seed}"
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What of the study file its numbers rest on; kept with the result, and compared before that is used again."""
+        of_study = {name: getattr(self.study, name) for name in ("prompts", "num_frames", "guidance_scale", "max_steps")}
+        own = {"run": self.variant.run, "student": self.variant.student, "after": self.variant.after}
+        return {**own, "overrides": list(self.variant.overrides), **of_study}
+
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """Read and check a study file; every run file is read too, so that a wrong one is found before the first training.
@@ -160,11 +171,11 @@ def jobs_of(study: StudyConfig, home: Path, folder: Path) -> list[Job]:
 
 def _run_config(job: Job) -> Any:
     overrides = [
-        *job.variant.overrides, f"train.name={job.name}-{job.seed}", f"train.output_dir={job.folder / 'runs'}",
+        *job.variant.overrides, f"train.name={job.run_dir.name}", f"train.output_dir={job.run_dir.parent}",
         f"train.seed={job.seed}", f"train.max_minutes={job.study.minutes_per_run:g}",
     ]  # fmt: skip
     if job.variant.after is not None:
-        overrides.append(f"student.path={job.folder / 'runs' / f'{job.variant.after}-{job.seed}' / 'student'}")
+        overrides.append(f"student.path={replace(job, name=job.variant.after).run_dir / 'student'}")
     if job.study.max_steps is not None:
         overrides.append(f"train.max_steps={job.study.max_steps}")
     return load_run(job.home / job.variant.run, overrides)
@@ -174,12 +185,12 @@ def _run_config(job: Job) -> Any:
 
 
 def run_job(job: Job) -> str:
-    """Train and evaluate, unless it is done; a line about it."""
-    if job.result_file.exists():
-        return f"{job.name}, seed {job.seed}: done before"
+    """Train and evaluate; a line about it. Where there is a result already, train only, if the student is not there."""
     began = time.perf_counter()
     try:
-        result = {"variant": job.name, "seed": job.seed, **_trained(job)}
+        result = {"variant": job.name, "seed": job.seed, "recipe": job.recipe, **_trained(job)}
+        if job.result_file.exists():
+            return f"{job.name}, seed {job.seed}: scored before"
         result["rows"] = evaluated(job, result.pop("path"))
     except (ValueError, OSError, TrainingError) as error:
         return f"{job.name}, seed {job.seed}: error: {' '.join(str(error).split())}"
@@ -193,12 +204,11 @@ def _trained(job: Job) -> dict[str, Any]:
     if job.variant.run is None:
         return {"path": str(job.home / job.variant.student), "steps": 0, "train_s": 0.0, "metrics": {}}
     config = _run_config(job)
-    run_dir = Path(config.train.output_dir) / config.train.name
-    if not (run_dir / "student").is_dir():
+    if not (job.run_dir / "student").is_dir():
         build_trainer(config, progress=False).train()
-    metrics = read_metrics(run_dir / "metrics.jsonl")
+    metrics = read_metrics(job.run_dir / "metrics.jsonl")
     return {
-        "path": str(run_dir / "student"), "steps": int(metrics[-1]["step"]), "train_s": metrics[-1]["seconds"],
+        "path": str(job.run_dir / "student"), "steps": int(metrics[-1]["step"]), "train_s": metrics[-1]["seconds"],
         "metrics": tail_means(metrics),
     }  # fmt: skip
 
@@ -298,7 +308,8 @@ def reference_job(job: Job) -> str:
     rows = [{"label": runner.label, "scores": scores, **cost_row(runner.stream, study.num_frames, codec.temporal_ratio, 2)}]
     truth = runs.score_clips(runs.reconstructed_clips(codec, study.prompts, study.num_frames), prompts)
     rows.append({"label": TRUTH, "scores": mean_scores(truth), "long": true_long(study)})
-    write_result(file, {"variant": job.name, "seed": 0, "steps": 0, "train_s": 0.0, "metrics": {}, "rows": rows})
+    result = {"variant": job.name, "seed": 0, "recipe": job.recipe, "steps": 0, "train_s": 0.0, "metrics": {}, "rows": rows}
+    write_result(file, result)
     return f"{job.name}: {scores['overall']:.3f}, {TRUTH} {rows[1]['scores']['overall']:.3f}"
 
 
@@ -313,6 +324,18 @@ def true_long(study: StudyConfig) -> dict[str, list[float]]:
 def do(job: Job) -> str:
     """A job of either kind."""
     return reference_job(job) if job.name == TEACHER else run_job(job)
+
+
+def still_to_do(wanted: Sequence[Job], jobs: Sequence[Job], kept: Set[str] = frozenset()) -> list[Job]:
+    """Those of ``wanted`` that have no result, and those of all ``jobs`` whose students they start from and which are not there.
+
+    Args:
+        kept: variants that count as done.
+    """
+    left = {(job.name, job.seed) for job in wanted if not job.result_file.exists() and job.name not in kept}
+    first = {(job.variant.after, job.seed) for job in wanted if (job.name, job.seed) in left}
+    missing = {(job.name, job.seed) for job in jobs if (job.name, job.seed) in first and not (job.run_dir / "student").is_dir()}
+    return [job for job in jobs if (job.name, job.seed) in left | missing]
 
 
 def all_jobs(study: StudyConfig, home: Path, folder: Path) -> list[Job]:

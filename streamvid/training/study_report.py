@@ -5,31 +5,68 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from streamvid.evaluation.report import environment, markdown
 from streamvid.files import atomic_file
-from streamvid.training.study import TEACHER, TRUTH, Job, StudyConfig, mean_of
+from streamvid.training.study import TEACHER, TRUTH, Job, StudyConfig, mean_of, write_result
 
 SHOWN = ("overall", "physics", "speed", "direction", "colour", "shape", "permanence")
+
+
+def read_json(path: Path) -> Any:
+    """Raises:
+    ValueError: if the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
 
 
 def read_results(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """The results that are there, in the study's order.
 
     Raises:
-        ValueError: if a file is damaged.
+        ValueError: if a file is damaged, or was made with other settings than its job has now.
     """
     results = []
     for job in jobs:
         if job.result_file.exists():
-            try:
-                results.append(json.loads(job.result_file.read_text()))
-            except ValueError as error:
-                raise ValueError(f"{job.result_file} is damaged ({error}); delete it and run again") from error
+            results.append(read_json(job.result_file))
+            _ensure_recipe(job, results[-1])
     return results
+
+
+def _ensure_recipe(job: Job, result: dict[str, Any]) -> None:
+    made = result.get("recipe", job.recipe)
+    for name, value in job.recipe.items():
+        if made.get(name) != value:
+            raise ValueError(
+                f"{job.result_file}: {job.name} was run with {name}={made.get(name)!r}, the study now says {value!r}; "
+                f"give the variant a new name, or do it again with --redo {job.name}"
+            )
+
+
+def restore_results(report: Path, jobs: Sequence[Job], redo: Set[str] = frozenset()) -> set[str]:
+    """Results that an earlier report holds, as files for the jobs that have none; so a study goes on on another machine.
+
+    Args:
+        redo: variants that are not restored.
+
+    Returns:
+        The variants of which the report keeps means over seeds alone; they count as done.
+    """
+    if not report.exists():
+        return set()
+    former = read_json(report)
+    held = {(result["variant"], result["seed"]): result for result in former.get("results", [])}
+    for job in jobs:
+        if not job.result_file.exists() and (job.name, job.seed) in held and job.name not in redo:
+            write_result(job.result_file, held[job.name, job.seed])
+    return {row["variant"] for row in former.get("kept", [])} - redo
 
 
 def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -51,6 +88,12 @@ def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "long": [row["long"] for _, row in own if "long" in row], "judge": [row["judge"] for _, row in own if "judge" in row],
         })  # fmt: skip
     return rows
+
+
+def in_order(rows: Sequence[dict[str, Any]], study: StudyConfig) -> list[dict[str, Any]]:
+    """Rows in the order of the study file, the teacher first."""
+    order = {name: index for index, name in enumerate([TEACHER, *study.variants])}
+    return sorted(rows, key=lambda row: order.get(row["variant"], len(order)))
 
 
 def score_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -132,10 +175,18 @@ def metric_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
-    """Write ``path`` (.json), the tables (.md) and the picture (.png) beside it; returns the tables."""
-    results = read_results(jobs)
-    rows, about = summary(results), environment()
-    missing = [f"{job.name}-{job.seed}" for job in jobs if not job.result_file.exists()]
+    """Write ``path`` (.json), the tables (.md) and the picture (.png) beside it; returns the tables.
+
+    The .json holds all results, from which ``restore_results`` goes on, and what an earlier report at ``path`` kept as means
+    over seeds (``kept``), unless these variants have results again.
+    """
+    results, about = read_results(jobs), environment()
+    again = {result["variant"] for result in results}
+    former = read_json(path) if path.exists() else {}
+    kept = [row for row in former.get("kept", []) if row["variant"] not in again]
+    rows = in_order([*summary(results), *kept], study)
+    held = {row["variant"] for row in kept}
+    missing = [f"{job.name}-{job.seed}" for job in jobs if not job.result_file.exists() and job.name not in held]
     head = f"{study.about.strip()}\n\n" if study.about else ""
     head += (
         f"Scores on {study.prompts} held-out prompts, the same seeds of the noise for all; ± is half the distance between the"
@@ -149,7 +200,8 @@ def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
     with atomic_file(path.with_suffix(".md")) as temporary:
         temporary.write_text(f"{text}\n{notes}\n")
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps({"environment": about, "missing": missing, "rows": rows}, indent=1) + "\n")
+        report = {"environment": about, "missing": missing, "rows": rows, "kept": kept, "results": results}
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
     draw(path.with_suffix(".png"), study, rows)
     return text
 

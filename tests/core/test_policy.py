@@ -42,6 +42,8 @@ def test_equal_rewards_have_no_advantage():
     assert group_advantage(torch.full((8,), 2.5), GROUP).abs().max() == 0
     assert group_advantage(torch.full((3,), 2.5)).abs().max() == 0
     assert group_advantage(torch.tensor([-9.0, 9.0]), std="none", clip=5.0).tolist() == [-5.0, 5.0]
+    two = torch.stack([torch.arange(8.0), torch.zeros(8)], dim=1)  # rewards of two places share a batch's deviation
+    torch.testing.assert_close(group_advantage(two, GROUP, "batch")[:, 0], group_advantage(two[:, 0], GROUP, "batch") * 2**0.5)
     with pytest.raises(ValueError, match="std='mad'"):
         group_advantage(torch.zeros(2), std="mad")
 
@@ -131,6 +133,15 @@ def test_bad_samples_push_off():
     v, target = normals(4, 2, 3, 3).requires_grad_(), normals(4, 2, 3, 3, seed=1)
     slopes = [torch.autograd.grad(nft_loss(v, v, target, torch.full((4,), r), 0.5), v)[0] for r in (0.0, 1.0)]
     torch.testing.assert_close(slopes[0], -slopes[1])
+
+
+def test_a_weight_a_place_is_felt_there_alone():
+    v, old, target = normals(2, 1, 4, 2).requires_grad_(), normals(2, 1, 4, 2, seed=1), normals(2, 1, 4, 2, seed=2)
+    slope = lambda weight: torch.autograd.grad(nft_loss(v, old, target, weight, 0.5), v)[0]  # noqa: E731
+    mixed = torch.full((2, 1, 4, 1), 0.2, dtype=torch.float64)
+    mixed[:, :, 2:] = 0.9
+    low, high = (slope(torch.full((2,), r)) for r in (0.2, 0.9))
+    torch.testing.assert_close(slope(mixed), torch.cat([low[:, :, :2], high[:, :, 2:]], dim=2))
 
 
 def test_the_self_normalised_form():

@@ -226,6 +226,19 @@ def test_a_logit_a_chunk_gives_each_its_own_advantage():
     assert method.discriminator(wan_batch()["latents"], wan_batch()["cond"]).shape == (2, 2) and numbers["weight_std"] >= 0
 
 
+def test_a_logit_a_token_weighs_its_own_patch():
+    method, _ = wan_method(logit="token", group_size=2)
+    batch = wan_batch()
+    assert method.discriminator(batch["latents"], batch["cond"]).shape == (2, 16)
+    r = torch.arange(32.0).view(2, 16)
+    weights = method._weights(r, batch["latents"])
+    assert weights.shape == (4, 1, 2, 4, 4)
+    for n, frame, y, x in ((0, 0, 0, 0), (1, 1, 3, 0), (0, 2, 1, 2), (1, 3, 2, 3)):
+        assert weights[2 * (frame // 2) + n, 0, frame % 2, y, x] == r[n, 4 * frame + 2 * (y // 2) + x // 2]
+    grads, _ = run_turn(method, batch, "student")
+    assert any(g.any() for g in grads["student"].values() if g is not None)
+
+
 # Errors -------------------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,22 @@ def test_a_logit_for_the_clip_or_one_a_chunk():
         VideoDiscriminator(trunk(), chunk_frames=3)(x, cond)
 
 
+def test_a_logit_a_token_is_read_where_the_token_is():
+    """The heads see the patch embedding alone here, so that only the moved patch's logit may move."""
+    network = trunk()
+    network.blocks[0] = Passed()
+    disc, (x, cond) = VideoDiscriminator(network, layers=[0], per_token=True), inputs()
+    moved = x.clone()
+    moved[:, :, 2, 2:, :2] += 1
+    changed = ~torch.isclose(disc(x, cond), disc(moved, cond))
+    assert changed.shape == (2, 16) and changed.nonzero().tolist() == [[0, 10], [1, 10]]
+
+
+class Passed(nn.Module):
+    def forward(self, hidden_states, *others):
+        return hidden_states
+
+
 def test_prompts_and_clips_matter_and_batches_do_not():
     disc, (x, cond) = VideoDiscriminator(trunk()), inputs()
     both = disc(x, cond)

@@ -50,8 +50,7 @@ def test_a_study_runs_goes_on_and_reports(small, tmp_path, capsys):
     assert 0 <= two["judge"][0]["win_rate"] <= 1 and "win rate against true clips" in printed.out
     assert (tmp_path / "runs" / "report.png").read_bytes()[:4] == b"\x89PNG"
 
-    (tmp_path / "runs" / "start-0.json").unlink()
-    assert study.main(arguments_of(small, tmp_path)) == 0
+    assert study.main(arguments_of(small, tmp_path, "--redo", "start")) == 0
     assert "1 runs to do" in capsys.readouterr().err
     assert json.loads((tmp_path / "runs" / "report.json").read_text())["rows"] == report["rows"]
 
@@ -76,6 +75,7 @@ def test_two_at_once_have_processes_of_their_own(small, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, said", [
     (("--only", "sid"), "--only sid: expected some of start, dmd"),
+    (("--redo", "sid"), "--redo sid: expected some of start, dmd"),
     (("--out", "report.md"), "the report is a .json file"),
     (("prompts=many",), "prompts"),
     (("variants.dmd.overrides=[options.num_chunk=3]",), "variants.dmd: "),

@@ -1,15 +1,36 @@
 """A study trains, keeps, goes on and reports; its numbers are means over seeds of what runs have left."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from streamvid.training import study as st
-from streamvid.training.study import StudyConfig, Variant, all_jobs, appearance, jobs_of, load_study, tail_means, write_result
-from streamvid.training.study_report import crossed_table, long_table, read_results, score_table, summary, write_report
+from streamvid.training.study import (
+    StudyConfig,
+    Variant,
+    all_jobs,
+    appearance,
+    jobs_of,
+    load_study,
+    still_to_do,
+    tail_means,
+    write_result,
+)
+from streamvid.training.study_report import (
+    crossed_table,
+    long_table,
+    read_results,
+    restore_results,
+    score_table,
+    summary,
+    write_report,
+)
 
 ROOT = Path(__file__).parents[2]
+
+
 def test_the_shipped_studies_can_be_read():
     for path in sorted((ROOT / "configs" / "study").glob("*.yaml")):
         assert load_study(path).variants
@@ -46,6 +67,41 @@ def test_the_report_names_what_is_missing_and_a_damaged_result(tmp_path):
     (tmp_path / "a-1.json").write_text("{")
     with pytest.raises(ValueError, match="a-1.json is damaged"):
         read_results(jobs)
+
+
+def test_a_report_alone_is_enough_to_go_on(tmp_path):
+    """A study's results were only in its folder: on another machine every run was done again."""
+    study = StudyConfig({"a": Variant(run="x", seeds=2), "b": Variant(run="y", after="a"), "old": Variant(run="z")})
+    here, there, report = tmp_path / "here", tmp_path / "there", tmp_path / "report.json"
+    mean = {"variant": "old", "label": "1 step", "seeds": [0, 1, 2], "scores": {"overall": 0.9}, "spread": {"overall": 0.1}}
+    write_result(report, {"kept": [{**mean, "of_teacher": None, "long": [], "judge": []}]})
+    made = {(result["variant"], result["seed"]): result for result in results_of([0.5, 0.7])}
+    for job in all_jobs(study, tmp_path, here):
+        if (job.name, job.seed) in made:
+            write_result(job.result_file, {**made[job.name, job.seed], "recipe": job.recipe})
+    first = write_report(report, study, all_jobs(study, tmp_path, here))
+    assert "Not finished: b-0." in first and "0.900 ±0.050" in first
+
+    jobs = all_jobs(study, tmp_path, there)
+    assert not there.exists() and restore_results(report, jobs) == {"old"}
+    assert write_report(report, study, jobs) == first
+    names = lambda jobs: [(job.name, job.seed) for job in jobs]  # noqa: E731
+    assert names(still_to_do(jobs, jobs, {"old"})) == [("a", 0), ("b", 0)]  # a's result is there, its student is not
+    (there / "runs" / "a-0" / "student").mkdir(parents=True)
+    assert names(still_to_do(jobs, jobs, {"old"})) == [("b", 0)] and ("old", 0) in names(still_to_do(jobs, jobs))
+    assert names(still_to_do(jobs[:1], jobs)) == []
+
+    write_result(there / "old-0.json", {"variant": "old", "seed": 0, "steps": 1, "train_s": 1.0, "metrics": {}, "rows": []})
+    write_report(report, study, jobs)
+    assert json.loads(report.read_text())["kept"] == []  # it has results of its own again
+
+
+def test_results_of_other_settings_are_not_taken_for_these(tmp_path):
+    job = lambda **of: jobs_of(StudyConfig({"a": Variant(run="x", **of)}), tmp_path, tmp_path)[0]  # noqa: E731
+    write_result(job().result_file, {"variant": "a", "seed": 0, "recipe": job().recipe})
+    assert len(read_results([job(seeds=3, noise_seeds=1)])) == 1
+    with pytest.raises(ValueError, match=r"a was run with overrides=\[\], the study now says \['options.beta=1'\]; give the variant a"):
+        read_results([job(overrides=("options.beta=1",))])
 
 
 def test_drift_is_the_last_window_over_the_first():
