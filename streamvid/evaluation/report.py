@@ -23,16 +23,23 @@ def environment() -> dict[str, Any]:
 
     import streamvid
 
-    threads = torch.get_num_threads()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu_name()}, threads: {threads}"
     return {
-        "machine": f"{platform.machine()}, {device}",
+        "machine": machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "streamvid": streamvid.__version__,
         "command": shlex.join(["python", *sys.argv]),
     }
+
+
+def machine() -> str:
+    """The processor's kind, and the GPU or the number of CPU threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu_name()}, threads: {threads}"
+    return f"{platform.machine()}, {device}"
 
 
 def _cpu_name() -> str:

@@ -26,6 +26,7 @@ from streamvid.data.latents import WorldSet, world_clips
 from streamvid.data.world import render, sample_spec
 from streamvid.evaluation import runs
 from streamvid.evaluation.judge import win_rate
+from streamvid.evaluation.report import machine
 from streamvid.evaluation.world_score import mean_scores
 from streamvid.files import atomic_file
 from streamvid.rollout.sampler import generate_latents
@@ -188,7 +189,7 @@ def run_job(job: Job) -> str:
     """Train and evaluate; a line about it. Where there is a result already, train only, if the student is not there."""
     began = time.perf_counter()
     try:
-        result = {"variant": job.name, "seed": job.seed, "recipe": job.recipe, **_trained(job)}
+        result = {"variant": job.name, "seed": job.seed, "recipe": job.recipe, "machine": machine(), **_trained(job)}
         if job.result_file.exists():
             return f"{job.name}, seed {job.seed}: scored before"
         result["rows"] = evaluated(job, result.pop("path"))
@@ -308,8 +309,8 @@ def reference_job(job: Job) -> str:
     rows = [{"label": runner.label, "scores": scores, **cost_row(runner.stream, study.num_frames, codec.temporal_ratio, 2)}]
     truth = runs.score_clips(runs.reconstructed_clips(codec, study.prompts, study.num_frames), prompts)
     rows.append({"label": TRUTH, "scores": mean_scores(truth), "long": true_long(study)})
-    result = {"variant": job.name, "seed": 0, "recipe": job.recipe, "steps": 0, "train_s": 0.0, "metrics": {}, "rows": rows}
-    write_result(file, result)
+    about = {"variant": job.name, "seed": 0, "recipe": job.recipe, "machine": machine()}
+    write_result(file, {**about, "steps": 0, "train_s": 0.0, "metrics": {}, "rows": rows})
     return f"{job.name}: {scores['overall']:.3f}, {TRUTH} {rows[1]['scores']['overall']:.3f}"
 
 

@@ -184,6 +184,7 @@ def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
     again = {result["variant"] for result in results}
     former = read_json(path) if path.exists() else {}
     kept = [row for row in former.get("kept", []) if row["variant"] not in again]
+    about["machine"] = "; ".join(dict.fromkeys(each.get("machine", about["machine"]) for each in [*results, *kept]))
     rows = in_order([*summary(results), *kept], study)
     held = {row["variant"] for row in kept}
     missing = [f"{job.name}-{job.seed}" for job in jobs if not job.result_file.exists() and job.name not in held]
