@@ -1,5 +1,7 @@
 """AFD: who is compared with whom, what the update does where its answer is known, and that context is the stream's."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from method_fakes import TINY_WAN, Ar1Student, noise, run_turn
@@ -237,6 +239,38 @@ def test_a_logit_a_token_weighs_its_own_patch():
         assert weights[2 * (frame // 2) + n, 0, frame % 2, y, x] == r[n, 4 * frame + 2 * (y // 2) + x // 2]
     grads, _ = run_turn(method, batch, "student")
     assert any(g.any() for g in grads["student"].values() if g is not None)
+
+
+class Slopes(nn.Module):
+    """D of a token = w x, and of the clip their sum: the log ratio of clips whose numbers are independent, whole and in parts."""
+
+    def __init__(self, w, per_token):
+        super().__init__()
+        self.w, self.per_token = nn.Parameter(torch.tensor(w)), per_token
+
+    def forward(self, latents, cond):
+        logits = self.w * latents.flatten(1)
+        return logits if self.per_token else logits.sum(1, keepdim=True)
+
+
+def test_advantages_of_tokens_say_the_same_with_less_noise():
+    """Clips of 16 independent numbers of variance s^2: the gradient to their mean is -2 w s^2 (1 - 1/G) either way, but what a
+    token is weighed by is a sixteenth of what the clip is."""
+    slopes = {}
+    for logit in ("clip", "token"):
+        student = Ar1Student(s=1.5, mean=0.0)
+        student.config = SimpleNamespace(patch_size=(1, 1, 1))
+        config = Config(group_size=4, self_normalized=False, lam_prior=0.0, logit=logit)
+        method = AFD(config, student, StreamConfig(num_steps=1, chunk_frames=16), Slopes(0.02, logit == "token"))
+        own = []
+        for step in range(60):
+            batch = {**number_batch(range(8 * step, 8 * step + 8)), "latents": torch.zeros(8, 1, 16, 1, 1)}
+            own.append(run_turn(method, batch, "student")[0]["student"]["mean"])
+        slopes[logit] = torch.stack(own)
+    expected = -2 * 0.02 * 1.5**2 * (1 - 1 / 4)
+    for own in slopes.values():
+        assert (own.mean() - expected).abs() < 4 * own.std() / len(own) ** 0.5
+    assert slopes["token"].var() < slopes["clip"].var() / 4
 
 
 # Errors -------------------------------------------------------------------------------------------------
