@@ -20,7 +20,6 @@ from pathlib import Path
 
 SUITES = Path(__file__).parents[1] / "configs" / "study"
 QUICK = ("prompts=2", "max_steps=2", "minutes_per_run=1", "long_times=2", "long_prompts=1")
-EVALUATION_MINUTES = 1.5  # of one way of streaming on 100 prompts, on one thread
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def study(args: argparse.Namespace) -> int:
-    from streamvid.training.study import TEACHER, all_jobs, load_study, still_to_do
+    from streamvid.training.study import TEACHER, all_jobs, forecast, load_study, still_to_do
     from streamvid.training.study_report import restore_results, write_report
     from streamvid.video import ensure_place
 
@@ -110,18 +109,6 @@ def done(jobs: list, num_at_once: int):
         yield from pool.imap_unordered(do, jobs)
         pool.close()
         pool.join()
-
-
-def forecast(jobs: list, num_at_once: int) -> tuple[float, float]:
-    """The hours that the jobs should take by what has been measured, and the most that their limits allow."""
-    expected = most = 0.0
-    for job in jobs:
-        ways = len(job.variant.deploy) + 2 * len(job.variant.long) + 2 * bool(job.variant.judge)
-        evaluation = ways * EVALUATION_MINUTES * job.study.prompts / 100
-        limit = job.study.minutes_per_run if job.variant.run is not None else 0.0
-        expected += evaluation + min(job.variant.minutes or limit, limit)
-        most += evaluation + limit
-    return expected / 60 / num_at_once, most / 60 / num_at_once
 
 
 def ensure_matplotlib() -> None:

@@ -37,6 +37,7 @@ from streamvid.training.metrics import read_metrics
 from streamvid.training.run import build_trainer, load_run
 from streamvid.training.trainer import TrainingError
 
+EVALUATION_MINUTES = 1.5  # of one way of streaming on 100 prompts, on one thread
 TEACHER = "teacher"
 TRUTH = "true clips"
 JUDGE_SEED = 900_000  # of the first clip that a judge sees; no training takes it
@@ -337,6 +338,18 @@ def still_to_do(wanted: Sequence[Job], jobs: Sequence[Job], kept: Set[str] = fro
     first = {(job.variant.after, job.seed) for job in wanted if (job.name, job.seed) in left}
     missing = {(job.name, job.seed) for job in jobs if (job.name, job.seed) in first and not (job.run_dir / "student").is_dir()}
     return [job for job in jobs if (job.name, job.seed) in left | missing]
+
+
+def forecast(jobs: Sequence[Job], num_at_once: int) -> tuple[float, float]:
+    """The hours that the jobs should take by what has been measured, and the most that their limits allow."""
+    expected = most = 0.0
+    for job in jobs:
+        ways = len(job.variant.deploy) + 2 * len(job.variant.long) + 2 * bool(job.variant.judge)
+        evaluation = ways * EVALUATION_MINUTES * job.study.prompts / 100
+        limit = job.study.minutes_per_run if job.variant.run is not None else 0.0
+        expected += evaluation + min(job.variant.minutes or limit, limit)
+        most += evaluation + limit
+    return expected / 60 / num_at_once, most / 60 / num_at_once
 
 
 def all_jobs(study: StudyConfig, home: Path, folder: Path) -> list[Job]:
