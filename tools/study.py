@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 SUITES = Path(__file__).parents[1] / "configs" / "study"
-QUICK = ("prompts=2", "max_steps=2", "minutes_per_run=1", "long_times=2", "long_prompts=1")
+QUICK = ("prompts=2", "max_steps=2", "max_seeds=1", "minutes_per_run=1", "long_times=2", "long_prompts=1")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of several each has one thread (default 2)")
     parser.add_argument("--folder", help="where runs and results are kept (default runs/study/SUITE)")
     parser.add_argument("--out", help="the report, .json (default FOLDER/report.json)")
-    parser.add_argument("--quick", action="store_true", help="two steps of each: proves the wiring in minutes")
+    parser.add_argument("--quick", action="store_true", help="two steps and one seed of each: proves the wiring in minutes")
     parser.add_argument("--report", action="store_true", help="only write the report of what is finished")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the study file's")
     return parser.parse_intermixed_args(argv)

@@ -20,6 +20,10 @@ with. The old policy follows the student as a moving average; the reference is t
 The paper's text leaves open, hence the fields: baseline, normalisation, times, the logit's reach, the old policy's lag.
 Ours: the clips of a prompt share their noise. To first order the update is sum_i A_i (v_old(x_t,i) - eps_i + x_i), and with
 one eps for all of a group, whose advantages add up to 0, eps is not in it; each clip's own law is as it was.
+``logit: token`` gives D a logit for each token of its trunk, trained as a pair with the same token of the other clip, and
+each token's patch the advantage of its own logit. Every token sees all of the clip, so at its optimum each of these logits
+is the clip's log ratio and the update the same; before that they say where a clip is wrong, and a patch is not moved by
+what is wrong elsewhere: for clips of n independent places the update's variance is the n-th part.
 Departures: R1 and R2, without which D soon tells all pairs apart; an explicit old policy, which is what pulls v back where
 r = 1/2 (with the student itself in its place the update is a weighted regression that may run away).
 

@@ -92,6 +92,8 @@ class StudyConfig:
     """The most that a training takes."""
     max_steps: int | None = None
     """Optimiser steps of every training; null leaves it to the run files."""
+    max_seeds: int | None = None
+    """The most seeds of a variant; null leaves it to the variants."""
 
     def __post_init__(self) -> None:
         for name, variant in self.variants.items():
@@ -165,7 +167,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
 
 def jobs_of(study: StudyConfig, home: Path, folder: Path) -> list[Job]:
     """All runs of a study: first seeds first, so that a study that is stopped early has something of everything."""
-    pairs = [(seed, name) for name, variant in study.variants.items() for seed in range(variant.seeds)]
+    most = study.max_seeds or max(variant.seeds for variant in study.variants.values())
+    pairs = [(seed, name) for name, variant in study.variants.items() for seed in range(min(variant.seeds, most))]
     order = {name: index for index, name in enumerate(study.variants)}
     pairs.sort(key=lambda pair: (pair[0], order[pair[1]]))
     return [Job(name, seed, study.variants[name], study, home, folder) for seed, name in pairs]

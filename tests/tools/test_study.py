@@ -55,6 +55,13 @@ def test_a_study_runs_goes_on_and_reports(small, tmp_path, capsys):
     assert json.loads((tmp_path / "runs" / "report.json").read_text())["rows"] == report["rows"]
 
 
+def test_the_study_of_methods_is_wired(tmp_path, capsys):
+    assert study.main(["--suite", "methods", "--quick", "--only", "diagonal_noised_context", "--jobs", "1", "--folder", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "2 runs to do" in printed.err and printed.out.count("| diagonal_noised_context") >= 4
+    assert json.loads((tmp_path / "quick" / "diagonal_noised_context-0.json").read_text())["steps"] == 2
+
+
 def test_a_training_may_start_from_anothers_student(small, tmp_path, capsys):
     small.write_text(f"""{small.read_text()}
   more:

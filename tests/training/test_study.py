@@ -40,6 +40,8 @@ def test_the_first_seeds_of_all_come_before_the_second_of_any():
     study = StudyConfig({"a": Variant(run="x", seeds=2), "b": Variant(run="y"), "c": Variant(run="z", seeds=3)})
     order = [(job.name, job.seed) for job in jobs_of(study, Path("."), Path("."))]
     assert order == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1), ("c", 2)]
+    one = StudyConfig(study.variants, max_seeds=1)
+    assert [job.seed for job in jobs_of(one, Path("."), Path("."))] == [0, 0, 0]
 
 
 def results_of(overalls):
