@@ -214,7 +214,7 @@ def draw(path: Path, study: StudyConfig, rows: Sequence[dict[str, Any]]) -> None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=120)
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), dpi=120)
     curves: dict[str, list[tuple[int, float, float]]] = {}
     for row in rows:
         lines = study.variants[row["variant"]].curves if row["variant"] in study.variants else {}
@@ -231,7 +231,7 @@ def draw(path: Path, study: StudyConfig, rows: Sequence[dict[str, Any]]) -> None
             axes.axhline(row["scores"]["overall"], color="grey", linestyle=style, linewidth=1, label=row["label"])
     axes.set_xlabel("student forwards a clip, commits included")
     axes.set_ylabel("world score, overall")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))  # beside the picture, not over its points
     axes.grid(alpha=0.3)
     figure.tight_layout()
     with atomic_file(path) as temporary:
