@@ -38,13 +38,13 @@ class TrunkHeads(nn.Module):
             width = trunk.patch_embedding.out_channels
             self.heads = FeatureHeads([width] * len(self.layers), "query", num_logits, hidden)
 
-    def forward(self, trunk: nn.Module, call: Callable[[], Any], num_parts: int = 1) -> Tensor:
+    def forward(self, trunk: nn.Module, call: Callable[[], Any], num_parts: int | None = 1) -> Tensor:
         """Logits ``[B, P, K]`` of what the trunk sees in ``call``.
 
         Args:
             trunk: the transformer.
             call: runs it, on a clip of T latent frames.
-            num_parts: P, equal stretches of the clip that get logits of their own; 1 is the clip as a whole, T its frames.
+            num_parts: P, equal stretches of the clip that get logits of their own; 1 is the clip as a whole, T its frames, None each token.
 
         Raises:
             ValueError: if the parts do not divide the clip.
@@ -53,6 +53,7 @@ class TrunkHeads(nn.Module):
             call()
         features = [f.flatten(1, -2) for f in features]  # [B, L, D]; a causal trunk keeps frames apart
         batch, length = features[0].shape[:2]
+        num_parts = length if num_parts is None else num_parts
         if length % num_parts:
             raise ValueError(f"{num_parts} parts do not divide the clip's {length} tokens")
         tokens = [f.unflatten(1, (num_parts, -1)).flatten(0, 1) for f in features]  # [B P, L / P, D]

@@ -11,7 +11,6 @@ Shapes: B batch, C channels, T latent frames, h w latent size, K chunks of f fra
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -34,7 +33,7 @@ class VideoDiscriminator(nn.Module):
         seed: of the heads' first weights.
 
     Raises:
-        ValueError: if a layer does not exist, or ``t`` is no noise level.
+        ValueError: if a layer does not exist, ``t`` is no noise level, or logits are asked both a chunk and a token.
     """
 
     def __init__(
@@ -44,6 +43,8 @@ class VideoDiscriminator(nn.Module):
         super().__init__()
         depth = len(trunk.blocks)
         layers = sorted({(depth - 1) // 2, depth - 1}) if layers is None else list(layers)
+        if per_token and chunk_frames is not None:
+            raise ValueError(f"chunk_frames={chunk_frames} and per_token: give one of them")
         if not 0 <= t <= 1:
             raise ValueError(f"t={t}, expected a noise level in [0, 1]")
         self.trunk = trunk.requires_grad_(train_trunk)
@@ -63,8 +64,7 @@ class VideoDiscriminator(nn.Module):
         if self.chunk_frames is not None and frames % self.chunk_frames:
             raise ValueError(f"chunk_frames={self.chunk_frames} does not divide {frames} latent frames")
         num_chunks = 1 if self.chunk_frames is None else frames // self.chunk_frames
-        if self.per_token:
-            num_chunks = math.prod(size // patch for size, patch in zip(latents.shape[2:], self.trunk.config.patch_size))
+        num_parts = None if self.per_token else num_chunks
         timestep = torch.full((len(latents),), 1000 * self.t, device=latents.device)
         call = lambda: self.trunk(latents, timestep, cond, return_dict=False)  # noqa: E731
-        return self.heads(self.trunk, call, num_chunks)[..., 0]
+        return self.heads(self.trunk, call, num_parts)[..., 0]

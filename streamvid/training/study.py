@@ -96,6 +96,8 @@ class StudyConfig:
     """The most seeds of a variant; null leaves it to the variants."""
 
     def __post_init__(self) -> None:
+        if self.max_seeds is not None and self.max_seeds < 1:
+            raise ValueError(f"max_seeds={self.max_seeds}, expected at least 1, or null")
         for name, variant in self.variants.items():
             if (variant.run is None) == (variant.student is None):
                 raise ValueError(f"variants.{name}: give either run, a run file, or student, a folder")
@@ -167,8 +169,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
 
 def jobs_of(study: StudyConfig, home: Path, folder: Path) -> list[Job]:
     """All runs of a study: first seeds first, so that a study that is stopped early has something of everything."""
-    most = study.max_seeds or max(variant.seeds for variant in study.variants.values())
-    pairs = [(seed, name) for name, variant in study.variants.items() for seed in range(min(variant.seeds, most))]
+    pairs = [(seed, name) for name, variant in study.variants.items() for seed in range(variant.seeds)[: study.max_seeds]]
     order = {name: index for index, name in enumerate(study.variants)}
     pairs.sort(key=lambda pair: (pair[0], order[pair[1]]))
     return [Job(name, seed, study.variants[name], study, home, folder) for seed, name in pairs]

@@ -17,8 +17,10 @@ SHOWN = ("overall", "physics", "speed", "direction", "colour", "shape", "permane
 
 
 def read_json(path: Path) -> Any:
-    """Raises:
-    ValueError: if the file is damaged.
+    """A result or a report.
+
+    Raises:
+        ValueError: if the file is damaged.
     """
     try:
         return json.loads(path.read_text())
@@ -58,14 +60,16 @@ def restore_results(report: Path, jobs: Sequence[Job], redo: Set[str] = frozense
 
     Returns:
         The variants of which the report keeps means over seeds alone; they count as done.
+
+    Raises:
+        ValueError: as ``read_results``, so that a result of other settings is found before the first run, not after it.
     """
-    if not report.exists():
-        return set()
-    former = read_json(report)
+    former = read_json(report) if report.exists() else {}
     held = {(result["variant"], result["seed"]): result for result in former.get("results", [])}
     for job in jobs:
         if not job.result_file.exists() and (job.name, job.seed) in held and job.name not in redo:
             write_result(job.result_file, held[job.name, job.seed])
+    read_results(jobs)
     return {row["variant"] for row in former.get("kept", [])} - redo
 
 
@@ -200,9 +204,7 @@ def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
     text = "\n\n".join([head.rstrip("\n"), *filter(None, tables)])
     with atomic_file(path.with_suffix(".md")) as temporary:
         temporary.write_text(f"{text}\n{notes}\n")
-    with atomic_file(path) as temporary:
-        report = {"environment": about, "missing": missing, "rows": rows, "kept": kept, "results": results}
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+    write_result(path, {"environment": about, "missing": missing, "rows": rows, "kept": kept, "results": results})
     draw(path.with_suffix(".png"), study, rows)
     return text
 

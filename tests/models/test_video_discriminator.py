@@ -106,6 +106,7 @@ def test_heads_hold_nothing_of_the_trunk_and_begin_by_their_seed():
 @pytest.mark.parametrize("make, said", [
     (lambda: VideoDiscriminator(trunk(), layers=[3]), "blocks 0 to 2"),
     (lambda: VideoDiscriminator(trunk(), t=1.5), "t=1.5"),
+    (lambda: VideoDiscriminator(trunk(), chunk_frames=2, per_token=True), "chunk_frames=2 and per_token: give one"),
     (lambda: TrunkHeads(trunk(), []), r"layers=\[\]"),
 ])
 def test_what_does_not_exist_is_refused(make, said):

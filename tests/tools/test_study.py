@@ -85,6 +85,7 @@ def test_two_at_once_have_processes_of_their_own(small, tmp_path, capsys):
     (("--redo", "sid"), "--redo sid: expected some of start, dmd"),
     (("--out", "report.md"), "the report is a .json file"),
     (("prompts=many",), "prompts"),
+    (("max_seeds=0",), "max_seeds=0, expected at least 1"),
     (("variants.dmd.overrides=[options.num_chunk=3]",), "variants.dmd: "),
     (("variants.dmd.run=nowhere.yaml",), "does not exist"),
     (("variants.dmd.after=start",), "variants.dmd.after='start', expected another variant that is trained"),

@@ -104,6 +104,8 @@ def test_results_of_other_settings_are_not_taken_for_these(tmp_path):
     assert len(read_results([job(seeds=3, noise_seeds=1)])) == 1
     with pytest.raises(ValueError, match=r"a was run with overrides=\[\], the study now says \['options.beta=1'\]; give the variant a"):
         read_results([job(overrides=("options.beta=1",))])
+    with pytest.raises(ValueError, match="do it again with --redo a"):  # before anything is run
+        restore_results(tmp_path / "report.json", [job(overrides=("options.beta=1",))])
 
 
 def test_drift_is_the_last_window_over_the_first():
