@@ -54,7 +54,7 @@ from streamvid.models.video_discriminator import VideoDiscriminator
 from streamvid.rollout.loop import ChunkResult, rollout, unwrapped
 from streamvid.rollout.noise import KeyedNoise, Noise
 from streamvid.rollout.sampler import new_cache
-from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, table, truncate
+from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, move_tap, table
 from streamvid.seeding import key_to_seed, keyed_generator, keyed_normal
 
 LEAST_TIME = 0.02  # of a time law; the student's own steps are as they are
@@ -265,12 +265,12 @@ class AFD:
     def _roll_out(
         self, network: nn.Module, batch: dict[str, Any], seeds: list[int], decision: torch.Generator | None = None
     ) -> Tensor:
-        """A streamed clip ``[.., C, T, h, w]`` for each seed; for a GAN ended at a random step, which carries gradient."""
+        """A streamed clip ``[.., C, T, h, w]`` for each seed; for a GAN of the predictions at a random step, with gradient."""
         latents = batch["latents"]
         schedule = build_schedule(self.stream, self._num_chunks(latents))
         if self.config.policy == "gan":
             longest = max(map(len, self._step_times(self._num_chunks(latents))))
-            schedule = truncate(schedule, int(torch.randint(longest, (), generator=decision)))
+            schedule = move_tap(schedule, int(torch.randint(longest, (), generator=decision)))
         results = stream_over(network, self.stream, batch["cond"], schedule, KeyedNoise(seeds), latents)
         return torch.cat([result.prediction for result in results], dim=2)
 
