@@ -24,13 +24,13 @@ What to watch: ``gap_n``, the mean of D^n(b_t) - D^n(a_t). Pinned at 0, D sees n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from streamvid.codecs.base import VideoCodec
 from streamvid.core.adversary import approximate_penalty, discriminator_loss, generator_loss
 from streamvid.core.process import add_noise
 from streamvid.core.times import sample_times
@@ -108,7 +108,7 @@ class ASD(DistributionMatching):
         fake_score: nn.Module | None = None,
         discriminator: nn.Module | None = None,
         seed: int = 0,
-        codec: VideoCodec | None = None,
+        as_image: Callable[[Tensor], Tensor] | None = None,
     ):
         if stream.order != "autoregressive" or stream.step_table:
             raise ValueError("asd draws the number of steps; set stream.order='autoregressive' and no step_table")
@@ -120,7 +120,7 @@ class ASD(DistributionMatching):
             )
         if stream.first_steps is not None and config.lists == "shared":
             raise ValueError("stream.first_steps needs lists='respaced': a shared list ends all chunks at its n-th step")
-        super().__init__(config, student, teacher, stream, latent_shape, fake_score, seed, codec)
+        super().__init__(config, student, teacher, stream, latent_shape, fake_score, seed, as_image)
         self.discriminator = self._new_heads() if discriminator is None else discriminator
 
     def networks(self) -> dict[str, nn.Module]:

@@ -23,13 +23,13 @@ means nothing; frame weights h are the paper's code's, off by default.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from streamvid.codecs.base import VideoCodec
 from streamvid.core.inject import dmd_gradient, surrogate, temporal_difference
 from streamvid.methods.base import as_floats
 from streamvid.methods.matching import Decision, DistributionMatching, Judged, MatchingConfig
@@ -69,9 +69,9 @@ class Diagonal(DistributionMatching):
         latent_shape: tuple[int, int, int],
         fake_score: nn.Module | None = None,
         seed: int = 0,
-        codec: VideoCodec | None = None,
+        as_image: Callable[[Tensor], Tensor] | None = None,
     ):
-        super().__init__(config, student, teacher, stream, latent_shape, fake_score, seed, codec)
+        super().__init__(config, student, teacher, stream, latent_shape, fake_score, seed, as_image)
         if config.motion_weight and config.num_chunks * stream.chunk_frames < 2:
             raise ValueError("clips of one latent frame have no motion; raise num_chunks, or set motion_weight=0")
         learned = config.motion_weight > 0 and config.motion == "learned"

@@ -37,14 +37,13 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from streamvid.codecs.base import VideoCodec
 from streamvid.core.critic import flow_matching_loss
 from streamvid.core.inject import dmd_gradient, surrogate
 from streamvid.core.process import add_noise, x0_from_v
@@ -159,7 +158,8 @@ class DistributionMatching:
         fake_score: a bidirectional network with the call of ``diffusers.WanTransformer3DModel``; None copies the
             teacher's transformer, in float32.
         seed: of all random draws.
-        codec: of the latents, where rollouts are longer than the clips that are judged.
+        as_image: from the latents ``[B, C, t, h, w]`` of a stream so far to that of its last frame as an image,
+            ``[B, C, 1, h, w]``, see ``codecs.base.last_frame_as_image``; for rollouts longer than the clips that are judged.
 
     Raises:
         ValueError: if these do not fit together.
@@ -176,16 +176,16 @@ class DistributionMatching:
         latent_shape: tuple[int, int, int],
         fake_score: nn.Module | None = None,
         seed: int = 0,
-        codec: VideoCodec | None = None,
+        as_image: Callable[[Tensor], Tensor] | None = None,
     ):
         check_needs(self, teacher)
         if config.guidance_scale != 1 and teacher.uncond is None:
             raise ValueError(f"guidance_scale={config.guidance_scale} needs the teacher's uncond; 1 is no guidance")
         if stream.order == "rolling" and config.exit == "random":
             raise ValueError("order='rolling' denoises chunks of all levels jointly and has no exit; set exit='last'")
-        if (config.rollout_chunks or 0) > config.num_chunks and codec is None:
-            raise ValueError("rollout_chunks above num_chunks needs the codec, to encode a part's first frame as an image")
-        self.codec = codec
+        if (config.rollout_chunks or 0) > config.num_chunks and as_image is None:
+            raise ValueError("rollout_chunks above num_chunks needs as_image, by which a part's first frame becomes an image")
+        self.as_image = as_image
         self.config = config
         self.student = student
         self.teacher = teacher
@@ -291,7 +291,7 @@ class DistributionMatching:
         if first == 0:
             return x
         so_far = torch.cat([*(result.latents for result in results[:first]), results[first].latents[:, :, :1]], dim=2)
-        return torch.cat([self._as_image(so_far), x[:, :, 1:]], dim=2)
+        return torch.cat([self.as_image(so_far), x[:, :, 1:]], dim=2)
 
     def _schedule(self, stream: StreamConfig, decision: Decision, num_chunks: int) -> Iterator[Denoise]:
         """The schedule of a rollout, tapped at its exits."""
@@ -306,12 +306,6 @@ class DistributionMatching:
     def ends_at_exit(self, decision: Decision) -> bool:
         """Whether a chunk's exit is its last step and so its context."""
         return self.config.context == "exit"
-
-    @torch.no_grad()
-    def _as_image(self, latents: Tensor) -> Tensor:
-        """The last frame of a stream's first latents ``[B, C, t, h, w]``, encoded as an image: ``[B, C, 1, h, w]``."""
-        image = self.codec.decode_latents(latents)[:, -1:]
-        return self.codec.encode_frames(image).to(latents)
 
     def _noised(self, x: Tensor, keys: list[int], decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
         """``x_t``, its noise ``eps`` and its time ``[B]``, keyed by sample; detached."""

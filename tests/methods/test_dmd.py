@@ -32,11 +32,11 @@ FOUR_STEPS = StreamConfig(num_steps=4, chunk_frames=1)
 KEYS = range(6)
 
 
-def ar1_method(student, fake=None, stream=ONE_STEP, teacher=None, codec=None, **config):
+def ar1_method(student, fake=None, stream=ONE_STEP, teacher=None, as_image=None, **config):
     teacher = teacher or ar1_teacher(RHO, FRAMES)
     options = {"num_chunks": FRAMES, "guidance_scale": 1.0, **config}
     fake = ScoreOf(teacher) if fake is None else fake
-    return DMD(Config(**options), student, teacher, stream, (1, 1, 1), fake_score=fake, codec=codec)
+    return DMD(Config(**options), student, teacher, stream, (1, 1, 1), fake_score=fake, as_image=as_image)
 
 
 def gradients(method, turn, batch, step=0):
@@ -212,19 +212,9 @@ def test_exit_last_always_runs_the_whole_list():
 # Long rollouts ------------------------------------------------------------------------------------------
 
 
-class ImagesAreNegative:
-    """A codec whose frames are its latents, but for an image's latent, which is minus its frame."""
-
-    def decode_latents(self, latents):
-        return latents.movedim(1, 2)
-
-    def encode_frames(self, frames):
-        assert frames.shape[1] == 1
-        return -frames.movedim(2, 1)
-
-
 def long_method(student, fake=None, **config):
-    return ar1_method(student, fake, codec=ImagesAreNegative(), **{"rollout_chunks": 8, **config})
+    """In its codec an image's latent is minus its frame's in a clip."""
+    return ar1_method(student, fake, as_image=lambda latents: -latents[:, :, -1:], **{"rollout_chunks": 8, **config})
 
 
 @pytest.mark.parametrize("window", ["random", "last"])
@@ -281,8 +271,8 @@ def test_parts_from_the_middle_are_judged_where_the_teacher_knows_them():
     assert max(times[True]) <= 0.5 and max(times[False]) > 0.9
 
 
-def test_a_long_rollout_needs_the_codec_and_two_chunks():
-    with pytest.raises(ValueError, match="needs the codec"):
+def test_a_long_rollout_needs_images_and_two_chunks():
+    with pytest.raises(ValueError, match="needs as_image"):
         ar1_method(Ar1Student(), rollout_chunks=8)
     with pytest.raises(ValueError, match="judge at least 2"):
         Config(num_chunks=1, rollout_chunks=2)
