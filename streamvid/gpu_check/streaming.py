@@ -82,7 +82,7 @@ def setting(report: Report, height: int = 480, width: int = 832, codec_dtype: to
     """Random weights in bf16."""
     sizes = student_sizes(report.tiny)
     if report.tiny:
-        height, width = 64, 64
+        height, width = 16, 32
     network = random_network(CausalWanTransformer3DModel, sizes, torch.bfloat16, report.device)
     codec = AutoencoderTAEHV(has_encoder=False).to(report.device, codec_dtype).requires_grad_(False).eval()
     prompt = random_prompt(sizes, report.device, torch.bfloat16)
@@ -220,7 +220,7 @@ def _kernels(here: Setting) -> dict[str, Any]:
 def memory(report: Report) -> None:
     """A long stream at a small size takes no more memory and no more time at its end than at its beginning."""
     here = setting(report, 128, 192)
-    report.attempt("200_chunks", lambda: long_stream(here, 60 if report.tiny else 200))
+    report.attempt("200_chunks", lambda: long_stream(here, 30 if report.tiny else 200))
 
 
 def long_stream(here: Setting, count: int) -> dict[str, Any]:

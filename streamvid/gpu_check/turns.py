@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def gradient_of(trainer: Trainer, turn: str, exit_index: int) -> dict[str, Any]:
 
 
 def _estimated(config: RunConfig) -> dict[str, Any]:
-    """The dry run's figures, in GiB and TFLOP."""
-    whole = estimate(config)
+    """The dry run's figures where rollouts end at their last step, in GiB and TFLOP."""
+    whole = estimate(replace(config, options=replace(config.options, exit="last")))
     turns = {turn.name: {"peak_beyond_gib": turn.peak / GIB, "tflop": turn.flops / 1e12} for turn in whole.turns}
     return {"networks_gib": whole.state_bytes / GIB, "peak_gib": whole.peak_bytes / GIB, **turns}
