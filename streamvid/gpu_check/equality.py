@@ -155,8 +155,12 @@ def tiny_clip(device: torch.device, num_frames: int = FRAMES, dtype: torch.dtype
 
 def _without_tf32(work: Callable[[], Tensor]) -> Tensor:
     """Convolutions in float32 have it by default, matrix products have not."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
         return work()
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _of_clips(came: Tensor, expected: Tensor) -> dict[str, float]:
