@@ -20,7 +20,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
     parser.add_argument("--parts", help="comma-separated; by default all")
-    parser.add_argument("--minutes", type=float, default=7.0, help="for all parts; those that find no time are skipped (default 7)")
+    parser.add_argument("--minutes", type=float, default=7.0, help="for all; parts that find no time are skipped (default 7)")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on the CPU")
     parser.add_argument("--out", default="runs/gpu.json", help="the report, .json (default runs/gpu.json)")
     parser.add_argument("--list", action="store_true", help="name the parts and their time limits, and end")

@@ -135,7 +135,9 @@ def equality(report: Report) -> None:
     report.attempt("clip on the CPU", keep("cpu", lambda: tiny_clip(CPU)))
     report.attempt("clip on the device", keep("device", lambda: tiny_clip(device)))
     report.attempt("device against CPU", lambda: _of_clips(clips["device"], clips["cpu"]))
-    report.attempt("device without tf32 against CPU", lambda: _of_clips(_without_tf32(lambda: tiny_clip(device)), clips["cpu"]))
+    report.attempt("device without tf32 against CPU", lambda: _of_clips(
+        _without_tf32(lambda: tiny_clip(device)), clips["cpu"]
+    ))
     report.attempt("again", lambda: {"equal": torch.equal(tiny_clip(device), clips["device"])})
     report.attempt("prefix of a longer", lambda: {
         "equal": torch.equal(tiny_clip(device, MORE_FRAMES)[:, :FRAMES], clips["device"])

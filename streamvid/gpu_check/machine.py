@@ -33,7 +33,8 @@ def machine(report: Report) -> None:
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    facts: dict[str, Any] = {"device": str(device), "python": platform.python_version(), "cpu_threads": torch.get_num_threads()}
+    facts: dict[str, Any] = {"device": str(device), "python": platform.python_version()}
+    facts["cpu_threads"] = torch.get_num_threads()
     if device.type != "cuda":
         return facts
     properties = torch.cuda.get_device_properties(device)

@@ -59,7 +59,8 @@ def config_of(report: Report, file: str, folder: Path) -> RunConfig:
         (folder / "transformer").mkdir()
         sizes = {**student_sizes(tiny=True), "_class_name": "WanTransformer3DModel"}
         (folder / "transformer" / "config.json").write_text(json.dumps(sizes))
-    options = [f"student.path={path}", f"teacher.path={path}", f"train.output_dir={folder}", *(TINY_CLIP if report.tiny else [])]
+    options = [f"student.path={path}", f"teacher.path={path}", f"train.output_dir={folder}"]
+    options += TINY_CLIP if report.tiny else []
     options += [f"train.optimizers.{name}.accumulate=1" for name in ("student", "fake_score")]
     return load_run(ROOT / "configs" / "run" / file, options)
 
