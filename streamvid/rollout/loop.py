@@ -232,11 +232,11 @@ class _Run:
     def timestep(self, t: tuple[float, ...]) -> Tensor:
         """The backbone's native time, 0 to 1000: ``[B]`` where all chunks share it, else ``[B, T]``."""
         dtype = torch.promote_types(self.prompts.dtype, torch.float32)
-        native = 1000 * torch.tensor(t, dtype=dtype, device=self.prompts.device)
-        batch = self.prompts.shape[0]
+        batch, frames = self.prompts.shape[0], self.chunk_shape[1]
+        fill = lambda level, *shape: 1000 * torch.full(shape, level, dtype=dtype, device=self.prompts.device)  # noqa: E731
         if len(set(t)) == 1:
-            return native[:1].repeat(batch)
-        return native.repeat_interleave(self.chunk_shape[1]).repeat(batch, 1)
+            return fill(t[0], batch)  # filled where it is used: a copy from the host would wait for the device
+        return torch.cat([fill(level, batch, frames) for level in t], dim=1)
 
 
 def _renoise(x_t: Tensor, x0: Tensor, t: float, t_next: float, draw: Callable[[], Tensor]) -> Tensor:

@@ -53,5 +53,7 @@ class KeyedNoise:
         dtype: torch.dtype,
     ) -> Tensor:
         """The noise ``[B, *shape_per_sample]`` of an event of a chunk."""
-        samples = [keyed_normal(shape_per_sample, "rollout", seed, chunk, event) for seed in self.seeds]
-        return torch.stack(samples).to(device=device, dtype=dtype)
+        samples = torch.stack([keyed_normal(shape_per_sample, "rollout", seed, chunk, event) for seed in self.seeds])
+        if torch.device(device).type == "cuda":  # from pinned memory the host needn't wait for the device
+            return samples.pin_memory().to(device=device, non_blocking=True).to(dtype)
+        return samples.to(device=device, dtype=dtype)
