@@ -40,7 +40,7 @@ PARTS = (
     Part("gradients", "streamvid.gpu_check.equality:gradients", 60),
     Part("equality", "streamvid.gpu_check.equality:equality", 60),
     Part("stream_1.3b", "streamvid.gpu_check.streaming:stream_1_3b", 110),
-    Part("memory", "streamvid.gpu_check.streaming:memory", 30),
+    Part("memory", "streamvid.gpu_check.streaming:memory", 45),
     Part("compile", "streamvid.gpu_check.streaming:compiled", 100),
     Part("train_24gb", "streamvid.gpu_check.turns:train_24gb", 75),
     Part("train_full", "streamvid.gpu_check.turns:train_full", 75),
