@@ -8,7 +8,6 @@ for large pictures without a tag is BT.709 and for small ones BT.601. High dynam
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,7 +123,11 @@ def _check_pixels(width: int, height: int) -> None:
 def _open(path: Path) -> Iterator[VideoStream]:
     import av  # here, so that who reads no clips needs it not
 
-    with av.open(str(path.resolve()), options={"format_whitelist": DEMUXERS}, metadata_errors="replace") as container:
+    try:
+        opened = av.open(str(path.resolve()), container_options={"format_whitelist": DEMUXERS}, metadata_errors="replace")
+    except av.error.ArgumentError:
+        raise ValueError("its container is none of those that are read here") from None
+    with opened as container:
         stream = container.streams.best("video")
         if stream is None:
             raise ValueError("it has no pictures")
@@ -223,11 +226,11 @@ def _display_turn(frame: VideoFrame) -> tuple[bool, bool, bool] | None:
     data = frame.side_data.get(Type.DISPLAYMATRIX)
     if data is None:
         return None
-    matrix = np.frombuffer(bytes(data), dtype="<i4" if sys.byteorder == "little" else ">i4").reshape(3, 3)
-    (a, b), (c, d) = np.round(matrix[:2, :2] / 2**16).astype(int).tolist()
-    if b == c == 0 and a and d:
+    matrix = np.frombuffer(bytes(data), dtype=np.int32).reshape(3, 3)[:2, :2] / 2**16
+    (a, b), (c, d) = matrix.round().tolist()
+    if np.abs(matrix - matrix.round()).max() < 0.01 and b == c == 0 != a * d:
         return False, a < 0, d < 0
-    if a == d == 0 and b and c:
+    if np.abs(matrix - matrix.round()).max() < 0.01 and a == d == 0 != b * c:
         return True, c < 0, b < 0
     raise ValueError("it is to be shown turned by an angle that is no quarter")
 

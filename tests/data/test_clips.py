@@ -1,6 +1,7 @@
 """Clips of any container, rate and size come out at the times and in the shape that are asked for."""
 
 import json
+from functools import partial
 
 import imageio.v2 as imageio
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from streamvid.data import clips
-from streamvid.data.clips import ClipFormat, check_clip, fit_size, nearest_frames, read_captions, read_clip
+from streamvid.data.clips import ClipFormat, check_clip, fit_size, read_captions, read_clip
+from streamvid.frames import Frame
 from streamvid.video import write_video
 
 FORM = ClipFormat(fps=8.0, num_frames=5, height=16, width=16)
@@ -40,22 +42,15 @@ def test_a_clip_is_read_at_the_times_that_are_asked_for(tmp_path, fps, expected,
     assert found == expected or (suffix == "gif" and np.abs(np.subtract(found, expected)).max() <= 1)
 
 
-def test_without_decord_imageio_reads_the_same(tmp_path, monkeypatch):
-    path = tmp_path / "clip.mp4"
-    write_video(ramp(14), path, 16)
-    usual = read_clip(path, FORM)
-
-    def broken(path):
-        raise ImportError("no decord")
-
-    monkeypatch.setattr(clips, "_open_decord", broken)
-    assert numbers(read_clip(path, FORM)) == numbers(usual) == [0, 2, 4, 6, 8]
-
-
-def test_irregular_frames_are_taken_by_their_times():
-    starts = [0.0, 0.05, 0.3, 0.35, 0.6, 1.0]
-    assert nearest_frames("x", starts, ClipFormat(fps=4.0, num_frames=4)) == [0, 2, 4, 4]
-    assert nearest_frames("x", [10 + s for s in starts], ClipFormat(fps=4.0, num_frames=4)) == [0, 2, 4, 4]
+def test_irregular_frames_are_taken_by_their_times(tmp_path, monkeypatch):
+    """The frame that begins nearest to each time; the earlier one of two."""
+    for shift in (0, 10):
+        frames = [Frame(shift + t, partial(np.full, (16, 16, 3), k * 10, np.uint8)) for k, t in enumerate([0.0, 0.05, 0.3, 0.35, 0.6, 1.0])]
+        monkeypatch.setattr(clips, "clip_frames", lambda path: (frame for frame in frames))
+        found = read_clip("x", ClipFormat(fps=4.0, num_frames=4, height=16, width=16))
+        assert (found.mean((1, 2, 3)) * 25.5).round().tolist() == [0, 2, 4, 4]
+        found = read_clip("x", ClipFormat(fps=5.0, num_frames=6, height=16, width=16))
+        assert (found.mean((1, 2, 3)) * 25.5).round().tolist() == [0, 2, 3, 4, 4, 5]
 
 
 @pytest.mark.parametrize("size, rows", [((32, 64), slice(16, 48)), ((32, 32), slice(0, 32))])
