@@ -77,8 +77,10 @@ def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
 
 
 def _sidecar_captions(folder: Path) -> list[tuple[Path, str]]:
-    inner = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in CLIP_SUFFIXES]
-    clips = [folder / path for path in inner if not any(part.startswith(".") for part in path.parts)]
+    inner = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    files = [folder / path for path in inner if not any(part.startswith(".") for part in path.parts)]
+    clips = [file for file in files if file.suffix.lower() in CLIP_SUFFIXES]
+    _ensure_no_other_clips(files, clips)
     for clip in clips:
         if not clip.with_suffix(".txt").is_file():
             raise ValueError(
@@ -88,15 +90,33 @@ def _sidecar_captions(folder: Path) -> list[tuple[Path, str]]:
     return [(clip, _read_text(clip.with_suffix(".txt"))) for clip in clips]
 
 
+def _ensure_no_other_clips(files: list[Path], clips: list[Path]) -> None:
+    """A ValueError if a caption belongs to a file that is not taken for a clip."""
+    captioned = {clip.with_suffix("") for clip in clips}
+    captions = {file.with_suffix("") for file in files if file.suffix == ".txt"} - captioned
+    for file in files:
+        if file.suffix != ".txt" and file.with_suffix("") in captions:
+            raise ValueError(
+                f"{file} has a caption, but is of no kind that is read ({', '.join(CLIP_SUFFIXES)}); convert it, or remove "
+                "the two"
+            )
+
+
 def _table_captions(table: Path) -> list[tuple[Path, str]]:
     text = _read_text(table)
-    rows = _json_lines(table, text) if table.suffix == ".jsonl" else list(csv.DictReader(io.StringIO(text, newline="")))
+    rows = _json_lines(table, text) if table.suffix == ".jsonl" else _csv_rows(table, text)
     clips = []
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in FIELDS):
             found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
             raise ValueError(f"{table}: entry {number} has {found}; expected the texts {' and '.join(FIELDS)}")
-        clip = table.parent / row["file_name"]
+        name = Path(row["file_name"])
+        if name.is_absolute() or ".." in name.parts:
+            raise ValueError(
+                f"{table}: entry {number} names {name}, which is outside of the folder; move the clip into the folder and "
+                "give its name from there"
+            )
+        clip = table.parent / name
         if not clip.is_file():
             raise ValueError(f"{table}: entry {number} names {row['file_name']}, which is not there")
         clips.append((clip, row["text"]))
@@ -105,12 +125,22 @@ def _table_captions(table: Path) -> list[tuple[Path, str]]:
 
 def _json_lines(table: Path, text: str) -> list:
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would split captions at U+2028
         try:
             rows += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{table}: line {number} is no JSON: {error}") from error
     return rows
+
+
+def _csv_rows(table: Path, text: str) -> list[dict]:
+    before = csv.field_size_limit(len(text) + 1)
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise ValueError(f"{table} is no CSV: {error}") from error
+    finally:
+        csv.field_size_limit(before)
 
 
 def _read_text(path: Path) -> str:

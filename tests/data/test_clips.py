@@ -1,5 +1,6 @@
 """Clips of any container, rate and size come out at the times and in the shape that are asked for."""
 
+import csv
 import json
 from functools import partial
 
@@ -124,6 +125,46 @@ def test_captions_stand_in_a_table(folder, kind):
     assert read_captions(folder) == [(folder / "a.mp4", "a circle"), (folder / "inner" / "b.WEBM", 'a "square", blue')]
 
 
+@pytest.mark.parametrize("strange", ["\u2028", "\x85", "\u2029"])
+def test_a_line_ends_where_json_ends_it(folder, strange):
+    """Valid captions with a Unicode line separator were refused: "line 1 is no JSON"."""
+    rows = [{"file_name": "a.mp4", "text": f"a{strange}b"}, {"file_name": "inner/b.WEBM", "text": "c"}]
+    (folder / "metadata.jsonl").write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert [caption for _, caption in read_captions(folder)] == ["a b", "c"]
+
+
+def test_a_caption_in_csv_may_be_long(folder):
+    """Python's limit of 131,072 characters gave a traceback."""
+    (folder / "metadata.csv").write_text(f"file_name,text\na.mp4,{'word ' * 40000}\n")
+    assert read_captions(folder)[0][1] == ("word " * 40000).strip()
+    assert csv.field_size_limit() == 131072
+
+
+@pytest.mark.parametrize("name", ["../a.mp4", "inner/../../a.mp4", "/etc/a.mp4"])
+def test_a_clip_outside_of_the_folder_is_refused(folder, name):
+    (folder.parent / "a.mp4").write_bytes(b"")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+    with pytest.raises(ValueError, match=f"entry 1 names {name}, which is outside of the folder; move"):
+        read_captions(folder)
+
+
+@pytest.mark.parametrize("name", ["c.wmv", "c.ts", "c.m2ts", "c.webp", "c.mpg"])
+def test_every_kind_of_clip_is_taken(folder, name):
+    """.wmv, .ts and .webp beside captions were left out in silence."""
+    for file in (folder / name, folder / "c.json"):  # what other tools write beside a clip is no clip
+        file.write_bytes(b"")
+    for text in ("a.txt", "c.txt", "inner/b.txt"):
+        (folder / text).write_text("x")
+    assert folder / name in [path for path, _ in read_captions(folder)]
+
+
+def test_a_caption_of_what_is_no_clip_is_named(folder):
+    for name in ("a.txt", "inner/b.txt", "c.txt", "c.rm", "README.txt"):
+        (folder / name).write_text("x")
+    with pytest.raises(ValueError, match="c.rm has a caption, but is of no kind that is read"):
+        read_captions(folder)
+
+
 @pytest.mark.parametrize("files, said", [
     ({}, "a.mp4 has no caption; write it to a.txt beside it"),
     ({"a.txt": b" \n", "inner/b.txt": b"x"}, "the caption of .*a.mp4 is empty"),
@@ -133,6 +174,8 @@ def test_captions_stand_in_a_table(folder, kind):
     ({"metadata.jsonl": b'{"file_name": "c.mp4", "text": "x"}'}, "entry 1 names c.mp4, which is not there"),
     ({"metadata.csv": b"name,text\na.mp4,x\n"}, "entry 1 has name, text; expected"),
     ({"metadata.csv": b"file_name,text\n"}, "holds no clip"),
+    ({"metadata.jsonl": b"[" * 100000}, "line 1 is no JSON: maximum recursion"),
+    ({"metadata.csv": b'file_name,text\na.mp4,x\na.mp4\n'}, "entry 2 has"),
 ])  # fmt: skip
 def test_captions_that_are_wrong_are_named(folder, files, said):
     for name, content in files.items():
