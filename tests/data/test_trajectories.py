@@ -1,5 +1,9 @@
 """A set of trajectories survives interruptions, refuses mixtures, and is read a sample at a time."""
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,8 +33,8 @@ def embed(prompts):
     return torch.stack([keyed_normal((5, 2), prompt) for prompt in prompts])
 
 
-def write(folder, solve, prompts=PROMPTS, times=TIMES, first_seed=10, **settings):
-    write_trajectories(folder, prompts, times, embed, solve, settings, first_seed, clips_per_part=3, batch_size=2)
+def write(folder, solve, prompts=PROMPTS, times=TIMES, first_seed=10, share=(1, 1), **settings):
+    write_trajectories(folder, prompts, times, embed, solve, settings, first_seed, clips_per_part=3, batch_size=2, share=share)
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -73,6 +77,61 @@ def test_an_interrupted_job_goes_on_where_it_was(tmp_path):
         made, again = load_file(path), load_file(tmp_path / "broken" / path.name)
         assert made.keys() == again.keys() and all(torch.equal(made[name], again[name]) for name in made)
     write(tmp_path / "whole", Solver(breaks_after=0))  # nothing is left to do
+
+
+def test_two_processes_in_one_folder_divide_the_work(tmp_path):
+    """The second of two did all of the first one's work again."""
+    solvers, together = [Solver(), Solver()], Barrier(2)
+
+    def work(solver):
+        def solve(cond, seeds):
+            if not solver.seeds:  # neither ends before the other has begun
+                together.wait(30)
+            return solver(cond, seeds)
+
+        write(tmp_path, solve)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, solvers))
+    assert all(solver.seeds for solver in solvers)
+    assert sorted(solvers[0].seeds + solvers[1].seeds) == list(range(10, 17))
+    assert len(Trajectories(tmp_path, 0)) == 7
+
+
+def test_shares_of_several_machines_are_joined(tmp_path):
+    solvers = [Solver(), Solver()]
+    for number, solver in enumerate(solvers, start=1):
+        write(tmp_path / "set" / f"machine{number}", solver, share=(number, 2), teacher=f"/disk{number}/wan", teacher_weights="a")
+    assert [solver.seeds for solver in solvers] == [[10, 11, 12, 16], [13, 14, 15]]
+    assert {text for *_, text in Trajectories(tmp_path / "set", 0)._rows} == set(PROMPTS)
+    with pytest.raises(ValueError, match="machine1 has 2 of 3 parts"):
+        Trajectories(tmp_path / "set" / "machine1", 0)
+    with pytest.raises(ValueError, match="share 3/2, expected a part such as 1/4"):
+        write(tmp_path / "other", Solver(), share=(3, 2))
+
+
+def test_sets_made_alike_are_joined_and_others_are_not(tmp_path):
+    write(tmp_path / "a", Solver(), guidance=4.0)
+    write(tmp_path / "b", Solver(), PROMPTS[:4], first_seed=100, guidance=4.0)
+    data = Trajectories(tmp_path, 0)
+    assert len(data) == 11 and data.fingerprint != Trajectories(tmp_path / "a", 0).fingerprint
+    ends = data.batch(0, "student", 0, range(200))["states"][:, -1].flatten().unique().tolist()
+    assert ends == [*range(10, 17), *range(100, 104)]
+    write(tmp_path / "c", Solver(), guidance=2.0, first_seed=200)
+    with pytest.raises(ValueError, match=r"of different sets \(guidance\); keep each"):
+        Trajectories(tmp_path, 0)
+    shutil.rmtree(tmp_path / "c")
+    shutil.copytree(tmp_path / "a", tmp_path / "d")
+    with pytest.raises(ValueError, match="holds 3 parts twice"):
+        Trajectories(tmp_path, 0)
+
+
+def test_another_teacher_at_the_same_place_is_noticed(tmp_path):
+    write(tmp_path, Solver(), teacher="/wan", teacher_weights="a")
+    write(tmp_path, Solver(breaks_after=0), teacher="/elsewhere/wan", teacher_weights="a")
+    write(tmp_path, Solver(breaks_after=0), teacher="/wan")  # of a version that did not look
+    with pytest.raises(ValueError, match="teacher_weights was a, now b"):
+        write(tmp_path, Solver(), teacher="/wan", teacher_weights="b")
 
 
 @pytest.mark.parametrize("change, message", [

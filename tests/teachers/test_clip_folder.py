@@ -38,7 +38,7 @@ def test_a_folder_becomes_a_latent_set(folder, tmp_path, parts):
     codec, prompts = parts
     teacher = ClipFolder(folder, FORM)
     assert len(teacher) == 3 and teacher.provides == {"clips"}
-    encode_clips(tmp_path / "set.safetensors", teacher, codec, prompts.encode, batch_size=2)
+    encode_clips(tmp_path / "set.safetensors", teacher, codec, prompts.encode)
     source = LatentClips(tmp_path / "set.safetensors", seed=0)
     batch = source.batch(0, "student", 0, range(8))
     assert batch["latents"].shape == (8, codec.latent_channels, 3, 8, 8) and not batch["offset"].any()
@@ -82,18 +82,40 @@ def test_a_length_that_the_codec_cannot_take_is_found_before_anything_is_decoded
     assert not (tmp_path / "set.safetensors").exists()
 
 
-def test_a_broken_clip_leaves_no_set(folder, tmp_path, parts):
+def test_a_broken_clip_is_found_before_anything_is_encoded(folder, tmp_path, parts, monkeypatch):
     codec, prompts = parts
+    monkeypatch.setattr(codec, "encode_frames", lambda frames: pytest.fail("encoded"))
     (folder / "2.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match="2.mp4 can't be read"):
         encode_clips(tmp_path / "set.safetensors", ClipFolder(folder, FORM), codec, prompts.encode)
     assert not (tmp_path / "set.safetensors").exists()
 
 
+def test_a_clip_that_is_damaged_inside_costs_no_other(folder, tmp_path, parts, monkeypatch):
+    """What was encoded before it was thrown away."""
+    codec, prompts = parts
+    whole, encode, encoded = (folder / "1.mp4").read_bytes(), codec.encode_frames, []
+    monkeypatch.setattr(codec, "encode_frames", lambda frames: encoded.append(len(frames)) or encode(frames))
+    write_video(torch.rand(40, 3, 64, 64), folder / "1.mp4", 16)
+    content = bytearray((folder / "1.mp4").read_bytes())
+    content[len(content) // 8 : len(content) // 4] = bytes(len(content) // 4 - len(content) // 8)
+    (folder / "1.mp4").write_bytes(content)
+    with pytest.raises(ValueError, match="1.mp4 can't be read as a video"):
+        encode_clips(tmp_path / "set.safetensors", ClipFolder(folder, FORM), codec, prompts.encode, keep_in=tmp_path / "kept")
+    assert encoded == [1]
+    (folder / "1.mp4").write_bytes(whole)
+    (folder / "2.mp4").unlink()
+    encode_clips(tmp_path / "other.safetensors", ClipFolder(folder, FORM), codec, prompts.encode, keep_in=tmp_path / "kept")
+    assert encoded == [1] * 2 and len(LatentClips(tmp_path / "other.safetensors", 0)) == 2
+    assert not (tmp_path / "kept").exists()
+
+
 def test_the_fingerprint_changes_with_clips_captions_and_format(folder):
+    before = ClipFolder(folder, FORM).names()
     prints = [ClipFolder(folder, FORM).fingerprint(), ClipFolder(folder, ClipFormat(num_frames=5)).fingerprint()]
     (folder / "0.txt").write_text("another caption")
     prints.append(ClipFolder(folder, FORM).fingerprint())
+    assert ClipFolder(folder, FORM).names()[1:] == before[1:] and ClipFolder(folder, FORM).names()[0] != before[0]
     write_video(true_clip(7, 14)[0], folder / "1.mp4", 16)
     prints.append(ClipFolder(folder, FORM).fingerprint())
     assert len(set(prints)) == 4 and ClipFolder(folder, FORM).fingerprint() == prints[-1]
