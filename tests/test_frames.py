@@ -311,3 +311,8 @@ def test_memory_does_not_grow_with_the_clip(tmp_path, name, codec, pixels, size)
     done = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) < 900
+
+
+def test_who_reads_no_clips_needs_no_decoder():
+    code = "import sys, streamvid.video, streamvid.teachers.clip_folder; assert not {'av', 'decord', 'imageio_ffmpeg'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -191,7 +191,7 @@ def _parts_of(folder: Path) -> list[Path]:
 
 
 def _complete_parts(folder: Path) -> list[Path]:
-    """The parts of all sets in a folder and those in it; a set's parts may lie in several, each of them in one."""
+    """The parts of all sets in a folder and those in it, in an order that does not depend on where they lie."""
     inner = [path for path in sorted(folder.glob("*/")) if path.is_dir() and not path.name.startswith(".")]
     parts = [part for place in (folder, *inner) for part in _parts_of(place)]
     if not parts:
@@ -209,7 +209,7 @@ def _complete_parts(folder: Path) -> list[Path]:
             raise ValueError(
                 f"{own[0].parent} has {len(own)} of {expected} parts; the command that made them goes on with the others"
             )
-    return parts
+    return [part for key in sorted(sets) for part in sorted(sets[key], key=lambda part: part.name)]
 
 
 def _differing(was: dict[str, Any], now: dict[str, Any], free: set[str] = frozenset()) -> str | None:
