@@ -296,8 +296,9 @@ class LatentClips:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with what the batches are made of."""
-        return f"{key_to_seed(json.dumps([self.settings, self.captions, list(self.latents.shape)], sort_keys=True)):016x}"
+        """Changes with the captions, the number and size of the clips, and what encoded them; copied files count as the same."""
+        made_by = {name: value for name, value in self.settings.items() if name != "clips"}
+        return f"{key_to_seed(json.dumps([made_by, self.captions, list(self.latents.shape)], sort_keys=True)):016x}"
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
         """Samples ``indices`` of the joint batch: latents ``[B, C, T, h, w]``, cond ``[B, L, D]``, prompts,

@@ -102,6 +102,10 @@ class ClipRenderer:
             )
         return frames, [prompt]
 
+    def names(self) -> list[str]:
+        """Of each clip a name that changes with its prompt and seed, for what is made of it."""
+        return [f"{key_to_seed('clip', self.seed, index, prompt):016x}" for index, prompt in enumerate(self.prompts)]
+
 
 def encode_clips(
     path: str | Path,
@@ -116,7 +120,8 @@ def encode_clips(
     Args:
         codec: the student's.
         embed: prompts to embeddings ``[B, L, D]``.
-        options: ``settings``, ``share``, ``device`` and ``keep_in`` of ``write_latents``.
+        options: ``settings``, ``share``, ``device`` and ``keep_in`` of ``write_latents``; settings should name codec and
+            teacher, or what an interrupted call has kept is taken over by one with others.
 
     Raises:
         ValueError: if the codec can't take the clips' length or size, or a clip can't be read.
@@ -126,5 +131,4 @@ def encode_clips(
         shape = (1, f.num_frames, 3, f.height, f.width)
         check_frames(torch.empty(shape, device="meta"), codec.temporal_ratio, codec.spatial_ratio)
         teacher.check()
-        options["names"] = teacher.names()
-    write_latents(path, teacher, codec.encode_frames, embed, **options)
+    write_latents(path, teacher, codec.encode_frames, embed, names=teacher.names(), **options)

@@ -1,5 +1,7 @@
 """A black box's clips become a latent set once, through the student's own codec."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -65,6 +67,25 @@ def test_anything_that_renders_is_a_teacher(tmp_path, parts):
     seen.clear()
     list(ClipRenderer(renderer, names, seed=4))
     assert [seed for _, seed in seen] == again
+
+
+def test_what_was_rendered_is_kept_for_its_own_prompt_only(tmp_path, parts):
+    """A clip may have been paid for."""
+    codec, prompts = parts
+    names, rendered = [true_clip(seed)[1] for seed in range(4)], []
+
+    def render(prompt, seed, until=2):
+        if len(rendered) == until:
+            raise KeyboardInterrupt
+        rendered.append(prompt)
+        return true_clip(0)[0]
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_clips(tmp_path / "set.safetensors", ClipRenderer(render, names), codec, prompts.encode)
+    again = [names[0], "another", *names[2:]]
+    encode_clips(tmp_path / "set.safetensors", ClipRenderer(partial(render, until=9), again), codec, prompts.encode)
+    assert rendered == [*names[:2], *again[1:]]
+    assert LatentClips(tmp_path / "set.safetensors", 0).captions == [[name] for name in again]
 
 
 def test_clips_of_two_shapes_are_refused(parts):
