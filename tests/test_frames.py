@@ -55,7 +55,7 @@ B_FRAMES = {"bf": "2"}
 QUICK = [
     ("mp4", "libx264", "yuv420p", {}), ("avi", "libx264", "yuv420p", B_FRAMES), ("avi", "mpeg4", "yuv420p", B_FRAMES),
     ("mpg", "mpeg2video", "yuv420p", B_FRAMES), ("mkv", "mpeg2video", "yuv420p", B_FRAMES), ("mp4", "mpeg4", "yuv420p", B_FRAMES),
-    ("wmv", "wmv2", "yuv420p", {}), ("ts", "libx264", "yuv420p", {}), ("m2ts", "mpeg2video", "yuv420p", B_FRAMES),
+    ("wmv", "wmv2", "yuv420p", {}), ("wmv", "mpeg4", "yuv420p", B_FRAMES), ("mpg", "libx264", "yuv420p", B_FRAMES), ("ts", "libx264", "yuv420p", {}), ("m2ts", "mpeg2video", "yuv420p", B_FRAMES),
     ("mov", "mjpeg", "yuvj420p", {}), ("webm", "libvpx-vp9", "yuv420p", {}), ("mkv", "ffv1", "yuv444p10le", {}),
     ("gif", "gif", "rgb8", {}),
 ]  # fmt: skip
