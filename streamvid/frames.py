@@ -190,12 +190,10 @@ def _rgb(frame: VideoFrame, convert: Callable) -> np.ndarray:
     from av.video.reformatter import Interpolation
 
     exact = int(Interpolation.BICUBIC) | 0x2000 | 0x40000  # swscale's flags: chroma for each pixel, rounding instead of cutting
-    options = {} if _is_rgb(frame) else {"src_colorspace": _colour_matrix(frame), "src_color_range": _colour_range(frame)}
-    return convert(frame, format="rgb24", interpolation=exact, **options).to_ndarray()
-
-
-def _is_rgb(frame: VideoFrame) -> bool:
-    return frame.format.is_rgb or frame.format.has_palette
+    if frame.format.is_rgb or frame.format.has_palette:
+        return convert(frame, format="rgb24", interpolation=exact).to_ndarray()
+    matrix, levels = _colour_matrix(frame), FULL if frame.color_range == FULL else LIMITED
+    return convert(frame, format="rgb24", interpolation=exact, src_colorspace=matrix, src_color_range=levels).to_ndarray()
 
 
 def _colour_matrix(frame: VideoFrame) -> int:
@@ -207,12 +205,6 @@ def _colour_matrix(frame: VideoFrame) -> int:
 def is_large(width: int, height: int) -> bool:
     """Whether pictures of this size have the colours of BT.709 if nothing says otherwise, and not those of BT.601."""
     return width >= 1280 or height >= 720
-
-
-def _colour_range(frame: VideoFrame) -> int:
-    if frame.format.name.startswith("yuvj"):
-        return FULL
-    return FULL if frame.color_range == FULL else LIMITED
 
 
 def _display_turn(frame: VideoFrame) -> tuple[bool, bool, bool] | None:

@@ -191,13 +191,14 @@ WEIGHTS = {5: (0.299, 0.114), 1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}  # by H.
     (1, (64, 48), 1), (5, (1280, 720), 5), (6, (64, 48), 5), (9, (64, 48), 9),
 ])  # fmt: skip
 @pytest.mark.parametrize("full", [False, True])
-def test_colours_are_what_tags_say_and_else_what_the_size_says(tmp_path, matrix, size, expected, full):
+@pytest.mark.parametrize("codec", ["libx264", "ffv1"])  # the range is in the pixel format, or in a tag
+def test_colours_are_what_tags_say_and_else_what_the_size_says(tmp_path, matrix, size, expected, full, codec):
     (width, height), yuv = size, (120, 90, 170)
     planes = np.concatenate([np.full(height * width, yuv[0]), np.full(height * width // 4, yuv[1]), np.full(height * width // 4, yuv[2])])
     frame = av.VideoFrame.from_ndarray(planes.astype(np.uint8).reshape(height * 3 // 2, width), format="yuv420p")
     frame.colorspace, frame.color_range = matrix, 2 if full else 1
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
-        stream = container.add_stream("libx264", rate=25, options={"qp": "0", "preset": "ultrafast"})
+        stream = container.add_stream(codec, rate=25, options={"qp": "0", "preset": "ultrafast"} if codec == "libx264" else {})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 2 if full else 1
         container.mux(stream.encode(frame))

@@ -106,6 +106,10 @@ def test_a_folder_of_clips_is_encoded_once_for_each_codec(tmp_path, prompts, cha
     assert not torch.equal(first.latents, other.latents) and len(list((tmp_path / "clips").rglob("*.safetensors"))) == 2
     monkeypatch.setattr(run, "open_codec", lambda *args: pytest.fail("encoded again"))
     assert torch.equal(source(prompts, tmp_path / "clips", *form).latents, first.latents)
+    monkeypatch.undo()
+    os.utime(tmp_path / "clips" / "0.mp4", (1, 1))
+    touched = source(prompts, tmp_path / "clips", *form)
+    assert len(list((tmp_path / "clips").rglob("*.safetensors"))) == 3 and touched.fingerprint == first.fingerprint
 
 
 def test_each_process_begins_with_other_prompts_if_they_share_a_cache(tmp_path, prompts, monkeypatch):
