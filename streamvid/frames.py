@@ -245,6 +245,6 @@ def _webp_frames(path: Path) -> Iterator[Frame]:
         start = 0.0
         for number in range(getattr(image, "n_frames", 1)):
             image.seek(number)
-            picture = np.asarray(image.convert("RGB"))
+            picture = np.array(image.convert("RGB"))
             yield Frame(start, lambda picture=picture: picture)
             start += (image.info.get("duration") or 100) / 1000

@@ -231,12 +231,12 @@ def test_what_is_no_clip_is_one_line(tmp_path, capfd):
     paths = {
         damaged(tmp_path / "empty.mp4", b""): "the file is empty",
         damaged(tmp_path / "text.mp4", b"a caption\n" * 50): "Invalid data",
-        damaged(tmp_path / "short.mp4", whole[:500]): "",
+        damaged(tmp_path / "short.mp4", whole[:500]): "read as a video",
         damaged(tmp_path / "zeros.mkv", bytes(5000)): "Invalid data",
         damaged(tmp_path / "list.mp4", b"ffconcat version 1.0\nfile whole.mp4\n"): "none of those that are read",
         damaged(tmp_path / "list.ts", b"#EXTM3U\n#EXTINF:1,\nwhole.mp4\n#EXT-X-ENDLIST\n"): "none of those that are read|Invalid data",
         tmp_path / "missing.mp4": "no clip at",
-        damaged(tmp_path / "no.webp", b"RIFF1234WEBP"): "",
+        damaged(tmp_path / "no.webp", b"RIFF1234WEBP"): "read as a video",
     }
     for path, said in paths.items():
         for call in (check_clip, read_clip):

@@ -131,3 +131,13 @@ def test_an_edited_prompts_file_changes_the_fingerprint(tmp_path, prompts):
         file.write_text(text)
         prints.append(build_source(load_run(RECIPE, ["data.kind=prompts", f"data.path={file}"]), prompts).fingerprint)
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_text_encoder_that_does_not_fit_beside_the_run_stays_on_the_cpu(monkeypatch):
+    cuda, cpu = torch.device("cuda", 1), torch.device("cpu")
+    encoder = PromptEncoder.from_pretrained(TINY_TEACHER).text_encoder
+    size = 4 * sum(parameter.numel() for parameter in encoder.parameters())
+    for free, expected in ((size, cpu), (2 * size, cuda)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+        assert run.text_device(str(TINY_TEACHER), cuda) == expected
+    assert run.text_device(str(TINY_TEACHER), cpu) == cpu
