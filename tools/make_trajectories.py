@@ -75,10 +75,11 @@ def make(args: argparse.Namespace) -> None:
         latent_shape=(teacher.latent_channels, *args.latent_size), latent_frames=args.latent_frames,
     )  # fmt: skip
     settings = {
-        "teacher": str(Path(args.teacher).resolve()), "teacher_weights": checkpoint_key(args.teacher, "transformer", "transformer_2"),
-        "text_encoder": checkpoint_key(args.teacher, "text_encoder", "tokenizer"), "dtype": args.dtype, "grid": grid, "guidance": args.guidance,
-        "negative_prompt": args.negative_prompt, "latent_frames": args.latent_frames,
-        "latent_size": list(args.latent_size),
+        "teacher": str(Path(args.teacher).resolve()),
+        "teacher_weights": checkpoint_key(args.teacher, "transformer", "transformer_2"),
+        "text_encoder": checkpoint_key(args.teacher, "text_encoder", "tokenizer"),
+        "dtype": args.dtype, "grid": grid, "guidance": args.guidance, "negative_prompt": args.negative_prompt,
+        "latent_frames": args.latent_frames, "latent_size": list(args.latent_size),
     }  # fmt: skip
     write_trajectories(
         args.out, list(islice(cycle(prompts), args.num)), times, teacher.encode_prompt,

@@ -135,7 +135,8 @@ class Trajectories:
     @property
     def fingerprint(self) -> str:
         """Changes with what the batches are made of."""
-        return f"{key_to_seed(json.dumps([self.times, self.settings, [text for *_, text in self._rows]], sort_keys=True)):016x}"
+        made_by = {name: value for name, value in self.settings.items() if name not in PLACES}
+        return f"{key_to_seed(json.dumps([self.times, made_by, [text for *_, text in self._rows]], sort_keys=True)):016x}"
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
         """Samples ``indices`` of the joint batch: states ``[B, K, C, T, h, w]``, their times ``[B, K]``, cond
@@ -223,9 +224,17 @@ def _open_part(path: Path) -> tuple[Any, dict[str, Any]]:
     """A part, whose tensors are read later, and what it is about; a file cut short does not open."""
     try:
         part = safe_open(path, "pt")
-        return part, json.loads(part.metadata()["about"])
+        about = json.loads(part.metadata()["about"])
+        states, embeddings = part.get_slice("states"), part.get_slice("embeddings")
+        expected = [len(about["captions"]), len(about["times"])]
+        if states.get_shape()[:2] != expected or embeddings.get_shape()[:1] != expected[:1] or "settings" not in about:
+            raise ValueError(f"states of {states.get_shape()} and embeddings of {embeddings.get_shape()} for {expected[0]} captions")
+        if not {states.get_dtype(), embeddings.get_dtype()} <= {"F16", "BF16", "F32"}:
+            raise ValueError(f"states are {states.get_dtype()}, embeddings {embeddings.get_dtype()}")
+        return part, about
     except Exception as error:  # safetensors raises its own kind
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); delete it and make it again") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is damaged ({reason}); delete it and make it again") from error
 
 
 def _check_same_settings(folder: Path, times: list[float], settings: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """A set of trajectories survives interruptions, refuses mixtures, and is read a sample at a time."""
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from streamvid.data.trajectories import Trajectories, time_indices, write_trajectories
 from streamvid.seeding import keyed_normal
@@ -156,6 +157,23 @@ def test_a_missing_or_damaged_set_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="part-00001-of-00003.safetensors is damaged") as caught:
         Trajectories(tmp_path, 0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"states": torch.zeros(2, 3, 2, 4, 1, 1)}, r"states of \[2, 3, 2, 4, 1, 1\] and embeddings of .* for 1 captions"),
+    ({"states": torch.zeros(1, 2, 2, 4, 1, 1)}, "states of"),
+    ({"embeddings": torch.zeros(2, 5, 2)}, "embeddings of"),
+    ({"states": torch.zeros(1, 3, 2, 4, 1, 1, dtype=torch.int8)}, "states are I8"),
+])  # fmt: skip
+def test_a_part_that_holds_something_else_is_one_line(tmp_path, change, said):
+    about = {"times": TIMES, "captions": ["a"], "settings": {}}
+    tensors = {"states": torch.zeros(1, 3, 2, 4, 1, 1), "embeddings": torch.zeros(1, 5, 2)}
+    path = tmp_path / "part-00000-of-00001.safetensors"
+    save_file(tensors, path, metadata={"about": json.dumps(about)})
+    assert len(Trajectories(tmp_path, 0)) == 1
+    save_file(tensors | change, path, metadata={"about": json.dumps(about)})
+    with pytest.raises(ValueError, match=f"is damaged .*{said}.*delete it and make it again"):
+        Trajectories(tmp_path, 0)
 
 
 @pytest.mark.parametrize("times", [(1.0, 0.5), (0.5, 0.75, 0.0), (1.5, 0.0), (0.0,), (1.0, 1.0, 0.0)])
