@@ -27,6 +27,7 @@ MAX_PIXELS = 2**25
 DEMUXERS = "mov,matroska,webm,avi,asf,mpeg,mpegts,gif,flv,ogg"  # others, such as playlists, may open further files
 WITHOUT_TIMES = ("avi", "asf")  # containers that store when to decode, or either in no order: see ``_av_frames``
 NUM_THREADS = 4  # each of which holds frames
+EXACT = 0x4 | 0x2000 | 0x40000  # swscale's SWS_BICUBIC, SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND; not all named in PyAV 17
 LIMITED, FULL = 1, 2  # libav's numbers of the ranges of a colour value
 LEADING_S = 2.0  # how far the frames of a file may be from the order of their times
 
@@ -187,13 +188,10 @@ def _av_frame(frame: VideoFrame, number: int, start: float, aspect: float, conve
 
 def _rgb(frame: VideoFrame, convert: Callable) -> np.ndarray:
     """RGB ``[H, W, 3]`` as stored, in the colours that the tags mean."""
-    from av.video.reformatter import Interpolation
-
-    exact = int(Interpolation.BICUBIC) | 0x2000 | 0x40000  # swscale's flags: chroma for each pixel, rounding instead of cutting
     if frame.format.is_rgb or frame.format.has_palette:
-        return convert(frame, format="rgb24", interpolation=exact).to_ndarray()
+        return convert(frame, format="rgb24", interpolation=EXACT).to_ndarray()
     matrix, levels = _colour_matrix(frame), FULL if frame.color_range == FULL else LIMITED
-    return convert(frame, format="rgb24", interpolation=exact, src_colorspace=matrix, src_color_range=levels).to_ndarray()
+    return convert(frame, format="rgb24", interpolation=EXACT, src_colorspace=matrix, src_color_range=levels).to_ndarray()
 
 
 def _colour_matrix(frame: VideoFrame) -> int:
@@ -239,7 +237,7 @@ def _turned(picture: np.ndarray, turn: tuple[bool, bool, bool] | None) -> np.nda
 
 
 def _webp_frames(path: Path) -> Iterator[Frame]:
-    """Animated WebP, which FFmpeg does not decode. Pillow keeps one picture; it is read in order, so it is converted at once."""
+    """Animated WebP, which FFmpeg does not decode. Pillow keeps one picture, which is therefore converted at once."""
     with Image.open(path, formats=("WEBP",)) as image:
         _check_pixels(*image.size)
         start = 0.0

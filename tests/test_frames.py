@@ -54,8 +54,9 @@ def write(path, codec, pixels="yuv420p", times=None, rate=RATE, count=COUNT, siz
 B_FRAMES = {"bf": "2"}
 QUICK = [
     ("mp4", "libx264", "yuv420p", {}), ("avi", "libx264", "yuv420p", B_FRAMES), ("avi", "mpeg4", "yuv420p", B_FRAMES),
-    ("mpg", "mpeg2video", "yuv420p", B_FRAMES), ("mkv", "mpeg2video", "yuv420p", B_FRAMES), ("mp4", "mpeg4", "yuv420p", B_FRAMES),
-    ("wmv", "wmv2", "yuv420p", {}), ("wmv", "mpeg4", "yuv420p", B_FRAMES), ("mpg", "libx264", "yuv420p", B_FRAMES), ("ts", "libx264", "yuv420p", {}), ("m2ts", "mpeg2video", "yuv420p", B_FRAMES),
+    ("mpg", "mpeg2video", "yuv420p", B_FRAMES), ("mkv", "mpeg2video", "yuv420p", B_FRAMES),
+    ("mp4", "mpeg4", "yuv420p", B_FRAMES), ("wmv", "wmv2", "yuv420p", {}), ("wmv", "mpeg4", "yuv420p", B_FRAMES),
+    ("mpg", "libx264", "yuv420p", B_FRAMES), ("ts", "libx264", "yuv420p", {}), ("m2ts", "mpeg2video", "yuv420p", B_FRAMES),
     ("mov", "mjpeg", "yuvj420p", {}), ("webm", "libvpx-vp9", "yuv420p", {}), ("mkv", "ffv1", "yuv444p10le", {}),
     ("gif", "gif", "rgb8", {}),
 ]  # fmt: skip
@@ -105,9 +106,11 @@ def test_every_pair_that_can_be_made_is_read(tmp_path, suffix, codec, pixels, op
 @pytest.mark.parametrize("width, height", [(16, 16), (24, 48), (48, 24), (72, 40), (136, 8)])
 def test_small_and_odd_sizes_are_read(tmp_path, width, height):
     """Widths of 16, 24, 48 and 72 passed the check and failed in the middle of encoding."""
-    for name, codec, pixels in (("a.mp4", "libx264", "yuv420p"), ("a.webm", "libvpx-vp9", "yuv420p"), ("a.mkv", "ffv1", "bgr0")):
+    kinds = ("a.mp4", "libx264", "yuv420p"), ("a.webm", "libvpx-vp9", "yuv420p"), ("a.mkv", "ffv1", "bgr0")
+    for name, codec, pixels in kinds:
         path = write(tmp_path / name, codec, pixels, size=(height, width), count=9)
-        assert [number_in(torch.from_numpy(f.picture().copy()).permute(2, 0, 1) / 255) for f in clip_frames(path)] == [*range(9)]
+        pictures = [torch.from_numpy(frame.picture().copy()).permute(2, 0, 1) / 255 for frame in clip_frames(path)]
+        assert [number_in(picture) for picture in pictures] == [*range(9)]
 
 
 def test_a_variable_rate_is_followed(tmp_path):
@@ -168,7 +171,8 @@ def test_pixels_become_square(tmp_path, turn, shape):
     disc = ((x - 32) * 2) ** 2 + ((y - 16) * 1.0) ** 2 < 14**2
     picture = np.repeat((disc * 255).astype(np.uint8)[..., None], 3, -1)
     plain = write(tmp_path / "plain.mp4", "libx264", size=(height, width), pictures=[picture] * 2, count=2)
-    ffmpeg("-display_rotation", turn, "-i", plain, "-c", "copy", "-bsf:v", "h264_metadata=sample_aspect_ratio=2/1", tmp_path / "a.mp4")
+    wide = "h264_metadata=sample_aspect_ratio=2/1"
+    ffmpeg("-display_rotation", turn, "-i", plain, "-c", "copy", "-bsf:v", wide, tmp_path / "a.mp4")
     (frame,) = read_clip(tmp_path / "a.mp4", ClipFormat(num_frames=1, height=shape[0] * 2, width=shape[1] * 2))
     inside = frame[0] > 0.5
     across, down = inside.any(0).sum(), inside.any(1).sum()
@@ -194,7 +198,7 @@ WEIGHTS = {5: (0.299, 0.114), 1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}  # by H.
 @pytest.mark.parametrize("codec", ["libx264", "ffv1"])  # the range is in the pixel format, or in a tag
 def test_colours_are_what_tags_say_and_else_what_the_size_says(tmp_path, matrix, size, expected, full, codec):
     (width, height), yuv = size, (120, 90, 170)
-    planes = np.concatenate([np.full(height * width, yuv[0]), np.full(height * width // 4, yuv[1]), np.full(height * width // 4, yuv[2])])
+    planes = np.repeat(yuv, [height * width, height * width // 4, height * width // 4])
     frame = av.VideoFrame.from_ndarray(planes.astype(np.uint8).reshape(height * 3 // 2, width), format="yuv420p")
     frame.colorspace, frame.color_range = matrix, 2 if full else 1
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
@@ -234,7 +238,7 @@ def test_what_is_no_clip_is_one_line(tmp_path, capfd):
         damaged(tmp_path / "short.mp4", whole[:500]): "read as a video",
         damaged(tmp_path / "zeros.mkv", bytes(5000)): "Invalid data",
         damaged(tmp_path / "list.mp4", b"ffconcat version 1.0\nfile whole.mp4\n"): "none of those that are read",
-        damaged(tmp_path / "list.ts", b"#EXTM3U\n#EXTINF:1,\nwhole.mp4\n#EXT-X-ENDLIST\n"): "none of those that are read|Invalid data",
+        damaged(tmp_path / "list.ts", b"#EXTM3U\n#EXTINF:1,\nwhole.mp4\n#EXT-X-ENDLIST\n"): "none of those|Invalid data",
         tmp_path / "missing.mp4": "no clip at",
         damaged(tmp_path / "no.webp", b"RIFF1234WEBP"): "read as a video",
     }
@@ -286,7 +290,8 @@ def test_pictures_beyond_the_limit_are_refused_unread(tmp_path, monkeypatch):
 
 
 def test_times_that_fall_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(frames_module, "_av_frames", lambda path: iter([frames_module.Frame(t, None) for t in (0.0, 0.5, 0.4)]))
+    frames = [frames_module.Frame(start, None) for start in (0.0, 0.5, 0.4)]
+    monkeypatch.setattr(frames_module, "_av_frames", lambda path: iter(frames))
     with pytest.raises(ValueError, match="the time of frame 2 is before that of the frame that it follows"):
         list(clip_frames(write(tmp_path / "a.mp4", "libx264")))
 
@@ -315,5 +320,5 @@ def test_memory_does_not_grow_with_the_clip(tmp_path, name, codec, pixels, size)
 
 
 def test_who_reads_no_clips_needs_no_decoder():
-    code = "import sys, streamvid.video, streamvid.teachers.clip_folder; assert not {'av', 'decord', 'imageio_ffmpeg'} & set(sys.modules)"
+    code = "import sys, streamvid.video, streamvid.teachers.clip_folder; assert not {'av', 'imageio_ffmpeg'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

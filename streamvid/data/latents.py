@@ -290,13 +290,18 @@ class LatentClips:
         return len(self.latents)
 
     @property
+    def latent_channels(self) -> int:
+        """Of the codec that made it."""
+        return self.latents.shape[1]
+
+    @property
     def text_dim(self) -> int:
         """Width of the embeddings."""
         return self.embeddings.shape[-1]
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the captions, the number and size of the clips, and what encoded them; copied files count as the same."""
+        """Changes with the captions, the number and size of the clips, and what encoded them; not when files are copied."""
         made_by = {name: value for name, value in self.settings.items() if name != "clips"}
         return f"{key_to_seed(json.dumps([made_by, self.captions, list(self.latents.shape)], sort_keys=True)):016x}"
 

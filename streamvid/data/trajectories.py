@@ -128,6 +128,11 @@ class Trajectories:
         return len(self._rows)
 
     @property
+    def latent_channels(self) -> int:
+        """Of the teacher's latents."""
+        return self._parts[0].get_slice("states").get_shape()[2]
+
+    @property
     def text_dim(self) -> int:
         """Width of the embeddings."""
         return self._parts[0].get_slice("embeddings").get_shape()[-1]
@@ -214,7 +219,7 @@ def _complete_parts(folder: Path) -> list[Path]:
 
 
 def _differing(was: dict[str, Any], now: dict[str, Any], free: set[str] = frozenset()) -> str | None:
-    """A setting of two sets that is not the same; what one of them does not know, made by an older version, is not compared."""
+    """A setting of two sets that is not the same; what one of them, of an older version, does not know is not compared."""
     known = (was.keys() & now.keys()) - free
     known -= {place for place, content in PLACES.items() if content in known}
     return next((name for name in now if name in known and was[name] != now[name]), None)
@@ -228,7 +233,8 @@ def _open_part(path: Path) -> tuple[Any, dict[str, Any]]:
         states, embeddings = part.get_slice("states"), part.get_slice("embeddings")
         expected = [len(about["captions"]), len(about["times"])]
         if states.get_shape()[:2] != expected or embeddings.get_shape()[:1] != expected[:1] or "settings" not in about:
-            raise ValueError(f"states of {states.get_shape()} and embeddings of {embeddings.get_shape()} for {expected[0]} captions")
+            shapes = f"states of {states.get_shape()} and embeddings of {embeddings.get_shape()}"
+            raise ValueError(f"{shapes} for {expected[0]} captions")
         if not {states.get_dtype(), embeddings.get_dtype()} <= {"F16", "BF16", "F32"}:
             raise ValueError(f"states are {states.get_dtype()}, embeddings {embeddings.get_dtype()}")
         return part, about

@@ -204,7 +204,7 @@ def build_source(config: RunConfig, prompts: PromptEncoder, device: torch.device
     if data.kind == "prompts":
         texts = read_prompts(data.path) if data.path else world_prompts(data.num_prompts)
         index, processes = own_share()
-        first = index * len(texts) // processes if config.prompt_cache else 0  # what others have encoded is read from the cache
+        first = index * len(texts) // processes if config.prompt_cache else 0  # others' are read from the cache
         prompts.prepare(texts[first:] + texts[:first])
         return PromptBatches(prompts.encode, texts, seed)
     if data.path is None:
@@ -245,6 +245,13 @@ def latent_clips(
     source = LatentClips(path, config.train.seed, data.latent_frames, data.window_stride, data.first_share)
     ensure_made_of(path, source.settings, of, only_known=data.kind != "world")
     return source
+
+
+def ensure_same_latents(config: RunConfig, source: BatchSource, student: nn.Module) -> None:
+    """A ValueError if a set's latents are not those of the student's codec."""
+    made, taken = getattr(source, "latent_channels", None), student.config.out_channels
+    if made is not None and made != taken:
+        raise ValueError(f"{config.data.path} has latents of {made} channels, the student takes {taken}; make it with its codec")
 
 
 def encoded_folder(
@@ -396,6 +403,7 @@ def build_trainer(config: RunConfig, progress: bool = True) -> Trainer:
     )
     student = build_student(config.student, config.train.seed)
     source = build_source(config, prompts, device)
+    ensure_same_latents(config, source, student)
     teacher = build_teacher(config.teacher, prompts) if needs_teacher(config) else None
     if teacher is not None:
         share_teacher(config, student, teacher)

@@ -46,7 +46,8 @@ def test_a_clip_is_read_at_the_times_that_are_asked_for(tmp_path, fps, expected,
 def test_irregular_frames_are_taken_by_their_times(tmp_path, monkeypatch):
     """The frame that begins nearest to each time; the earlier one of two."""
     for shift in (0, 10):
-        frames = [Frame(shift + t, partial(np.full, (16, 16, 3), k * 10, np.uint8)) for k, t in enumerate([0.0, 0.05, 0.3, 0.35, 0.6, 1.0])]
+        starts = enumerate([0.0, 0.05, 0.3, 0.35, 0.6, 1.0])
+        frames = [Frame(shift + t, partial(np.full, (16, 16, 3), k * 10, np.uint8)) for k, t in starts]
         monkeypatch.setattr(clips, "clip_frames", lambda path: (frame for frame in frames))
         found = read_clip("x", ClipFormat(fps=4.0, num_frames=4, height=16, width=16))
         assert (found.mean((1, 2, 3)) * 25.5).round().tolist() == [0, 2, 4, 4]

@@ -102,7 +102,8 @@ def test_two_processes_in_one_folder_divide_the_work(tmp_path):
 def test_shares_of_several_machines_are_joined(tmp_path):
     solvers = [Solver(), Solver()]
     for number, solver in enumerate(solvers, start=1):
-        write(tmp_path / "set" / f"machine{number}", solver, share=(number, 2), teacher=f"/disk{number}/wan", teacher_weights="a")
+        place, teacher = tmp_path / "set" / f"machine{number}", f"/disk{number}/wan"
+        write(place, solver, share=(number, 2), teacher=teacher, teacher_weights="a")
     assert [solver.seeds for solver in solvers] == [[10, 11, 12, 16], [13, 14, 15]]
     assert {text for *_, text in Trajectories(tmp_path / "set", 0)._rows} == set(PROMPTS)
     with pytest.raises(ValueError, match="machine1 has 2 of 3 parts"):

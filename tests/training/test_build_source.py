@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +83,17 @@ def test_embeddings_of_another_width_are_refused(tmp_path, prompts):
     save_file(tensors, path, metadata={"captions": '[["a"]]'})
     with pytest.raises(ValueError, match="embeddings of 7 numbers a token, the text encoder of .* gives 64"):
         source(prompts, path, "data.kind=latents")
+
+
+def test_latents_of_another_number_of_channels_are_refused(tmp_path, prompts):
+    save_file(
+        {"latents": torch.zeros(1, 4, 2, 8, 8), "embeddings": torch.zeros(1, 1, 4, 64)},
+        tmp_path / "set.safetensors", metadata={"captions": '[["a"]]'},
+    )  # fmt: skip
+    config = load_run(RECIPE, ["data.kind=latents", f"data.path={tmp_path / 'set.safetensors'}"])
+    student = SimpleNamespace(config=SimpleNamespace(out_channels=16))
+    with pytest.raises(ValueError, match="set.safetensors has latents of 4 channels, the student takes 16"):
+        run.ensure_same_latents(config, build_source(config, prompts), student)
 
 
 def test_trajectories_of_another_text_encoder_are_refused(tmp_path, prompts):
