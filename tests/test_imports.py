@@ -15,6 +15,7 @@ LEVELS = [
     {"rollout"},
     {"methods", "serving", "evaluation", "presets", "toy2d"},
     {"training"},
+    {"gpu_check"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

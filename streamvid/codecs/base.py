@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -36,6 +37,16 @@ class VideoCodec(Protocol):
 
         Concatenated over chunks, the frames equal ``decode_latents`` of the concatenated latents.
         """
+
+
+@torch.no_grad()
+def last_frame_as_image(codec: VideoCodec, latents: Tensor) -> Tensor:
+    """The last pixel frame of ``latents [B, C, t, h, w]``, encoded as an image: ``[B, C, 1, h, w]``.
+
+    With it in place of their first latent, the latents that follow are those of a clip that begins there.
+    """
+    image = codec.decode_latents(latents)[:, -1:]
+    return codec.encode_frames(image).to(latents)
 
 
 def latent_frames_of(num_frames: int, temporal_ratio: int) -> int:

@@ -24,6 +24,9 @@ one eps for all of a group, whose advantages add up to 0, eps is not in it; each
 each token's patch the advantage of its own logit. Every token sees all of the clip, so at its optimum each of these logits
 is the clip's log ratio and the update the same; before that they say where a clip is wrong, and a patch is not moved by
 what is wrong elsewhere: for clips of n independent places the update's variance is the n-th part.
+What a gain shows: at a reward r that is independent of x the expected update is exactly zero, so that a frozen random head
+that gains is no proof against the discriminator but a fixed reward whose direction happens to be a good one; others lose
+(``control`` and ``discriminator_updates: 0`` measure it).
 Departures: R1 and R2, without which D soon tells all pairs apart; an explicit old policy, which is what pulls v back where
 r = 1/2 (with the student itself in its place the update is a weighted regression that may run away).
 
@@ -54,7 +57,7 @@ from streamvid.models.video_discriminator import VideoDiscriminator
 from streamvid.rollout.loop import ChunkResult, rollout, unwrapped
 from streamvid.rollout.noise import KeyedNoise, Noise
 from streamvid.rollout.sampler import new_cache
-from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, table, truncate
+from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, move_tap, table
 from streamvid.seeding import key_to_seed, keyed_generator, keyed_normal
 
 LEAST_TIME = 0.02  # of a time law; the student's own steps are as they are
@@ -95,7 +98,12 @@ class Config:
     student_start_step: int = 0
     """Steps that warm up the discriminator alone."""
     discriminator_updates: int = 1
-    """Updates of the discriminator in each step."""
+    """Updates of the discriminator in each step; 0 leaves it as it came, a fixed reward of random direction."""
+    discriminator_seed: int | None = None
+    """Of its heads' first weights; None is the run's. With ``discriminator_updates: 0``, another reward."""
+    control: Literal["none", "independent", "negated"] = "none"
+    """What the method is compared with: "independent" gives each prompt's clips the advantages of another prompt's with a
+    random sign, which say nothing of them and in expectation move nothing; "negated" turns the reward round."""
     r1_weight: float = 100.0
     """Of E |D(x + s n) - D(x)|^2 at teacher clips; 0 leaves it out."""
     r2_weight: float = 100.0
@@ -112,9 +120,11 @@ class Config:
     """Whether the discriminator trains its trunk, a copy of the student as it came, or its heads only."""
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "noisings", "refresh_every", "discriminator_updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        for name, least in (("group_size", 1), ("noisings", 1), ("refresh_every", 1), ("discriminator_updates", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}, expected at least {least}")
+        if self.control not in ("none", "independent", "negated"):
+            raise ValueError(f"control={self.control!r}, expected 'none', 'independent' or 'negated'")
         for name in ("advantage_clip", "beta", "shift", "penalty_sigma"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}, expected a positive number")
@@ -222,7 +232,8 @@ class AFD:
         with torch.no_grad():
             x = self._roll_out(self._placed(self.old), {**batch, "cond": cond}, self._seeds(batch, "rollout", groups))
             logits, real_logits = self.discriminator(x, cond), self.discriminator(batch["latents"], batch["cond"])
-            r = optimality(self._advantages(logits), c.advantage_clip)  # [B G, J]
+            advantages = self._controlled(self._advantages(logits), decision)  # [B G, J]
+            r = optimality(advantages, c.advantage_clip)
         weight = self._weights(r, x)
         losses, numbers = [], Counter()
         for n in range(c.noisings):
@@ -265,12 +276,12 @@ class AFD:
     def _roll_out(
         self, network: nn.Module, batch: dict[str, Any], seeds: list[int], decision: torch.Generator | None = None
     ) -> Tensor:
-        """A streamed clip ``[.., C, T, h, w]`` for each seed; for a GAN ended at a random step, which carries gradient."""
+        """A streamed clip ``[.., C, T, h, w]`` for each seed; for a GAN of the predictions at a random step, with gradient."""
         latents = batch["latents"]
         schedule = build_schedule(self.stream, self._num_chunks(latents))
         if self.config.policy == "gan":
             longest = max(map(len, self._step_times(self._num_chunks(latents))))
-            schedule = truncate(schedule, int(torch.randint(longest, (), generator=decision)))
+            schedule = move_tap(schedule, int(torch.randint(longest, (), generator=decision)))
         results = stream_over(network, self.stream, batch["cond"], schedule, KeyedNoise(seeds), latents)
         return torch.cat([result.prediction for result in results], dim=2)
 
@@ -292,6 +303,17 @@ class AFD:
             raise ValueError("one rollout has no other to be compared with; raise train.batch_size or options.group_size")
         std = "batch" if c.normalize == "std" else "none"
         return group_advantage(everyone, group, std)[first : first + len(logits)]
+
+    def _controlled(self, advantages: Tensor, decision: torch.Generator) -> Tensor:
+        """The advantages ``[B G, J]`` as they come, or what they are compared with."""
+        c = self.config
+        if c.control == "none":
+            return advantages
+        if c.control == "negated":
+            return -advantages
+        of_prompts = advantages.unflatten(0, (-1, c.group_size)).roll(1, dims=0)
+        signs = 2 * torch.randint(2, (len(of_prompts), 1, 1), generator=decision) - 1
+        return (of_prompts * signs.to(of_prompts)).flatten(0, 1)
 
     def _weights(self, r: Tensor, clips: Tensor) -> Tensor:
         """r ``[B G, J]`` of ``clips [B G, C, T, h, w]`` for their chunks, ``[K B G]`` or ``[K B G, 1, f, h, w]``."""
@@ -342,7 +364,8 @@ class AFD:
         c = self.config
         return VideoDiscriminator(
             copy.deepcopy(unwrapped(self.student)), c.discriminator_layers, c.discriminator_t, c.train_trunk,
-            chunk_frames=self.stream.chunk_frames if c.logit == "chunk" else None, per_token=c.logit == "token", seed=self.seed,
+            chunk_frames=self.stream.chunk_frames if c.logit == "chunk" else None, per_token=c.logit == "token",
+            seed=self.seed if c.discriminator_seed is None else c.discriminator_seed,
         )  # fmt: skip
 
 

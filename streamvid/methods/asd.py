@@ -24,6 +24,7 @@ What to watch: ``gap_n``, the mean of D^n(b_t) - D^n(a_t). Pinned at 0, D sees n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -107,6 +108,7 @@ class ASD(DistributionMatching):
         fake_score: nn.Module | None = None,
         discriminator: nn.Module | None = None,
         seed: int = 0,
+        as_image: Callable[[Tensor], Tensor] | None = None,
     ):
         if stream.order != "autoregressive" or stream.step_table:
             raise ValueError("asd draws the number of steps; set stream.order='autoregressive' and no step_table")
@@ -118,7 +120,7 @@ class ASD(DistributionMatching):
             )
         if stream.first_steps is not None and config.lists == "shared":
             raise ValueError("stream.first_steps needs lists='respaced': a shared list ends all chunks at its n-th step")
-        super().__init__(config, student, teacher, stream, latent_shape, fake_score, seed)
+        super().__init__(config, student, teacher, stream, latent_shape, fake_score, seed, as_image)
         self.discriminator = self._new_heads() if discriminator is None else discriminator
 
     def networks(self) -> dict[str, nn.Module]:
@@ -142,8 +144,9 @@ class ASD(DistributionMatching):
     def decide(self, turn: str, step: int, micro: int = 0) -> Decision:
         """n is drawn evenly from those that have a pair, and, where the scores judge, N too.
 
-        With lists of their own, n < N steps end with the last of them, which is what the pair compares; of N any carries
-        the gradient, as in DMD.
+        In the student's turn any step of the n may carry the gradient, as in DMD, so that all steps of all lists are
+        trained. What the discriminator sees is complete, but for the first chunk where that has a list of its own:
+        it exits where it likes, and in both clips of a pair alike.
         """
         decision = super().decide(turn, step, micro)
         most = self.stream.num_steps
@@ -152,9 +155,20 @@ class ASD(DistributionMatching):
         n = 1 + int(torch.randint(pairs, (), generator=generator))
         if self.config.lists == "shared":  # the first n of N steps
             return replace(decision, num_steps=n, exit_index=n - 1, exit_place=(n - 0.5) / most)
-        ends = n < most or self.config.real_clips or turn == "discriminator"
-        place = LAST if ends else decision.exit_place
-        return replace(decision, num_steps=n, exit_index=int(place * n), exit_place=place)
+        place = LAST if turn == "discriminator" else decision.exit_place
+        first_place = float(torch.rand((), generator=generator, dtype=torch.float64)) if self._exits_freely(n) else None
+        return replace(decision, num_steps=n, exit_index=int(place * n), exit_place=place, first_place=first_place)
+
+    def _exits_freely(self, n: int) -> bool:
+        """Whether chunk 0 has an exit of its own: it has a list of its own, and is not compared with real clips."""
+        return self.config.exit == "random" and self.stream.first_steps is not None and n <= self.stream.num_steps - 1
+
+    def _is_compared(self, decision: Decision) -> bool:
+        """Whether the game is played in a student's turn: n has a pair, and its clip is complete."""
+        return decision.num_steps <= self.pairs and decision.exit_index == decision.num_steps - 1
+
+    def ends_at_exit(self, decision: Decision) -> bool:
+        return self.config.lists == "shared" or super().ends_at_exit(decision)
 
     @property
     def pairs(self) -> int:
@@ -166,7 +180,7 @@ class ASD(DistributionMatching):
 
     def student_terms(self, judged: Judged, batch: dict[str, Any], decision: Decision) -> tuple[Tensor, dict[str, Tensor]]:
         loss, numbers = super().student_terms(judged, batch, decision)
-        if self.config.asd_weight == 0 or decision.num_steps > self.pairs:
+        if self.config.asd_weight == 0 or not self._is_compared(decision):
             return loss, numbers
         with torch.no_grad():
             better = self._better(batch, decision)
@@ -197,7 +211,7 @@ class ASD(DistributionMatching):
         """What the n-step clips are compared with: the student's own of one step more, or the data's."""
         if decision.num_steps == self.stream.num_steps:
             return batch["latents"]
-        more = replace(decision, num_steps=decision.num_steps + 1)
+        more = replace(decision, num_steps=decision.num_steps + 1, exit_place=LAST)
         if self.config.lists == "shared":
             more = replace(more, exit_place=decision.exit_place + 1 / self.stream.num_steps)
         return self._roll_out(batch, self.stream_of(more), more, role="student_with_more_steps")

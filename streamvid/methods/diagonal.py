@@ -9,7 +9,8 @@ DiagDistill, arXiv 2603.09488, on top of distribution matching (``methods.matchi
     flow matching       L_DMD + gamma 1/2 mean h (d(x) - sg(d(x) - g_m))^2,
                         g_m = (d(x0_fake) - d(x0_real)) / mean |d(x) - d(x0_real)|,   d(x)_f = F(x_{f+1} - x_f)
 
-The first two are how a student is streamed, so training does exactly what streaming will. ``d(x)`` carries gradient: in
+The first two are how a student is streamed, and a chunk takes all its steps before it becomes context (``methods.matching``),
+so training does what streaming will. ``d(x)`` carries gradient: in
 the released code it does not, and the term is a constant. With ``motion: difference`` F is the identity; then the term
 does not see what is the same in all frames, and leaves DMD's fixed point where it is. With ``motion: learned`` F is a
 small residual network on the differences, trained to tell the motion of a noised clip (network "motion"):
@@ -22,6 +23,7 @@ means nothing; frame weights h are the paper's code's, off by default.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,8 +69,9 @@ class Diagonal(DistributionMatching):
         latent_shape: tuple[int, int, int],
         fake_score: nn.Module | None = None,
         seed: int = 0,
+        as_image: Callable[[Tensor], Tensor] | None = None,
     ):
-        super().__init__(config, student, teacher, stream, latent_shape, fake_score, seed)
+        super().__init__(config, student, teacher, stream, latent_shape, fake_score, seed, as_image)
         if config.motion_weight and config.num_chunks * stream.chunk_frames < 2:
             raise ValueError("clips of one latent frame have no motion; raise num_chunks, or set motion_weight=0")
         learned = config.motion_weight > 0 and config.motion == "learned"
@@ -98,14 +101,15 @@ class Diagonal(DistributionMatching):
             fake, real = self._features(judged.x0_fake), self._features(judged.x0_real)
             g = dmd_gradient(moving, fake, real, self.config.normalizer)
             weight = frame_weights(self.config.frame_weights, fake - real)
-        flow = surrogate(moving, g, weight=weight)
+        counts = self.counted_frames(judged.x, decision)
+        flow = surrogate(moving, g, weight=weight, mask=None if counts is None else counts[:, 1:] * counts[:, :-1])
         numbers["flow"], numbers["motion_rms"] = flow.detach(), moving.detach().square().mean().sqrt()
         return loss + self.config.motion_weight * flow, numbers
 
     def _motion_loss(self, batch: dict[str, Any], decision: Decision) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
             x = self._roll_out(batch, self.stream_of(decision), decision)
-            x_t, _, _ = self._noised(x, batch["keys"])
+            x_t, _, _ = self._noised(x, batch["keys"], decision)
             seen, truth = temporal_difference(x_t), temporal_difference(x)
         loss = (self.motion.predict(seen) - truth).square().mean()
         return loss, as_floats({"loss": loss})

@@ -5,9 +5,13 @@ The student rolls out a clip x over its own committed chunks, as it will be stre
     student:     x <- x - g,  g = (x0_fake(x_t) - x0_real(x_t)) / mean |x - x0_real|,  x_t = (1 - t) x + t eps
     fake_score:  minimise mean |v_fake(x_t, t) - (eps - x)|^2 over rollouts of its own, detached
 
-at one t a clip. x0_real is the guided teacher, x0_fake has no guidance. The rollout of a turn ends at one random
-step of the student's list, the same for all processes; only that step carries gradient, and no gradient passes from
-chunk to chunk. Where chunks have lists of different lengths, each ends at the same fraction of its own.
+at one t per clip. x0_real is the guided teacher, x0_fake has no guidance. A turn draws one exit, a random step of the
+student's list, the same for all processes: the clip x is made of the exits' predictions, only they carry gradient, and no
+gradient passes from chunk to chunk. Where chunks have lists of different lengths, each exits at the same fraction of its
+own. A chunk takes all its steps before it becomes context (``context: streamed``), so that the keys and values over which
+later chunks are denoised are written from the states and at the times at which a stream writes them. Self-Forcing's code
+commits the exit's prediction (``context: exit``), which costs fewer forwards, but is a context that no stream has:
+with reused keys the past is then keys of nearly pure noise in a quarter of the updates.
 
 Every step updates the fake score; every ``fake_updates_per_student``-th step then updates the student too, which
 so meets a score that has just followed it. With 5, a run of 1000 steps has 1000 updates of the fake score and
@@ -18,8 +22,10 @@ wrong. ``fake_knows_steps`` tells it which step of how many ended the rollout.
 
 Long rollouts (``rollout_chunks``; after Self-Forcing++, arXiv 2510.02283): the student goes on past the teacher's
 clip length, over the window and sink that it streams with, and a part as long as the teacher's clips is judged.
-The part's first latent frame is not re-encoded as an image, as Self-Forcing does with Wan's codec, so the teacher
-should know clips that begin in the middle.
+A video codec's first latent frame is an image, so that the teacher knows no clip that begins with another: as in
+Self-Forcing's code the part's first frame is decoded and encoded as an image, and its first chunk carries no gradient.
+That makes the part a clip of the codec, not one of the prompt, which tells how a clip begins: where the teacher still is
+outside its law, at high noise, ``window_high`` leaves the comparison out.
 
 A method adds to ``student_terms`` and ``turns``; ``decide`` and ``stream_of`` say how a rollout is made.
 
@@ -31,7 +37,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -47,7 +53,7 @@ from streamvid.models.step_labels import add_step_labels, labelled
 from streamvid.rollout.loop import rollout, unwrapped
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import new_cache
-from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, truncate
+from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, move_tap, truncate
 from streamvid.seeding import key_to_seed, keyed_generator, keyed_normal
 from streamvid.teachers.base import Teacher, check_needs, predict_guided
 
@@ -80,11 +86,15 @@ class MatchingConfig:
     fake_knows_steps: bool = False
     """Whether the fake score is told which step of how many ended a rollout, by a vector on its time embedding."""
     exit: Literal["random", "last"] = "random"
-    """Which step of a chunk carries gradient and ends its rollout: any, or always the last."""
+    """Which step of a chunk carries gradient: any, or always the last."""
     rollout_chunks: int | None = None
     """Chunks of the longest rollout; None is ``num_chunks``. Gradient and loss are on ``num_chunks`` of them."""
     window: Literal["random", "last"] = "random"
     """Where in a longer rollout those are: anywhere, the rollout then ending with them, or at its end."""
+    window_high: float | None = None
+    """Greatest time at which a part from the middle of a rollout is judged; None is ``high``."""
+    context: Literal["streamed", "exit"] = "streamed"
+    """What chunks become context from: all their steps, as in a stream, or the exit's prediction, as in Self-Forcing's code."""
 
     def __post_init__(self) -> None:
         for name in ("num_chunks", "fake_updates_per_student"):
@@ -98,7 +108,12 @@ class MatchingConfig:
             raise ValueError(
                 f"rollout_chunks={self.rollout_chunks} is shorter than the num_chunks={self.num_chunks} that are judged"
             )
-        for name, choices in (("exit", ("random", "last")), ("window", ("random", "last"))):
+        if self.rollout_chunks is not None and self.rollout_chunks > self.num_chunks == 1:
+            raise ValueError("num_chunks=1: the first chunk of a part from the middle carries no gradient; judge at least 2")
+        if self.window_high is not None and not self.low < self.window_high <= self.high:
+            raise ValueError(f"window_high={self.window_high}, expected above low={self.low} and at most high={self.high}")
+        choices_of = {"exit": ("random", "last"), "window": ("random", "last"), "context": ("streamed", "exit")}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}, expected one of {choices}")
 
@@ -110,7 +125,13 @@ class Decision:
     exit_index: int  # steps before the one that carries gradient, of the chunk with most
     exit_place: float  # in [0, 1): of m steps, the one numbered int(m * place) carries gradient
     first_chunk: int  # of the part that is judged
-    num_steps: int | None = None  # a chunk, where a method draws it; None is the stream's
+    num_steps: int | None = None  # per chunk, where a method draws it; None is the stream's
+    first_place: float | None = None  # the exit's place in the first chunk's list; None is exit_place
+
+    def exit_step(self, chunk: int, num_steps: int) -> int:
+        """Steps that a chunk of ``num_steps`` takes before its exit."""
+        place = self.first_place if chunk == 0 and self.first_place is not None else self.exit_place
+        return int(place * num_steps)
 
 
 @dataclass(frozen=True)
@@ -137,6 +158,8 @@ class DistributionMatching:
         fake_score: a bidirectional network with the call of ``diffusers.WanTransformer3DModel``; None copies the
             teacher's transformer, in float32.
         seed: of all random draws.
+        as_image: from the latents ``[B, C, t, h, w]`` of a stream so far to that of its last frame as an image,
+            ``[B, C, 1, h, w]``, see ``codecs.base.last_frame_as_image``; for rollouts longer than the clips that are judged.
 
     Raises:
         ValueError: if these do not fit together.
@@ -153,12 +176,16 @@ class DistributionMatching:
         latent_shape: tuple[int, int, int],
         fake_score: nn.Module | None = None,
         seed: int = 0,
+        as_image: Callable[[Tensor], Tensor] | None = None,
     ):
         check_needs(self, teacher)
         if config.guidance_scale != 1 and teacher.uncond is None:
             raise ValueError(f"guidance_scale={config.guidance_scale} needs the teacher's uncond; 1 is no guidance")
         if stream.order == "rolling" and config.exit == "random":
             raise ValueError("order='rolling' denoises chunks of all levels jointly and has no exit; set exit='last'")
+        if (config.rollout_chunks or 0) > config.num_chunks and as_image is None:
+            raise ValueError("rollout_chunks above num_chunks needs as_image, by which a part's first frame becomes an image")
+        self.as_image = as_image
         self.config = config
         self.student = student
         self.teacher = teacher
@@ -205,7 +232,15 @@ class DistributionMatching:
 
     def student_terms(self, judged: Judged, batch: dict[str, Any], decision: Decision) -> tuple[Tensor, dict[str, Tensor]]:
         """What the student minimises, and numbers worth logging. Here: distribution matching alone."""
-        return surrogate(judged.x, judged.gradient), {}
+        return surrogate(judged.x, judged.gradient, mask=self.counted_frames(judged.x, decision)), {}
+
+    def counted_frames(self, x: Tensor, decision: Decision) -> Tensor | None:
+        """Which frames of the judged part carry gradient, ``[B, T]`` of 0 and 1; None: all of them."""
+        if decision.first_chunk == 0:
+            return None
+        counts = torch.ones(len(x), x.shape[2], device=x.device)
+        counts[:, : self.stream.chunk_frames] = 0
+        return counts
 
     def _student_loss(self, batch: dict[str, Any], decision: Decision) -> tuple[Tensor, dict[str, float]]:
         judged = self._judge(self._roll_out(batch, self.stream_of(decision), decision), batch, decision)
@@ -221,7 +256,7 @@ class DistributionMatching:
     @torch.no_grad()
     def _judge(self, x: Tensor, batch: dict[str, Any], decision: Decision) -> Judged:
         """Both scores at one noising of ``x``, and the direction between them."""
-        x_t, _, t = self._noised(x, batch["keys"])
+        x_t, _, t = self._noised(x, batch["keys"], decision)
         cond = batch["cond"].to(x.dtype)
         x0_fake = x0_from_v(x_t, self._fake_velocity(x_t, t, cond, self._label(decision)), t)
         v_real = predict_guided(self.teacher, x_t, t, cond, self.config.guidance_scale)
@@ -231,7 +266,7 @@ class DistributionMatching:
     def _fake_loss(self, batch: dict[str, Any], decision: Decision) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
             x = self._roll_out(batch, self.stream_of(decision), decision)
-            x_t, eps, t = self._noised(x, batch["keys"])
+            x_t, eps, t = self._noised(x, batch["keys"], decision)
         velocity = self._fake_velocity(x_t, t, batch["cond"].to(x.dtype), self._label(decision))
         loss = flow_matching_loss(velocity, x, eps)
         return loss, as_floats({"loss": loss})
@@ -239,12 +274,10 @@ class DistributionMatching:
     def _roll_out(self, batch: dict[str, Any], stream: StreamConfig, decision: Decision, role: str = "student") -> Tensor:
         """The judged part ``[B, C, T, h, w]`` of a rollout, with the caller's grad mode; each ``role`` has its own noise."""
         first, end = decision.first_chunk, decision.first_chunk + self.config.num_chunks
-        steps = steps_per_chunk(stream, end)
-        schedule = truncate(build_schedule(stream, end), lambda chunk: int(decision.exit_place * steps[chunk]))
         results = rollout(
             self.student,
             batch["cond"],
-            _tapped_from(first, schedule),
+            _tapped_from(first, self._schedule(stream, decision, end)),
             KeyedNoise([key_to_seed(self.seed, role, key) for key in batch["keys"]]),
             latent_shape=self.latent_shape,
             chunk_frames=stream.chunk_frames,
@@ -253,14 +286,34 @@ class DistributionMatching:
             context_t=stream.context_t,
             stepper=stream.stepper,
         )
-        return torch.cat([result.prediction for result in results if result.index >= first], dim=2)
+        results = list(results)
+        x = torch.cat([result.prediction for result in results[first:]], dim=2)
+        if first == 0:
+            return x
+        so_far = torch.cat([*(result.latents for result in results[:first]), results[first].latents[:, :, :1]], dim=2)
+        return torch.cat([self.as_image(so_far), x[:, :, 1:]], dim=2)
 
-    def _noised(self, x: Tensor, keys: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _schedule(self, stream: StreamConfig, decision: Decision, num_chunks: int) -> Iterator[Denoise]:
+        """The schedule of a rollout, tapped at its exits."""
+        steps = steps_per_chunk(stream, num_chunks)
+        schedule = build_schedule(stream, num_chunks)
+        if self.ends_at_exit(decision):
+            return truncate(schedule, lambda chunk: decision.exit_step(chunk, steps[chunk]))
+        schedule = move_tap(schedule, lambda chunk: decision.exit_step(chunk, steps[chunk]))
+        last = num_chunks - 1  # is nobody's context, so that its exit ends it
+        return truncate(schedule, lambda chunk: decision.exit_step(chunk, steps[chunk]) if chunk == last else steps[chunk])
+
+    def ends_at_exit(self, decision: Decision) -> bool:
+        """Whether a chunk's exit is its last step and so its context."""
+        return self.config.context == "exit"
+
+    def _noised(self, x: Tensor, keys: list[int], decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
         """``x_t``, its noise ``eps`` and its time ``[B]``, keyed by sample; detached."""
         c = self.config
+        high = c.high if decision.first_chunk == 0 or c.window_high is None else c.window_high
         eps = torch.stack([keyed_normal(tuple(x.shape[1:]), self.seed, "score_eps", key) for key in keys])
         generators = [keyed_generator(self.seed, "score_t", key) for key in keys]
-        t = torch.cat([sample_times(1, c.time_law, c.shift, generator, c.low, c.high) for generator in generators])
+        t = torch.cat([sample_times(1, c.time_law, c.shift, generator, c.low, high) for generator in generators])
         eps, t = eps.to(x), t.to(x)
         return add_noise(x.detach(), eps, t), eps, t  # sg
 

@@ -9,8 +9,8 @@ order. For two steps a chunk, at times 1 and .8 (a row is a chunk, a column an e
          1 .8               1 .8             1 .8
               1 .8             1 .8          1 .8
 
-Self-forcing is ``autoregressive`` (arXiv 2506.08009) and its random exit ``truncate``; first-frame
-enhancement gives chunk 0 its own ``first_times`` (arXiv 2511.01419); diagonal denoising is a ``table``
+Self-forcing is ``autoregressive`` (arXiv 2506.08009) and its random exit ``move_tap``, or ``truncate`` where the exit
+ends the chunk; first-frame enhancement gives chunk 0 its own ``first_times`` (arXiv 2511.01419); diagonal denoising is a ``table``
 (arXiv 2603.09488); rolling forcing is ``rolling`` (arXiv 2509.25161); a bidirectional teacher samples a
 ``full_sequence``. Times are continuous in (0, 1], after the shift, and fall along a list; a chunk begins as
 pure noise at the first time of its list, and its last step goes to 0.
@@ -23,7 +23,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from streamvid.core.times import step_times
@@ -144,10 +144,42 @@ def truncate(schedule: Iterable[Denoise], exit_index: int | Callable[[int], int]
         schedule: any schedule.
         exit_index: the number of steps before the last, for all chunks or as a function of the chunk.
     """
-    exit_of = exit_index if callable(exit_index) else lambda chunk: exit_index
-    if not callable(exit_index) and exit_index < 0:
+    return _truncated(schedule, _exit_of(exit_index))
+
+
+def move_tap(schedule: Iterable[Denoise], exit_index: int | Callable[[int], int]) -> Iterator[Denoise]:
+    """The same schedule, in which step ``exit_index`` of every chunk is tapped in place of its last.
+
+    The exit's prediction carries the gradient, and the chunk takes the rest of its steps before it becomes context, which
+    so is written from the state and at the time at which a stream writes it. A chunk with fewer steps is tapped at its
+    last one.
+
+    Args:
+        schedule: any schedule.
+        exit_index: the number of steps before the tapped one, for all chunks or as a function of the chunk.
+    """
+    return _tapped(schedule, _exit_of(exit_index))
+
+
+def _exit_of(exit_index: int | Callable[[int], int]) -> Callable[[int], int]:
+    if callable(exit_index):
+        return exit_index
+    if exit_index < 0:
         raise ValueError(f"exit_index={exit_index}, expected 0 for the first step, or more")
-    return _truncated(schedule, exit_of)
+    return lambda chunk: exit_index
+
+
+def _tapped(schedule: Iterable[Denoise], exit_of: Callable[[int], int]) -> Iterator[Denoise]:
+    taken: Counter[int] = Counter()  # steps taken of the chunks under way
+    for event in schedule:
+        taps = []
+        for chunk, t_next in zip(event.chunks, event.t_next):
+            step, taken[chunk] = taken[chunk], taken[chunk] + 1
+            is_last = t_next == 0
+            taps.append(step == exit_of(chunk) or (is_last and step < exit_of(chunk)))
+            if is_last:
+                del taken[chunk]
+        yield replace(event, tap=tuple(taps))
 
 
 def _truncated(schedule: Iterable[Denoise], exit_of: Callable[[int], int]) -> Iterator[Denoise]:

@@ -206,7 +206,8 @@ def build_on_meta(config: RunConfig, depth: int | None = None) -> tuple[Method, 
     uncond = torch.empty(text_tokens_of(config), int(student.config.text_dim), device="meta")
     if teacher is not None:
         teacher.uncond = uncond
-    method = build_method(_at_depth(config, student, depth), student, uncond, teacher, fake_score)
+    as_image = lambda latents: latents[:, :, -1:]  # noqa: E731; the codec is not counted
+    method = build_method(_at_depth(config, student, depth), student, uncond, teacher, fake_score, as_image)
     for network in method.networks().values():
         network.to("meta").train()
     switch_on(method.networks(), replace(config.train, compile=False))

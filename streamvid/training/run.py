@@ -2,7 +2,7 @@
 
 A run names its method (a file of `streamvid/methods`), the method's options, the networks, the data and the
 trainer's settings. A method gets the parts that its constructor names: `student`, `teacher`, `stream`,
-`uncond`, `latent_shape`, `seed`.
+`uncond`, `latent_shape`, `as_image`, `seed`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pkgutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import streamvid.methods
+from streamvid.codecs.base import last_frame_as_image
 from streamvid.codecs.load import open_codec
 from streamvid.codecs.text import PromptEncoder
 from streamvid.config import build_config, read_config
@@ -308,15 +310,22 @@ def needs_teacher(config: RunConfig) -> bool:
     return bool(method_class(config).needs - {"clips"})
 
 
+def judges_cuts(config: RunConfig) -> bool:
+    """Whether the method judges clips that are cut from the middle of a longer stream."""
+    return (getattr(config.options, "rollout_chunks", None) or 0) > getattr(config.options, "num_chunks", 0)
+
+
 def build_method(
-    config: RunConfig, student: nn.Module, uncond: Tensor, teacher: Teacher | None = None, fake_score: nn.Module | None = None
-) -> Method:
+    config: RunConfig, student: nn.Module, uncond: Tensor, teacher: Teacher | None = None, fake_score: nn.Module | None = None,
+    as_image: Callable[[Tensor], Tensor] | None = None,
+) -> Method:  # fmt: skip
     """The method with the parts that its constructor names.
 
     Args:
         uncond: the embedded negative prompt, ``[L, D]``.
         teacher: of methods that need one.
         fake_score: None leaves it to the method.
+        as_image: for methods that judge clips from the middle of a stream, see ``judges_cuts``.
 
     Raises:
         ValueError: if a part is missing or of no use.
@@ -334,6 +343,7 @@ def build_method(
         "latent_shape": (int(student.config.in_channels), *config.latent_size),
         "seed": config.train.seed,
         "fake_score": fake_score,
+        "as_image": as_image,
     }
     if teacher is not None:
         check_needs(cls, teacher)
@@ -408,11 +418,16 @@ def build_trainer(config: RunConfig, progress: bool = True) -> Trainer:
     if teacher is not None:
         share_teacher(config, student, teacher)
     fake_score = build_fake_score(config, teacher)
-    method = build_method(config, student, prompts.encode([config.teacher.negative_prompt])[0], teacher, fake_score)
+    codec = open_codec(config.components) if judges_cuts(config) else None
+    as_image = None if codec is None else partial(last_frame_as_image, codec)
+    uncond = prompts.encode([config.teacher.negative_prompt])[0]
+    method = build_method(config, student, uncond, teacher, fake_score, as_image)
     prompts.release()  # all prompts are encoded
     trainer = Trainer(config.train, method, source, None, resolved=asked, progress=progress)
     if "teacher" in vars(method):  # frozen: the trainer moves only what it trains
         method.teacher.to(trainer.accelerator.device)
+    if codec is not None:
+        codec.to(trainer.accelerator.device)
     trainer.save_fn = lambda run_dir: export(trainer, run_dir, config)
     return trainer
 

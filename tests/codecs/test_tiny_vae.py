@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from streamvid.codecs.base import last_frame_as_image
 from streamvid.codecs.load import open_codec
 from streamvid.codecs.tiny_vae import AutoencoderTinyVideo, reconstruction_loss
 from streamvid.data.world import caption, render, sample_spec
@@ -116,3 +117,15 @@ def test_the_shipped_codec_reconstructs_held_out_clips():
     truth = mean_scores(score(clip, prompt) for clip, prompt in zip(clips, prompts))
     found = mean_scores(score(clip, prompt) for clip, prompt in zip(decoded, prompts))
     assert {name: round(truth[name] - found[name], 3) for name in truth if truth[name] - found[name] > 0.02} == {}
+
+
+@torch.no_grad()
+def test_with_its_first_frame_as_an_image_a_cut_is_a_clip_of_its_own():
+    """Latents of a cut from the middle, its first encoded as an image, are nearer to the cut's own than those of the stream."""
+    codec = open_codec(TINY_TEACHER)
+    frames = torch.stack([render(sample_spec(seed), 33) for seed in range(4)])
+    whole, own = codec.encode_frames(frames), codec.encode_frames(frames[:, 12:])
+    cut = torch.cat([last_frame_as_image(codec, whole[:, :, :4]), whole[:, :, 4:]], dim=2)
+    error = lambda latents: (latents - own).square().mean(dim=(0, 1, 3, 4))  # noqa: E731
+    assert error(cut)[0] < 0.2 * error(whole[:, :, 3:])[0]
+    assert torch.equal(cut[:, :, 1:], whole[:, :, 4:])

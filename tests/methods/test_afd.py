@@ -189,6 +189,38 @@ def test_the_student_moves_where_the_discriminator_says():
         assert grads["student"]["mean"].sign() == sign
 
 
+def update_of_mean(control, slope=3.0, prompts=64, steps=1):
+    """The mean update of the student's mean, over decisions."""
+    student, total = Ar1Student(mean=0.0, s=1.0), 0.0
+    config = Config(group_size=2, self_normalized=False, lam_prior=0.0, beta=1.0, control=control)
+    method = AFD(config, student, NUMBERS, Slope(slope))
+    for step in range(steps):
+        batch = number_batch(range(1000 * step, 1000 * step + prompts))
+        total += run_turn(method, batch, "student", step)[0]["student"]["mean"].item() / steps
+    return total
+
+
+def test_a_negated_reward_moves_the_other_way_and_one_that_is_independent_of_the_clips_nowhere():
+    reward, negated = update_of_mean("none"), update_of_mean("negated")
+    assert reward < 0 < negated and negated == pytest.approx(-reward, rel=0.05)
+    assert abs(update_of_mean("independent", steps=12)) < 0.2 * abs(reward)
+
+
+def test_advantages_of_another_prompt_are_the_same_numbers():
+    method, _ = wan_method(Slope(), control="independent")
+    advantages = torch.arange(1.0, 7.0)[:, None]
+    moved = [method._controlled(advantages, torch.Generator().manual_seed(seed))[:, 0] for seed in range(20)]
+    assert all(row.abs().tolist() == [5, 6, 1, 2, 3, 4] for row in moved)
+    assert {tuple(row.sign().tolist()[::2]) for row in moved} >= {(1, 1, 1), (-1, -1, -1)}
+
+
+def test_a_discriminator_of_no_updates_stays_as_its_seed_makes_it():
+    heads = [wan_method(discriminator_updates=0, discriminator_seed=seed)[0] for seed in (None, 0, 1)]
+    assert heads[0].turns(0) == ("student",)
+    weights = [torch.cat([p.flatten() for p in method.discriminator.parameters()]) for method in heads]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
 def test_it_finds_the_teachers_mean_from_clips_alone():
     """Teacher N(2, 1), student N(0, 1): logistic regression for D, the policy step for the student."""
     student = Ar1Student(mean=0.0, s=1.0)
@@ -278,7 +310,7 @@ def test_advantages_of_tokens_say_the_same_with_less_noise():
 
 @pytest.mark.parametrize(
     "wrong", [{"group_size": 0}, {"beta": 0.0}, {"old_decay": 1.0}, {"lam_prior": -1.0}, {"advantage_clip": 0.0},
-              {"group_size": 1}]
+              {"group_size": 1}, {"control": "random"}, {"discriminator_updates": -1}]
 )  # fmt: skip
 def test_a_wrong_setting_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

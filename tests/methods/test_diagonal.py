@@ -153,12 +153,18 @@ class CountsSteps(Ar1Student):
 
 
 @pytest.mark.parametrize("place, last", [(0.0, (0, 0, 0)), (0.5, (2, 1, 1)), (0.3, (1, 0, 0)), (0.99, (3, 2, 1))])
-def test_all_chunks_end_at_the_same_fraction_of_their_lists(place, last):
+@pytest.mark.parametrize("context", ["streamed", "exit"])
+def test_all_chunks_exit_at_the_same_fraction_of_their_lists(context, place, last):
+    """The exits are the same whether a chunk then takes the rest of its steps or not; the last chunk never does."""
     student = CountsSteps()
-    method = gaussian_method(student, ScoreOf(ar1_teacher(0.8, FRAMES)), DIAGONAL)
+    method = gaussian_method(student, ScoreOf(ar1_teacher(0.8, FRAMES)), DIAGONAL, context=context)
+    events = list(method._schedule(DIAGONAL, Decision(0, place, 0), FRAMES))
+    exits = [(event.chunks[0], event.t[0]) for event in events if event.tap[0]]
+    assert exits == [(chunk, TABLE[min(chunk, 2)][last[min(chunk, 2)]]) for chunk in range(FRAMES)]
     method._roll_out(prompt_batch(method.teacher, KEYS), DIAGONAL, Decision(0, place, 0))
-    steps = [(chunk, t) for chunk in range(FRAMES) for t in TABLE[min(chunk, 2)][: last[min(chunk, 2)] + 1]]
-    assert student.times == steps
+    ends = [len(TABLE[min(chunk, 2)]) if context == "streamed" else last[min(chunk, 2)] + 1 for chunk in range(FRAMES - 1)]
+    ends.append(last[min(FRAMES - 1, 2)] + 1)
+    assert student.times == [(chunk, t) for chunk, end in enumerate(ends) for t in TABLE[min(chunk, 2)][:end]]
 
 
 def wan_method(**config):

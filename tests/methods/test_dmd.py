@@ -20,6 +20,7 @@ from torch import nn
 from streamvid.core.inject import dmd_gradient
 from streamvid.core.process import x0_from_v
 from streamvid.methods.dmd import DMD, Config, Method
+from streamvid.methods.matching import Decision
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.teachers.analytic import AnalyticTeacher
@@ -31,11 +32,11 @@ FOUR_STEPS = StreamConfig(num_steps=4, chunk_frames=1)
 KEYS = range(6)
 
 
-def ar1_method(student, fake=None, stream=ONE_STEP, teacher=None, **config):
+def ar1_method(student, fake=None, stream=ONE_STEP, teacher=None, as_image=None, **config):
     teacher = teacher or ar1_teacher(RHO, FRAMES)
     options = {"num_chunks": FRAMES, "guidance_scale": 1.0, **config}
     fake = ScoreOf(teacher) if fake is None else fake
-    return DMD(Config(**options), student, teacher, stream, (1, 1, 1), fake_score=fake)
+    return DMD(Config(**options), student, teacher, stream, (1, 1, 1), fake_score=fake, as_image=as_image)
 
 
 def gradients(method, turn, batch, step=0):
@@ -211,11 +212,16 @@ def test_exit_last_always_runs_the_whole_list():
 # Long rollouts ------------------------------------------------------------------------------------------
 
 
+def long_method(student, fake=None, **config):
+    """In its codec an image's latent is minus its frame's in a clip."""
+    return ar1_method(student, fake, as_image=lambda latents: -latents[:, :, -1:], **{"rollout_chunks": 8, **config})
+
+
 @pytest.mark.parametrize("window", ["random", "last"])
 def test_a_long_rollout_is_judged_and_trained_on_a_part_of_the_teachers_length(window):
     student = ClipStudent(noise(2, 1, 8, 1, 1))
     fake = ScoreOf(ar1_teacher(0.1, FRAMES))
-    method = ar1_method(student, fake, rollout_chunks=8, window=window)
+    method = long_method(student, fake, window=window)
     firsts = set()
     for step in range(40):
         student.calls.clear(), fake.inputs.clear()
@@ -225,8 +231,53 @@ def test_a_long_rollout_is_judged_and_trained_on_a_part_of_the_teachers_length(w
         firsts.add(first)
         assert fake.inputs[0][0].shape[2] == FRAMES
         assert student.calls == [(chunk, chunk >= first) for chunk in range(first + FRAMES)]
-        assert grad.abs().sum((0, 1, 3, 4)).nonzero().flatten().tolist() == list(range(first, first + FRAMES))
+        trained = range(first + (1 if first else 0), first + FRAMES)  # not the first chunk of a part from the middle
+        assert grad.abs().sum((0, 1, 3, 4)).nonzero().flatten().tolist() == list(trained)
     assert firsts == (set(range(6)) if window == "random" else {5})
+
+
+def test_a_part_from_the_middle_begins_with_an_image_and_one_from_the_start_is_left_alone():
+    """The teacher knows no clip whose first latent is not an image's: its loss there was .787 where it has .123."""
+    clip = noise(2, 1, 8, 1, 1)
+    method = long_method(ClipStudent(clip))
+    batch = prompt_batch(method.teacher, range(2))
+    for first in range(6):
+        x = method._roll_out(batch, method.stream, Decision(0, 0.0, first)).detach()
+        part = clip[:, :, first : first + FRAMES].clone()
+        part[:, :, 0] *= -1 if first else 1
+        torch.testing.assert_close(x, part, rtol=0, atol=1e-6)
+
+
+def test_the_loss_is_a_mean_over_the_frames_that_count():
+    clip = noise(2, 1, 8, 1, 1)
+    method = long_method(ClipStudent(clip), ScoreOf(ar1_teacher(0.1, FRAMES)))
+    batch = prompt_batch(method.teacher, range(2))
+    decision = Decision(0, 0.0, 2)
+    judged = method._judge(method._roll_out(batch, method.stream, decision), batch, decision)
+    loss, _ = method.student_terms(judged, batch, decision)
+    expected = 0.5 * judged.gradient[:, :, 1:].square().mean()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=0)
+
+
+def test_parts_from_the_middle_are_judged_where_the_teacher_knows_them():
+    fake = ScoreOf(ar1_teacher(0.1, FRAMES))
+    method = long_method(ClipStudent(noise(6, 1, 8, 1, 1)), fake, window_high=0.5)
+    times = {True: [], False: []}
+    for step in range(30):
+        for turn in ("student", "fake_score"):
+            fake.inputs.clear()
+            method.loss(turn, prompt_batch(method.teacher, range(6 * step, 6 * step + 6)), step)
+            times[method.decide(turn, step).first_chunk > 0].append(fake.inputs[0][1].max().item())
+    assert max(times[True]) <= 0.5 and max(times[False]) > 0.9
+
+
+def test_a_long_rollout_needs_images_and_two_chunks():
+    with pytest.raises(ValueError, match="needs as_image"):
+        ar1_method(Ar1Student(), rollout_chunks=8)
+    with pytest.raises(ValueError, match="judge at least 2"):
+        Config(num_chunks=1, rollout_chunks=2)
+    with pytest.raises(ValueError, match="window_high"):
+        Config(window_high=0.99)
 
 
 # The causal Wan -----------------------------------------------------------------------------------------

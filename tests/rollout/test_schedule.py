@@ -1,6 +1,7 @@
 """Schedules as data: the orders, their truncation and cost, and the saved configuration."""
 
 import itertools
+from dataclasses import replace
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from streamvid.rollout.schedule import (
     full_sequence,
     rolling,
     table,
+    move_tap,
     truncate,
 )
 
@@ -86,6 +88,17 @@ def test_truncation_by_chunk_and_of_ragged_lists():
     assert [len(row) for row in rows(truncate(schedule, lambda chunk: (2, 0, 1)[chunk])).values()] == [3, 1, 2]
 
 
+def test_a_moved_tap_changes_no_step():
+    for order in (autoregressive, rolling, full_sequence):
+        moved = list(move_tap(order(TIMES, 3), 1))
+        assert [replace(event, tap=()) for event in moved] == [replace(event, tap=()) for event in order(TIMES, 3)]
+        assert all([tap for _, _, tap in row] == [step == 1 for step in range(len(TIMES))] for row in rows(moved).values())
+        assert list(move_tap(order(TIMES, 3), len(TIMES) - 1)) == list(order(TIMES, 3))
+    ragged = rows(move_tap(autoregressive((1.0, 0.5), 2, first_times=TIMES), 2))
+    assert [[tap for _, _, tap in row] for row in ragged.values()] == [[False, False, True], [False, True]]
+    assert len(list(itertools.islice(move_tap(autoregressive(TIMES), 1), 12))) == 12
+
+
 def test_costs_of_the_published_schedules():
     """Self-Forcing's clip has 7 (4 + 1) forwards less the useless last commit, diagonal 17 and no commit."""
     self_forcing = autoregressive(step_times(4, 5.0), 7)
@@ -115,6 +128,8 @@ def test_bad_counts_are_refused_at_construction():
         table([])
     with pytest.raises(ValueError, match="exit_index=-1"):
         truncate(autoregressive(TIMES), -1)
+    with pytest.raises(ValueError, match="exit_index=-1"):
+        move_tap(autoregressive(TIMES), -1)
 
 
 # ---- the configuration --------------------------------------------------------------------------------
