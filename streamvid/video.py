@@ -1,8 +1,8 @@
 """Reading and writing clips: frames ``[T, 3, H, W]`` in [0, 1] to and from files.
 
 Written: .mp4 and .webm (H.264 and VP9, by imageio's ffmpeg), .gif, or a folder of numbered PNGs (a path without a
-suffix, or one that ends with a slash). A file or folder appears under its name when it is complete. Read: by decord
-where it is installed, else by imageio.
+suffix, or one that ends with a slash). A file or folder appears under its name when it is complete. Read: what
+``streamvid.frames`` reads, and folders of PNGs.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from typing import Any
 import imageio.v2 as imageio
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageSequence
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from streamvid.files import atomic_file, atomic_folder
+from streamvid.frames import clip_frames, is_large
 
 CODECS = {".mp4": "libx264", ".webm": "libvpx-vp9"}
 SUFFIXES = (*CODECS, ".gif", "")
+LARGE = (  # players take large pictures for BT.709, ffmpeg makes BT.601 of any size
+    "-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709",
+    "-color_trc", "bt709", "-color_range", "tv",
+)  # fmt: skip
 OWN_PNG = re.compile(r"\d{6}\.png|\.\d{6}\.tmp-\w+\.png")  # what a writer of PNGs, or its crash, leaves in its folder
 
 
@@ -108,7 +114,7 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         with ExitStack() as stack:
             self._target = stack.enter_context(self._place())
-            self._writer = stack.enter_context(closing(self._open())) if self.suffix else None
+            self._writer = None  # opened when the size is known
             self._stack = stack.pop_all()
         return self
 
@@ -122,12 +128,12 @@ class VideoWriter:
             file.unlink()
         return nullcontext(self.path)
 
-    def _open(self) -> Any:
+    def _open(self, height: int, width: int) -> Any:
         if self.suffix == ".gif":
             return imageio.get_writer(self._target, duration=1000 / self.fps, loop=0)
         return imageio.get_writer(
             self._target, fps=self.fps, codec=CODECS[self.suffix], macro_block_size=1, ffmpeg_log_level="error",
-            output_params=["-pix_fmt", "yuv420p", "-crf", "16"],
+            output_params=["-pix_fmt", "yuv420p", "-crf", "16", *(LARGE if is_large(width, height) else ())],
         )
 
     def append(self, frames: Tensor) -> None:
@@ -145,7 +151,9 @@ class VideoWriter:
             raise ValueError(f"{self.path}: frames of {height} x {width} after frames of {self._size[0]} x {self._size[1]}")
 
     def _write(self, image: np.ndarray) -> None:
-        if self._writer is not None:
+        if self.suffix:
+            if self._writer is None:
+                self._writer = self._stack.enter_context(closing(self._open(*image.shape[:2])))
             self._writer.append_data(image)
             return
         name = self._target / f"{self.num_frames:06d}.png"
@@ -167,42 +175,42 @@ def write_video(frames: Tensor, path: str | Path, fps: float) -> None:
 
 
 def read_video(path: str | Path) -> tuple[Tensor, float]:
-    """All frames ``[T, 3, H, W]`` in [0, 1] of a file or a folder of PNGs, and its frames a second (PNGs: 0).
+    """All frames ``[T, 3, H, W]`` in [0, 1], of square pixels, of a file or a folder of PNGs, and its frames a second on
+    average (PNGs and single frames: 0).
 
     Raises:
-        ValueError: if it is missing or no video.
+        ValueError: if it is missing, damaged or no video.
     """
     path = Path(path)
     if path.is_dir():
-        if not any(path.glob("*.png")):
-            raise ValueError(f"{path} holds no PNGs")
-    elif not path.is_file():
-        raise ValueError(f"no video at {path}")
-    try:
-        frames, fps = _decode(path)
-    except Exception as error:  # each backend has its own kinds
-        raise ValueError(f"{path} can't be read as a video: {' '.join(str(error).split())[-120:]}") from error
-    return _from_uint8(frames), fps
+        return _read_pngs(path), 0.0
+    pictures, starts, aspect = [], [], 1.0
+    for frame in clip_frames(path):
+        pictures.append(frame.picture())
+        starts.append(frame.start)
+        aspect = frame.pixel_aspect
+    if not pictures:
+        raise ValueError(f"{path} has no frames")
+    frames = _from_uint8(np.stack(pictures))
+    if aspect != 1:
+        size = frames.shape[2], max(1, round(frames.shape[3] * aspect))
+        frames = interpolate(frames, size, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
+    passed = starts[-1] - starts[0]
+    return frames, (len(starts) - 1) / passed if passed else 0.0
 
 
-def _decode(path: Path) -> tuple[np.ndarray, float]:
-    if path.is_dir():
-        return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in sorted(path.glob("*.png"))]), 0.0
-    if path.suffix.lower() == ".gif":  # decord does not read it
-        image = Image.open(path)
-        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
-        return np.stack(frames), 1000 / (image.info.get("duration") or 100)
+def _read_pngs(folder: Path) -> Tensor:
+    files = sorted(folder.glob("*.png"))
+    if not files:
+        raise ValueError(f"{folder} holds no PNGs")
     try:
-        import decord
-    except ImportError:
-        with imageio.get_reader(path) as reader:  # its len is infinite, which list(reader) does not stand
-            return np.stack(list(reader.iter_data())), float(reader.get_meta_data().get("fps", 0.0))
-    reader = decord.VideoReader(str(path), num_threads=1)
-    return reader.get_batch(range(len(reader))).asnumpy(), float(reader.get_avg_fps())
+        return _from_uint8(np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files]))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{folder} can't be read as a video: {' '.join(str(error).split())[-120:]}") from error
 
 
 def _from_uint8(frames: np.ndarray) -> Tensor:
-    return torch.from_numpy(frames[..., :3].copy()).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
 
 
 def contact_sheet(

@@ -6,7 +6,9 @@
 
 The Euler grid of --steps steps (at --shift) is made to pass the student's times exactly: those that are not on it
 are added. With --student-shift equal to --shift and --steps a multiple of --student-steps, none is. The same
-command goes on where it was interrupted. `data.kind=trajectories data.path=OUT method=trajectory` trains on it.
+command goes on where it was interrupted, and started several times at once, such as on each GPU of a machine
+(CUDA_VISIBLE_DEVICES=1 python ... &), its processes divide the work. Machines without a common disk take --share 1/4,
+2/4, ... each; put their folders into one. `data.kind=trajectories data.path=OUT method=trajectory` trains on it.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--latent-size", type=int, nargs=2, default=(8, 8), metavar=("H", "W"), help="8 8")
     parser.add_argument("--batch-size", type=int, default=4, help="clips solved together (%(default)s)")
     parser.add_argument("--clips-per-part", type=int, default=64, help="clips a file (%(default)s)")
+    parser.add_argument("--share", default="1/1", metavar="K/N", help="the K-th of N shares of the parts (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bf16", "fp16"), default="float32", help="of the teacher")
     parser.add_argument("--device", default="cpu", help="of the teacher (%(default)s)")
     return parser
@@ -49,6 +52,7 @@ def make(args: argparse.Namespace) -> None:
     import torch
 
     from streamvid.core.times import step_times
+    from streamvid.data.parts import checkpoint_key
     from streamvid.data.prompts import read_prompts, world_prompts
     from streamvid.data.trajectories import check_falling, write_trajectories
     from streamvid.methods.trajectory import grid_through, solve_trajectories
@@ -57,6 +61,7 @@ def make(args: argparse.Namespace) -> None:
     for name in ("num", "latent_frames", "batch_size", "clips_per_part"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}, expected at least 1")
+    share = read_share(args.share)
     student_times = read_times(args.times) if args.times else step_times(args.student_steps, args.student_shift)
     times = check_falling((*student_times, 0.0))
     prompts = read_prompts(args.prompts) if args.prompts else world_prompts(args.num, args.first_seed)
@@ -70,14 +75,16 @@ def make(args: argparse.Namespace) -> None:
         latent_shape=(teacher.latent_channels, *args.latent_size), latent_frames=args.latent_frames,
     )  # fmt: skip
     settings = {
-        "teacher": str(Path(args.teacher).resolve()), "dtype": args.dtype, "grid": grid, "guidance": args.guidance,
-        "negative_prompt": args.negative_prompt, "latent_frames": args.latent_frames,
-        "latent_size": list(args.latent_size),
+        "teacher": str(Path(args.teacher).resolve()),
+        "teacher_weights": checkpoint_key(args.teacher, "transformer", "transformer_2"),
+        "text_encoder": checkpoint_key(args.teacher, "text_encoder", "tokenizer"),
+        "dtype": args.dtype, "grid": grid, "guidance": args.guidance, "negative_prompt": args.negative_prompt,
+        "latent_frames": args.latent_frames, "latent_size": list(args.latent_size),
     }  # fmt: skip
     write_trajectories(
         args.out, list(islice(cycle(prompts), args.num)), times, teacher.encode_prompt,
         lambda cond, seeds: solve(cond.to(teacher.device), seeds), settings,
-        args.first_seed, args.clips_per_part, args.batch_size,
+        args.first_seed, args.clips_per_part, args.batch_size, share,
     )  # fmt: skip
 
 
@@ -87,6 +94,15 @@ def read_times(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"--times {text}, expected numbers separated by commas, such as 1,0.9375,0.625") from None
+
+
+def read_share(text: str) -> tuple[int, int]:
+    """K and N of K/N."""
+    try:
+        part, parts = map(int, text.split("/"))
+        return part, parts
+    except ValueError:
+        raise ValueError(f"--share {text}, expected a part of the work such as 1/4") from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -74,6 +74,11 @@ class PromptBatches:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with what the batches are made of."""
+        return f"{key_to_seed(*self.prompts):016x}"
+
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
         """Samples ``indices`` of the joint batch: cond ``[B, L, D]`` (float32), prompts, ``keys``, a seed a sample."""
         keys = [key_to_seed(self.seed, "prompt", step, turn, micro, index) for index in indices]

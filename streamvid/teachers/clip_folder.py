@@ -8,8 +8,9 @@ a frame rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,21 +42,30 @@ class ClipFolder:
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:
-        """Frames ``[T, 3, H, W]`` in [0, 1] and the caption of each clip. All are opened before the first is decoded."""
+    def __getitem__(self, index: int) -> tuple[Tensor, list[str]]:
+        """Frames ``[T, 3, H, W]`` in [0, 1] and the caption of a clip."""
+        path, caption = self.clips[index]
+        return read_clip(path, self.form), [caption]
+
+    def check(self) -> None:
+        """A ValueError of the first clip that can't be opened or is too short, before hours of decoding."""
         for path, _ in tqdm(self.clips, desc="opening clips", unit="clip"):
             check_clip(path, self.form)
-        for path, caption in self.clips:
-            yield read_clip(path, self.form), [caption]
 
-    def fingerprint(self) -> int:
-        """A number that changes with the clips, their captions and the format, to name what was made of them."""
+    def names(self) -> list[str]:
+        """Of each clip a name that changes with the file, its caption and the format, for what is made of it."""
         f = self.form
-        key = [f"{f.fps:g}", f.num_frames, f.height, f.width]
+        form = [f"{f.fps:g}", f.num_frames, f.height, f.width]
+        names = []
         for path, caption in self.clips:
             state = path.stat()
-            key += [path.relative_to(self.folder), caption, state.st_size, state.st_mtime_ns]
-        return key_to_seed(*map(str, key))
+            key = [*form, path.relative_to(self.folder), caption, state.st_size, state.st_mtime_ns]
+            names.append(f"{key_to_seed(*map(str, key)):016x}")
+        return names
+
+    def fingerprint(self) -> int:
+        """A number that changes with any of the names, to name what was made of all clips."""
+        return key_to_seed(*self.names())
 
 
 class ClipRenderer:
@@ -71,26 +81,30 @@ class ClipRenderer:
 
     def __init__(self, render: Callable[[str, int], Tensor], prompts: Sequence[str], seed: int = 0):
         self.render, self.prompts, self.seed = render, list(prompts), seed
+        self._shape: torch.Size | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:
-        """Frames and prompt of each clip.
+    def __getitem__(self, index: int) -> tuple[Tensor, list[str]]:
+        """Frames and prompt of a clip.
 
         Raises:
-            ValueError: if a clip has another shape than the first.
+            ValueError: if it has another shape than the first one that was made.
         """
-        shape = None
-        for index, prompt in enumerate(self.prompts):
-            frames = self.render(prompt, key_to_seed("clip", self.seed, index))
-            shape = shape or frames.shape
-            if frames.ndim != 4 or frames.shape[1] != 3 or frames.shape != shape:
-                raise ValueError(
-                    f"the clip rendered for {prompt!r} has the shape {tuple(frames.shape)}; expected [T, 3, H, W], the "
-                    f"same for all prompts, the first was {tuple(shape)}"
-                )
-            yield frames, [prompt]
+        prompt = self.prompts[index]
+        frames = self.render(prompt, key_to_seed("clip", self.seed, index))
+        self._shape = self._shape or frames.shape
+        if frames.ndim != 4 or frames.shape[1] != 3 or frames.shape != self._shape:
+            raise ValueError(
+                f"the clip rendered for {prompt!r} has the shape {tuple(frames.shape)}; expected [T, 3, H, W], the "
+                f"same for all prompts, the first was {tuple(self._shape)}"
+            )
+        return frames, [prompt]
+
+    def names(self) -> list[str]:
+        """Of each clip a name that changes with its prompt and seed, for what is made of it."""
+        return [f"{key_to_seed('clip', self.seed, index, prompt):016x}" for index, prompt in enumerate(self.prompts)]
 
 
 def encode_clips(
@@ -98,14 +112,16 @@ def encode_clips(
     teacher: ClipFolder | ClipRenderer,
     codec: VideoCodec,
     embed: Callable[[list[str]], Tensor],
-    batch_size: int = 16,
+    **options: Any,
 ) -> None:
-    """Encode a black box's clips and write them as the latent set ``path``, which appears when it is complete.
+    """Encode a black box's clips, one at a time, and write them as the latent set ``path``, which appears when it is
+    complete. What was encoded is kept: after a clip that can't be read was mended or removed, the others are not read again.
 
     Args:
         codec: the student's.
         embed: prompts to embeddings ``[B, L, D]``.
-        batch_size: clips encoded together.
+        options: ``settings``, ``share``, ``device`` and ``keep_in`` of ``write_latents``; settings should name codec and
+            teacher, or what an interrupted call has kept is taken over by one with others.
 
     Raises:
         ValueError: if the codec can't take the clips' length or size, or a clip can't be read.
@@ -114,4 +130,5 @@ def encode_clips(
         f = teacher.form
         shape = (1, f.num_frames, 3, f.height, f.width)
         check_frames(torch.empty(shape, device="meta"), codec.temporal_ratio, codec.spatial_ratio)
-    write_latents(path, iter(teacher), len(teacher), codec.encode_frames, embed, batch_size)
+        teacher.check()
+    write_latents(path, teacher, codec.encode_frames, embed, names=teacher.names(), **options)

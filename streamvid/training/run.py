@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
+import math
+import os
 import pkgutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import streamvid.methods
@@ -26,7 +30,8 @@ from streamvid.codecs.load import open_codec
 from streamvid.codecs.text import PromptEncoder
 from streamvid.config import build_config, read_config
 from streamvid.data.clips import ClipFormat
-from streamvid.data.latents import LatentClips, WorldSet, world_clips, write_latents
+from streamvid.data.latents import LatentClips, WorldClips, WorldSet, ensure_made_of, write_latents
+from streamvid.data.parts import checkpoint_key
 from streamvid.data.prompts import PromptBatches, read_prompts, world_prompts
 from streamvid.data.trajectories import Trajectories
 from streamvid.files import atomic_folder
@@ -36,13 +41,15 @@ from streamvid.models.lora import LoraConfig, adapt, is_adapted, save_adapter, s
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import key_to_seed
 from streamvid.serving.card import model_card
-from streamvid.serving.student import ASSETS, COMPONENTS, TINY_TEACHER, load_transformer, save_student
+from streamvid.serving.student import ASSETS, TINY_TEACHER, load_transformer, save_student
 from streamvid.teachers.base import Teacher, check_needs, check_width
 from streamvid.teachers.clip_folder import ClipFolder, encode_clips
 from streamvid.teachers.load import open_teacher, resolve_checkpoint
 from streamvid.teachers.wan import load_wan_transformer
+from streamvid.training.processes import launched_processes
 from streamvid.training.trainer import TrainConfig, Trainer
 
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -184,36 +191,113 @@ def build_student(config: StudentConfig, seed: int = 0) -> nn.Module:
     return network
 
 
-def build_source(config: RunConfig, prompts: PromptEncoder) -> BatchSource:
-    """The batches of a run."""
+def build_source(config: RunConfig, prompts: PromptEncoder, device: torch.device | str = "cpu") -> BatchSource:
+    """The batches of a run.
+
+    What they need is made if it is not there, by all processes of the run together.
+
+    Args:
+        device: that clips are encoded on.
+
+    Raises:
+        ValueError: if the data is not there, damaged, or made of something else than the run asks for.
+    """
     data, seed = config.data, config.train.seed
     if data.kind == "prompts":
         texts = read_prompts(data.path) if data.path else world_prompts(data.num_prompts)
-        prompts.prepare(texts)
+        index, processes = own_share()
+        first = index * len(texts) // processes if config.prompt_cache else 0  # others' are read from the cache
+        prompts.prepare(texts[first:] + texts[:first])
         return PromptBatches(prompts.encode, texts, seed)
     if data.path is None:
         raise ValueError(f"data.kind={data.kind} needs data.path, the file to read or to make")
+    made_by = {"text_encoder": checkpoint_key(config.components, "text_encoder", "tokenizer")}
     if data.kind == "trajectories":
-        return Trajectories(data.path, seed)
-    if data.kind == "world" and not Path(data.path).exists():
-        codec = open_codec(config.components)
-        clips = world_clips(data.world)
-        write_latents(data.path, clips, data.world.num_clips, codec.encode_frames, prompts.encode)
-    path = encoded_folder(config, prompts) if data.kind == "clips" else data.path
-    return LatentClips(path, seed, data.latent_frames, data.window_stride, data.first_share)
+        source = Trajectories(data.path, seed)
+        ensure_made_of(data.path, source.settings, made_by, only_known=True)
+    else:
+        made_by |= {"codec": checkpoint_key(config.components, "vae")}
+        source = latent_clips(config, prompts, device, made_by)
+    if source.text_dim != prompts.embedding_dim:
+        raise ValueError(
+            f"{data.path} has embeddings of {source.text_dim} numbers a token, the text encoder of {config.components} gives "
+            f"{prompts.embedding_dim}; make it again, or set components to the folder that it was made with"
+        )
+    return source
 
 
-def encoded_folder(config: RunConfig, prompts: PromptEncoder) -> Path:
+def latent_clips(
+    config: RunConfig, prompts: PromptEncoder, device: torch.device | str, made_by: dict[str, str]
+) -> LatentClips:
+    """A latent set; of the world or of a folder it is made if it is not there.
+
+    Args:
+        made_by: keys of the codec and the text encoder.
+    """
+    data = config.data
+    path, of = Path(data.path), made_by
+    if data.kind == "world":
+        of = {**asdict(data.world), **made_by}
+        if not path.exists():
+            clips = WorldClips(data.world)
+            codec = open_codec(config.components, device)
+            write_latents(path, clips, codec.encode_frames, prompts.encode, of, clips.at_once, own_share(), device)
+    if data.kind == "clips":
+        path = encoded_folder(config, prompts, device, made_by)
+    source = LatentClips(path, config.train.seed, data.latent_frames, data.window_stride, data.first_share)
+    ensure_made_of(path, source.settings, of, only_known=data.kind != "world")
+    return source
+
+
+def ensure_same_latents(config: RunConfig, source: BatchSource, student: nn.Module) -> None:
+    """A ValueError if a set's latents are not those of the student's codec."""
+    made, taken = getattr(source, "latent_channels", None), student.config.out_channels
+    if made is not None and made != taken:
+        raise ValueError(f"{config.data.path} has latents of {made} channels, the student takes {taken}; make it with its codec")
+
+
+def encoded_folder(
+    config: RunConfig, prompts: PromptEncoder, device: torch.device | str, made_by: dict[str, str]
+) -> Path:
     """The latent set of a folder of clips, made if it is not there; its name tells clips and codec apart from others."""
-    data, home = config.data, Path(config.components)
-    teacher = ClipFolder(data.path, data.clips)
-    files = [file for part in COMPONENTS for file in sorted((home / part).rglob("*")) if file.is_file()]
-    codec_key = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    name = f"{teacher.folder.resolve().name}-{key_to_seed(teacher.fingerprint(), *codec_key):016x}.safetensors"
-    path = Path(data.cache_dir) / "clips" / name
+    data = config.data
+    teacher, home = ClipFolder(data.path, data.clips), Path(data.cache_dir) / "clips"
+    name = teacher.folder.resolve().name
+    path = home / f"{name}-{key_to_seed(teacher.fingerprint(), *made_by.values()):016x}.safetensors"
     if not path.exists():
-        encode_clips(path, teacher, open_codec(config.components), prompts.encode)
+        encode_clips(
+            path, teacher, open_codec(config.components, device), prompts.encode, share=own_share(), device=device,
+            settings={"clips": f"{teacher.fingerprint():016x}", **made_by},
+            keep_in=home / f".{name}.parts-{key_to_seed(*made_by.values()):016x}",
+        )  # fmt: skip
     return path
+
+
+def own_share() -> tuple[int, int]:
+    """The number of this process, and how many there are, also before they know each other."""
+    return int(os.environ.get("RANK", 0)), launched_processes()
+
+
+def encoding_device() -> torch.device:
+    """Where this process's networks will be, before accelerate has said so."""
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def text_device(components: str, device: torch.device) -> torch.device:
+    """Where prompts are encoded: on the run's device if the text encoder fits there in float32, else on the CPU."""
+    needed = 1.2 * 4 * sum(map(num_values, (Path(components) / "text_encoder").glob("*.safetensors")))
+    if device.type == "cpu" or needed < torch.cuda.mem_get_info(device)[0]:
+        return device
+    log.info("the text encoder needs about %.0f GiB, more than is free on %s: it runs on the CPU", needed / 2**30, device)
+    return torch.device("cpu")
+
+
+def num_values(file: Path) -> int:
+    """Numbers in a weight file, by its header."""
+    with safe_open(file, "pt") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
 
 
 def method_class(config: RunConfig) -> Any:
@@ -323,9 +407,13 @@ def build_teacher(config: TeacherConfig, prompts: PromptEncoder) -> Teacher:
 def build_trainer(config: RunConfig, progress: bool = True) -> Trainer:
     """Everything that a run needs, ready for `.train()`, which ends by exporting the network that was trained."""
     asked, config = config, fetched(config)
-    prompts = PromptEncoder.from_pretrained(config.components, cache_dir=config.prompt_cache)
+    device = encoding_device()
+    prompts = PromptEncoder.from_pretrained(
+        config.components, cache_dir=config.prompt_cache, device=text_device(config.components, device)
+    )
     student = build_student(config.student, config.train.seed)
-    source = build_source(config, prompts)
+    source = build_source(config, prompts, device)
+    ensure_same_latents(config, source, student)
     teacher = build_teacher(config.teacher, prompts) if needs_teacher(config) else None
     if teacher is not None:
         share_teacher(config, student, teacher)

@@ -1,6 +1,8 @@
 """Clips of any container, rate and size come out at the times and in the shape that are asked for."""
 
+import csv
 import json
+from functools import partial
 
 import imageio.v2 as imageio
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 import torch
 
 from streamvid.data import clips
-from streamvid.data.clips import ClipFormat, check_clip, fit_size, nearest_frames, read_captions, read_clip
+from streamvid.data.clips import ClipFormat, check_clip, fit_size, read_captions, read_clip
+from streamvid.frames import Frame
 from streamvid.video import write_video
 
 FORM = ClipFormat(fps=8.0, num_frames=5, height=16, width=16)
@@ -40,22 +43,16 @@ def test_a_clip_is_read_at_the_times_that_are_asked_for(tmp_path, fps, expected,
     assert found == expected or (suffix == "gif" and np.abs(np.subtract(found, expected)).max() <= 1)
 
 
-def test_without_decord_imageio_reads_the_same(tmp_path, monkeypatch):
-    path = tmp_path / "clip.mp4"
-    write_video(ramp(14), path, 16)
-    usual = read_clip(path, FORM)
-
-    def broken(path):
-        raise ImportError("no decord")
-
-    monkeypatch.setattr(clips, "_open_decord", broken)
-    assert numbers(read_clip(path, FORM)) == numbers(usual) == [0, 2, 4, 6, 8]
-
-
-def test_irregular_frames_are_taken_by_their_times():
-    starts = [0.0, 0.05, 0.3, 0.35, 0.6, 1.0]
-    assert nearest_frames("x", starts, ClipFormat(fps=4.0, num_frames=4)) == [0, 2, 4, 4]
-    assert nearest_frames("x", [10 + s for s in starts], ClipFormat(fps=4.0, num_frames=4)) == [0, 2, 4, 4]
+def test_irregular_frames_are_taken_by_their_times(tmp_path, monkeypatch):
+    """The frame that begins nearest to each time; the earlier one of two."""
+    for shift in (0, 10):
+        starts = enumerate([0.0, 0.05, 0.3, 0.35, 0.6, 1.0])
+        frames = [Frame(shift + t, partial(np.full, (16, 16, 3), k * 10, np.uint8)) for k, t in starts]
+        monkeypatch.setattr(clips, "clip_frames", lambda path: (frame for frame in frames))
+        found = read_clip("x", ClipFormat(fps=4.0, num_frames=4, height=16, width=16))
+        assert (found.mean((1, 2, 3)) * 25.5).round().tolist() == [0, 2, 4, 4]
+        found = read_clip("x", ClipFormat(fps=5.0, num_frames=6, height=16, width=16))
+        assert (found.mean((1, 2, 3)) * 25.5).round().tolist() == [0, 2, 3, 4, 4, 5]
 
 
 @pytest.mark.parametrize("size, rows", [((32, 64), slice(16, 48)), ((32, 32), slice(0, 32))])
@@ -129,6 +126,46 @@ def test_captions_stand_in_a_table(folder, kind):
     assert read_captions(folder) == [(folder / "a.mp4", "a circle"), (folder / "inner" / "b.WEBM", 'a "square", blue')]
 
 
+@pytest.mark.parametrize("strange", ["\u2028", "\x85", "\u2029"])
+def test_a_line_ends_where_json_ends_it(folder, strange):
+    """Valid captions with a Unicode line separator were refused: "line 1 is no JSON"."""
+    rows = [{"file_name": "a.mp4", "text": f"a{strange}b"}, {"file_name": "inner/b.WEBM", "text": "c"}]
+    (folder / "metadata.jsonl").write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert [caption for _, caption in read_captions(folder)] == ["a b", "c"]
+
+
+def test_a_caption_in_csv_may_be_long(folder):
+    """Python's limit of 131,072 characters gave a traceback."""
+    (folder / "metadata.csv").write_text(f"file_name,text\na.mp4,{'word ' * 40000}\n")
+    assert read_captions(folder)[0][1] == ("word " * 40000).strip()
+    assert csv.field_size_limit() == 131072
+
+
+@pytest.mark.parametrize("name", ["../a.mp4", "inner/../../a.mp4", "/etc/a.mp4"])
+def test_a_clip_outside_of_the_folder_is_refused(folder, name):
+    (folder.parent / "a.mp4").write_bytes(b"")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+    with pytest.raises(ValueError, match=f"entry 1 names {name}, which is outside of the folder; move"):
+        read_captions(folder)
+
+
+@pytest.mark.parametrize("name", ["c.wmv", "c.ts", "c.m2ts", "c.webp", "c.mpg"])
+def test_every_kind_of_clip_is_taken(folder, name):
+    """.wmv, .ts and .webp beside captions were left out in silence."""
+    for file in (folder / name, folder / "c.json"):  # what other tools write beside a clip is no clip
+        file.write_bytes(b"")
+    for text in ("a.txt", "c.txt", "inner/b.txt"):
+        (folder / text).write_text("x")
+    assert folder / name in [path for path, _ in read_captions(folder)]
+
+
+def test_a_caption_of_what_is_no_clip_is_named(folder):
+    for name in ("a.txt", "inner/b.txt", "c.txt", "c.rm", "README.txt"):
+        (folder / name).write_text("x")
+    with pytest.raises(ValueError, match="c.rm has a caption, but is of no kind that is read"):
+        read_captions(folder)
+
+
 @pytest.mark.parametrize("files, said", [
     ({}, "a.mp4 has no caption; write it to a.txt beside it"),
     ({"a.txt": b" \n", "inner/b.txt": b"x"}, "the caption of .*a.mp4 is empty"),
@@ -138,6 +175,8 @@ def test_captions_stand_in_a_table(folder, kind):
     ({"metadata.jsonl": b'{"file_name": "c.mp4", "text": "x"}'}, "entry 1 names c.mp4, which is not there"),
     ({"metadata.csv": b"name,text\na.mp4,x\n"}, "entry 1 has name, text; expected"),
     ({"metadata.csv": b"file_name,text\n"}, "holds no clip"),
+    ({"metadata.jsonl": b"[" * 100000}, "line 1 is no JSON: maximum recursion"),
+    ({"metadata.csv": b'file_name,text\na.mp4,x\na.mp4\n'}, "entry 2 has"),
 ])  # fmt: skip
 def test_captions_that_are_wrong_are_named(folder, files, said):
     for name, content in files.items():

@@ -58,12 +58,24 @@ def test_prompts_of_a_file_are_repeated_and_times_may_be_listed(pristine_folder,
     (("--prompts", "nothing.txt"), "no prompt file at nothing.txt"),
     (("--num", "0"), "--num 0, expected at least 1"),
     (("--times", "1,x"), "expected numbers separated by commas"),
+    (("--share", "3/2"), "share 3/2, expected a part such as 1/4"),
+    (("--share", "half"), "--share half, expected a part of the work such as 1/4"),
     (("--times", "0.5,1"), "falling from at most 1 to 0"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(pristine_folder, tmp_path, capsys, options, message):
     assert run(pristine_folder, tmp_path / "set", *options) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
+
+
+def test_shares_make_one_set(pristine_folder, tmp_path):
+    for number in (1, 2):
+        assert run(pristine_folder, tmp_path / "set" / str(number), "--clips-per-part", "1", "--share", f"{number}/2") == 0
+    assert run(pristine_folder, tmp_path / "whole", "--clips-per-part", "1") == 0
+    shares, whole = Trajectories(tmp_path / "set", 0), Trajectories(tmp_path / "whole", 0)
+    assert len(shares) == len(whole) == 5 and shares.fingerprint == whole.fingerprint
+    batches = [data.batch(0, "student", 0, range(9)) for data in (shares, whole)]
+    assert batches[0]["prompts"] == batches[1]["prompts"] and torch.equal(batches[0]["states"], batches[1]["states"])
 
 
 def test_another_guidance_does_not_go_into_the_same_folder(pristine_folder, tmp_path, capsys):
