@@ -174,6 +174,10 @@ class AFD:
         first = ("discriminator",) * self.config.discriminator_updates
         return (*first, "student") if step >= self.config.student_start_step else first
 
+    def choices(self, turn: str, step: int) -> int | None:
+        """A GAN's rollouts end at a random step; the policy's are whole."""
+        return step if self.config.policy == "gan" else None
+
     def loss(self, turn: str, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, float]]:
         """Batches hold the teacher's ``latents [B, C, T, h, w]``, ``cond [B, L, D]``, ``offset [B]`` and ``keys``.
 

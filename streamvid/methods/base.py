@@ -42,6 +42,8 @@ class Method(Protocol):
 
     Optional, found by name:
     - `after_step(turn: str, step: int) -> None`, called after each update of a network;
+    - `choices(turn: str, step: int) -> Hashable`: what of the random choices of a turn its cost depends on, None if
+      nothing; the dry run measures steps of equal choices once, and of a method without it each step by itself;
     - `extra_state() -> dict[str, Tensor]`: live tensors besides the networks that change in training, such as a
       reference policy that follows the student; they are saved in checkpoints and restored in place.
     """

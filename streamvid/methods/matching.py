@@ -199,6 +199,13 @@ class DistributionMatching:
             first_chunk=int(any_place * places) if self.config.window == "random" else places - 1,
         )
 
+    def choices(self, turn: str, step: int) -> tuple[int | None, ...]:
+        """What the cost of a turn depends on."""
+        decision = self.decide(turn, step)
+        uneven = self.stream.step_table or self.stream.first_steps  # chunks then end at other places of their own lists
+        place = int(12 * decision.exit_place) if uneven else None  # of lists of 1, 2, 3 and 4 steps
+        return decision.exit_index, place, decision.first_chunk, decision.num_steps
+
     def stream_of(self, decision: Decision) -> StreamConfig:
         """How the rollout of a turn is streamed."""
         return self.stream

@@ -342,13 +342,9 @@ def _turn(config: RunConfig, method: Method, turn: str, a_step: float) -> Turn:
 
 
 def _choice(method: Method, turn: str, step: int) -> Any:
-    """What of a step's random choices its cost depends on."""
-    if not hasattr(method, "decide"):
-        return None if getattr(method.config, "policy", None) != "gan" else step
-    decision, stream = method.decide(turn, step), method.stream
-    uneven = stream.step_table or stream.first_steps  # chunks then end at other places of their own lists
-    place = int(12 * decision.exit_place) if uneven else None  # of lists of 1, 2, 3 and 4 steps
-    return decision.exit_index, place, decision.first_chunk, decision.num_steps
+    """What of a step's random choices its cost depends on; of a method that does not tell, each step costs its own."""
+    choices = getattr(method, "choices", None)
+    return step if choices is None else choices(turn, step)
 
 
 def measure_turn(method: Method, turn: str, batch: dict[str, Any], step: int, config: RunConfig) -> tuple[int, int]:
