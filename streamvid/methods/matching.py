@@ -28,7 +28,6 @@ Shapes: B batch, C channels, T latent frames of a clip, h w latent size, L D of 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -49,7 +48,7 @@ from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import new_cache
 from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, truncate
 from streamvid.seeding import key_to_seed, keyed_generator, keyed_normal
-from streamvid.teachers.base import Teacher, check_needs, predict_guided
+from streamvid.teachers.base import Teacher, check_needs, predict_guided, score_velocity
 
 
 LAST = math.nextafter(1.0, 0.0)  # the exit's place that is always a chunk's last step
@@ -134,8 +133,8 @@ class DistributionMatching:
         teacher: gives the score of the data.
         stream: how the student is streamed; its rollouts in training are the same.
         latent_shape: (C, h, w).
-        fake_score: a bidirectional network with the call of ``diffusers.WanTransformer3DModel``; None copies the
-            teacher's transformer, in float32.
+        fake_score: a bidirectional network that ``teachers.base.score_velocity`` takes; None is the teacher's
+            ``trainable_copy``.
         seed: of all random draws.
 
     Raises:
@@ -273,7 +272,7 @@ class DistributionMatching:
 
     def _fake_velocity(self, x_t: Tensor, t: Tensor, cond: Tensor, label: int | None = None) -> Tensor:
         with labelled(unwrapped(self.fake_score), label):
-            return self.fake_score(x_t, 1000 * t, cond, return_dict=False)[0]
+            return score_velocity(self.fake_score, x_t, t, cond)
 
     def _label(self, decision: Decision) -> int | None:
         """A number for each step of each number of steps; None where the fake score is not told."""
@@ -312,8 +311,7 @@ def _tapped_from(first_chunk: int, schedule: Iterator[Denoise]) -> Iterator[Deno
 
 
 def _trainable_copy(teacher: Teacher) -> nn.Module:
-    transformer = getattr(teacher, "transformer", None)
-    if transformer is None:
-        raise ValueError(f"{type(teacher).__name__} has no transformer to start the fake score from; pass fake_score")
-    return copy.deepcopy(transformer).float().requires_grad_(True).train()
+    if not hasattr(teacher, "trainable_copy"):
+        raise ValueError(f"{type(teacher).__name__} has no network to start the fake score from; pass fake_score")
+    return teacher.trainable_copy()
 
