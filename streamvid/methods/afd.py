@@ -88,6 +88,9 @@ class Config:
     """Whether the G clips of a prompt are noised alike; in the sum of advantages times errors the noise then cancels."""
     noisings: int = 1
     """How often a rollout is noised, each time at new times, for one update; 1 to 4."""
+    clips_per_pass: int | None = None
+    """Of the B G clips, how many the student learns from at once: fewer take less memory for the same update, as long as they
+    fill the device; null: all."""
     old_decay: float = 0.9
     """Of the old policy's moving average over the student; 0 copies it."""
     refresh_every: int = 1
@@ -115,6 +118,8 @@ class Config:
         for name in ("group_size", "noisings", "refresh_every", "discriminator_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        if self.clips_per_pass is not None and self.clips_per_pass < 1:
+            raise ValueError(f"clips_per_pass={self.clips_per_pass}, expected at least 1, or null for all at once")
         for name in ("advantage_clip", "beta", "shift", "penalty_sigma"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}, expected a positive number")
@@ -185,13 +190,21 @@ class AFD:
             ValueError: if clips are cut from the middle or are no whole number of chunks, or if an advantage would have
                 nothing to be compared with.
         """
+        parts, numbers = zip(*self.losses(turn, batch, step))
+        return torch.stack(parts).sum(), numbers[-1]
+
+    def losses(self, turn: str, batch: dict[str, Any], step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        """The loss in parts, the numbers with the last: one a noising and ``clips_per_pass`` clips that the policy learns from."""
         self._check(batch)
         decision = keyed_generator(self.seed, "decision", step, turn, batch.get("micro", 0))
+        if turn not in self.networks():
+            raise ValueError(f"turn={turn!r}, expected 'student' or 'discriminator'")
         if turn == "discriminator":
-            return self._discriminator_loss(batch, decision)
-        if turn == "student":
-            return (self._nft_loss if self.config.policy == "nft" else self._gan_loss)(batch, decision)
-        raise ValueError(f"turn={turn!r}, expected 'student' or 'discriminator'")
+            yield self._discriminator_loss(batch, decision)
+        elif self.config.policy == "nft":
+            yield from self._nft_losses(batch, decision)
+        else:
+            yield self._gan_loss(batch, decision)
 
     @torch.no_grad()
     def after_step(self, turn: str, step: int) -> None:
@@ -220,38 +233,44 @@ class AFD:
         numbers = {"adversarial": adversarial, "penalty": penalty, **preferences(fake_logits, real_logits)}
         return adversarial + penalty, as_floats(numbers)
 
-    def _nft_loss(self, batch: dict[str, Any], decision: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def _nft_losses(self, batch: dict[str, Any], decision: torch.Generator) -> Iterator[tuple[Tensor, dict[str, float]]]:
         c, groups = self.config, self.config.group_size
         cond = batch["cond"].repeat_interleave(groups, dim=0)
         with torch.no_grad():
             x = self._roll_out(self._placed(self.old), {**batch, "cond": cond}, self._seeds(batch, "rollout", groups))
             logits, real_logits = self.discriminator(x, cond), self.discriminator(batch["latents"], batch["cond"])
             r = optimality(self._advantages(logits), c.advantage_clip)  # [B G, J]
-        weight = self._weights(r, x)
-        losses, numbers = [], Counter()
-        for n in range(c.noisings):
-            noise, times = KeyedNoise(self._noising_seeds(batch, n)), self._draw_times(decision, x)
-            ask = partial(noise_chunks, stream=self.stream, clips=x, cond=cond, times=times, noise=noise)
-            loss, parts = self._update_loss(ask, weight)
-            losses.append(loss)
-            numbers.update({name: part / c.noisings for name, part in parts.items()})
-        numbers.update(preferences(logits, real_logits.repeat_interleave(groups, dim=0)))
+        numbers = Counter(preferences(logits, real_logits.repeat_interleave(groups, dim=0)))
         numbers.update(weight_std=r.std(correction=0), clipped=((r == 0) | (r == 1)).float().mean())
-        return torch.stack(losses).mean(), as_floats(numbers)
+        del logits, real_logits
+        size = len(x) if c.clips_per_pass is None else c.clips_per_pass
+        starts = range(0, len(x), size)
+        for n in range(c.noisings):
+            seeds, times = self._noising_seeds(batch, n), self._draw_times(decision, x)
+            for start in starts:
+                rows = slice(start, start + size)
+                share = len(x[rows]) / len(x) / c.noisings
+                ask = partial(
+                    noise_chunks, stream=self.stream, clips=x[rows], cond=cond[rows], times=times, noise=KeyedNoise(seeds[rows])
+                )
+                loss, parts = self._update_loss(ask, self._weights(r[rows], x[rows]))
+                numbers.update({name: share * part for name, part in parts.items()})
+                is_last = n + 1 == c.noisings and start == starts[-1]
+                yield share * loss, as_floats(numbers) if is_last else {}
 
     def _update_loss(
         self, ask: Callable[[nn.Module], NoisedChunks], weight: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's loss on noised chunks, of which ``ask`` asks any network, with their r."""
-        c, chunks = self.config, ask(self.student)
-        states = (chunks.x_t, chunks.t) if c.self_normalized else (None, None)
-        with torch.no_grad():
+        c = self.config
+        with torch.no_grad():  # first, so that their caches are gone when the student's graph is there
             v_old = ask(self._placed(self.old)).v
+            v_ref = None if self.reference is None else ask(self._placed(self.reference)).v
+        chunks = ask(self.student)
+        states = (chunks.x_t, chunks.t) if c.self_normalized else (None, None)
         loss = c.advantage_clip / c.beta * nft_loss(chunks.v, v_old, chunks.v_target, weight, c.beta, *states)
         numbers = {"nft": loss.detach(), "velocity_gap": (chunks.v.detach() - v_old).abs().mean()}
-        if self.reference is not None:
-            with torch.no_grad():
-                v_ref = ask(self._placed(self.reference)).v
+        if v_ref is not None:
             prior = (chunks.v - v_ref).square().mean()
             loss, numbers["prior"] = loss + c.lam_prior * prior, prior.detach()
         return loss, numbers

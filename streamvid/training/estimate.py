@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from streamvid.codecs.base import latent_frames_of
-from streamvid.methods.base import Method
+from streamvid.methods.base import Method, loss_parts
 from streamvid.methods.trajectory import chunk_times
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import adapt, share_weights
@@ -356,8 +356,8 @@ def measure_turn(method: Method, turn: str, batch: dict[str, Any], step: int, co
         network.requires_grad_(name == turn)
         network.zero_grad(set_to_none=True)
     with as_on_accelerator(config.train.mixed_precision), Watch() as watch:
-        loss, _ = method.loss(turn, batch, step)
-        loss.backward()
+        for loss, _ in loss_parts(method, turn, batch, step):
+            loss.backward()
     method.networks()[turn].zero_grad(set_to_none=True)
     return watch.flops, watch.peak
 
