@@ -218,6 +218,31 @@ def test_too_little_memory_is_refused_before_the_attempt(monkeypatch):
     est.ensure_memory(config, torch.device("cpu"))
 
 
+def test_a_peak_that_does_not_fit_is_refused_though_the_networks_do(monkeypatch):
+    config = run_of("sft")
+    whole = est.estimate(config)
+    monkeypatch.setattr(est, "memory_of", lambda device: (whole.state_bytes + whole.peak_bytes) / 2)
+    with pytest.raises(ValueError, match=r"at its peak, in the turn of student, free on cpu are 0\.\d\d"):
+        est.ensure_memory(config, torch.device("cpu"))
+    monkeypatch.setattr(est, "memory_of", lambda device: 1.1 * whole.peak_bytes)
+    est.ensure_memory(config, torch.device("cpu"))
+
+
+def test_small_networks_are_not_measured_before_a_run(monkeypatch):
+    """It takes seconds, and their peaks are at most some 50 times as large."""
+    config = run_of("sft")
+    monkeypatch.setattr(est, "memory_of", lambda device: 101 * est.Estimate(est.build_on_meta(config)[1]).state_bytes)
+    monkeypatch.setattr(est, "estimate", None)
+    est.ensure_memory(config, torch.device("cpu"))
+
+
+def test_gradients_of_sharded_networks_are_not_held_against_a_run():
+    one = est.Estimate((est.Role("student", 10, 40, 80),), (est.Turn("student", 1.0, 1.0, 100),), sharded=True)
+    assert one.least_peak_bytes == one.peak_bytes == 220
+    four = est.replace(one, processes=4)
+    assert four.least_peak_bytes == 30 + 60 and four.peak_bytes == 30 + 100
+
+
 def test_what_is_yet_to_be_fetched_is_not_refused(monkeypatch):
     monkeypatch.setattr(est, "memory_of", lambda device: 10**5)
     est.ensure_memory(run_of("dmd", "student.path=somebody/their-wan"), torch.device("cpu"))
