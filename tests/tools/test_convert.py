@@ -69,7 +69,7 @@ def test_which_and_lora_are_used(model, checkpoint, tmp_path, capsys):
     weights = load_transformer(tmp_path / "student").state_dict()
     assert code == 0 and torch.equal(weights.pop("blocks.0.attn1.to_q.weight"), torch.ones(128, 128))
     assert not any(tensor.any() for tensor in weights.values())
-    assert "merged: lora.pt" in (tmp_path / "student" / "README.md").read_text()
+    assert "merged: lora.pt (1 updates)" in (tmp_path / "student" / "README.md").read_text()
 
 
 # ---- how each is streamed -----------------------------------------------------------------------------
