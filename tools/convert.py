@@ -18,7 +18,7 @@ from pathlib import Path
 # Fields of StreamConfig as published. A list "1000, 750, 500, 250" is nominal, and is 4 steps at shift 5.
 _SELF_FORCING = {"num_steps": 4, "shift": 5.0, "window_frames": 21, "positions": "window", "max_trained_frames": 21}
 _FRAMEWISE = {**_SELF_FORCING, "chunk_frames": 1}
-_DIAGONAL = (1.0, 15 / 16, 5 / 6, 5 / 14)  # nominally 1000, 750, 500, 100, at shift 5
+_DIAGONAL = (1.0, 0.933, 0.733, 5 / 14)  # as it streams: 1000, 933, 733, 357 of Wan's own time, after the shift
 STREAMS: dict[str, dict] = {
     "self-forcing": _SELF_FORCING,
     "causal-forcing": _SELF_FORCING,

@@ -100,7 +100,7 @@ class LatentClips:
         first_share: float = 0.5,
     ):
         if not Path(path).is_file():
-            raise ValueError(f"no latent set at {path}; make one with tools/make_latents.py")
+            raise ValueError(f"no latent set at {path}; a run with data.kind=world and data.path={path} makes one")
         try:
             with safe_open(path, "pt") as file:
                 self.captions: list[list[str]] = json.loads(file.metadata()["captions"])

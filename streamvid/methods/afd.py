@@ -14,6 +14,12 @@ along the forward process: no score of the teacher, no gradient through a sample
 over the clean chunks of the same rollout, by a rollout of one step a chunk, so that the context is the one it is streamed
 with. The old policy follows the student as a moving average; the reference is the student as it came.
 
+What that is exact for: NFT's theorem takes v_old for the mean of v* given x_t, of which the optimum is then v_old + (2 / b)
+Cov(r, v* | x_t). A student of few steps that noises its own data prediction anew has no such velocity: its clips are not
+the end of its own flow. Its optimum is v_old + E[(2 r - 1)(v* - v_old) | x_t] / b, which at r independent of the clip is off
+v_old by (2 E r - 1) times the gap, self-distillation. Advantages that are centred keep E r = 1/2, and that term at zero
+on average; clipping that cuts one side more does not. So advantages are clipped far out by default: watch ``clipped``.
+
 ``policy: gan`` is the plain relativistic GAN with the same discriminator, for comparison: the student's rollout, as in
 ``dmd``, carries gradient at one random step, and lowers -log sigmoid(D(x, y) - D(x^T, y)).
 
@@ -71,7 +77,9 @@ class Config:
     baseline: Literal["group", "batch"] = "group"
     """What a clip's logit is measured from: the mean over its prompt's clips, or over all of the batch."""
     normalize: Literal["raw", "std"] = "raw"
-    """"std" divides advantages by their deviation over the batch, which keeps steps large near the optimum too."""
+    """"std" divides advantages by their deviation over the batch, which keeps steps large near the optimum too: that of the
+    centred logits, so that how much prompts differ in their means changes no step. DiffusionNFT's ``global_std`` divides by
+    that of the logits as they are, which makes steps smaller where prompts differ; with a "batch" baseline it is the same."""
     advantage_clip: float = 5.0
     """c, the advantage at which r is 0 or 1."""
     beta: float = 0.1
