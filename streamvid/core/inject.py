@@ -162,7 +162,8 @@ def f_weight(log_ratio: Tensor, divergence: Divergence = "js", clip: tuple[float
 
     f-distill (arXiv 2502.15681): r = p_teacher / p_student at the noised sample, for which the logit of a discriminator
     of the two stands in. "rkl" is 1, plain DMD; "kl" r; "js" r / (1 + r); "jeffreys" 1 + r; "hellinger" sqrt(r) / 4
-    (of f = 1 - sqrt(r), the paper's; half of the squared distance); "neyman" 2 / r. Divide by its mean before use, as the paper does, to keep the scale.
+    (of f = 1 - sqrt(r), the paper's; half of the squared distance); "neyman" 2 / r. Divide by its mean before use, as the
+    paper does, to keep the scale.
 
     Args:
         log_ratio: ``[B]``, log r.

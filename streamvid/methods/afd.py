@@ -202,7 +202,7 @@ class AFD:
         return torch.stack(parts).sum(), numbers[-1]
 
     def losses(self, turn: str, batch: dict[str, Any], step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
-        """The loss in parts, the numbers with the last: one a noising and ``clips_per_pass`` clips that the policy learns from."""
+        """The loss in parts, the numbers with the last: a part for each noising of each ``clips_per_pass`` clips."""
         self._check(batch)
         decision = keyed_generator(self.seed, "decision", step, turn, batch.get("micro", 0))
         if turn not in self.networks():
@@ -258,8 +258,9 @@ class AFD:
             for start in starts:
                 rows = slice(start, start + size)
                 share = len(x[rows]) / len(x) / c.noisings
+                noise = KeyedNoise(seeds[rows])
                 ask = partial(
-                    noise_chunks, stream=self.stream, clips=x[rows], cond=cond[rows], times=times, noise=KeyedNoise(seeds[rows])
+                    noise_chunks, stream=self.stream, clips=x[rows], cond=cond[rows], times=times, noise=noise
                 )
                 loss, parts = self._update_loss(ask, self._weights(r[rows], x[rows]))
                 numbers.update({name: share * part for name, part in parts.items()})

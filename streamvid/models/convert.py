@@ -370,7 +370,7 @@ def lora_updates(tensors: Mapping[str, Tensor], source: str, alpha: float | None
     """The updates in the published forms: a ``LowRank`` by its module, a ``Difference`` by its parameter, in either naming.
 
     The forms are PEFT's (`lora_A`, `lora_B`, with a bias or none), ComfyUI's (`lora_down`, `lora_up`), lightx2v's `.diff`,
-    `.diff_b` and `.diff_m` of whole weights, biases and modulations, and kohya's and musubi's names (`lora_unet_blocks_0_...`).
+    `.diff_b` and `.diff_m` of whole weights, biases and modulations, and kohya's and musubi's names (`lora_unet_..`).
     The scale of a pair, and of its bias, is alpha / R. Alpha is a module's own `.alpha`, else ``alpha``, else R, as
     LongLive's files have it, which say nothing.
 
@@ -426,7 +426,7 @@ def _dotted(name: str) -> str:
 
 
 def _adapter_alpha(file: Path) -> float | None:
-    """`lora_alpha` of PEFT's configuration, beside the file or in its header, where diffusers writes it; None if not there."""
+    """`lora_alpha` of PEFT's configuration, beside the file or, as diffusers writes it, in its header; None if not there."""
     place, config = file.parent / "adapter_config.json", {}
     if place.is_file():
         config = read_json(place)

@@ -97,7 +97,7 @@ def distillation_dpo(scale: float = 1.0, eta: float = 0.2, stop: float = 0.1) ->
             return loss
         return loss + flow_matching_loss(ctx.networks.second_critic(x_t, t, ctx.cond), x, eps, mask=1 - side)
 
-    note = "prefers the denser half, and pushes the other off without bound: it diverges here on the moons"
+    note = "prefers the denser half of each prompt; the push of the other half ends at a distance, or it diverges"
     return Preset("2504.11447", student, critic, guidance=specs.dmd(scale), role="add-on", note=note)
 
 

@@ -451,7 +451,8 @@ def _adapter_tensors(source: str, updates: Mapping[str, Update], transformer: nn
         ValueError: if one is of another model, or is none that an adapter can hold; diffusers would warn, or say nothing.
     """
     own = {name.replace(".base_layer.", "."): p for name, p in transformer.named_parameters() if ".lora_" not in name}
-    linear = {name.replace(".base_layer", "") for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    modules = transformer.named_modules()
+    linear = {name.replace(".base_layer", "") for name, module in modules if isinstance(module, nn.Linear)}
     low: dict[str, dict[str, Tensor]] = {}
     strange = []
     for name, update in resolved_updates(own, updates, source):

@@ -160,7 +160,7 @@ class CogVideoXTeacher:
 
 
 class CogVideoXScore(CogVideoXTransformer3DModel):
-    """A CogVideoX transformer that is trained as a score, with this family's border around its call; of ``trainable_copy``."""
+    """A CogVideoX transformer that is trained as a score, with this family's border inside; of ``trainable_copy``."""
 
     kind: str
     clock: Clock

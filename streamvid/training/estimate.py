@@ -196,8 +196,8 @@ def ensure_memory(config: RunConfig, device: torch.device) -> None:
     if whole.least_peak_bytes > there:
         turn = max(whole.turns, key=lambda turn: turn.peak)
         raise ValueError(
-            f"this run needs {whole.least_peak_bytes / GIB:.2f} GiB at its peak, in the turn of {turn.name}, free on {device} "
-            f"are {there / GIB:.2f}; --dry-run says what each turn takes; train.gradient_checkpointing=true, a smaller "
+            f"this run needs {whole.least_peak_bytes / GIB:.2f} GiB at its peak, in the turn of {turn.name}, free on "
+            f"{device} are {there / GIB:.2f}; --dry-run says what each turn takes; train.gradient_checkpointing=true, a smaller "
             "train.batch_size with more accumulate, or shorter clips need less"
         )
 

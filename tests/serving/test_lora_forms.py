@@ -114,7 +114,9 @@ FORMS = {
     "kohya without alpha": low_rank(kohya, **DOWN, modules=MODULES + OUTSIDE),
     "kohya, diffusers' names": low_rank(kohya_diffusers, **DOWN, alpha=2),
     "lightx2v, biases": low_rank(comfy, **DOWN, bias="diff_b", modules=MODULES + OUTSIDE),
-    "lightx2v, a bias alone": with_differences(low_rank(comfy, **DOWN), {"diffusion_model.time_projection.1.diff_b": "condition_embedder.time_proj.bias"}),
+    "lightx2v, a bias alone": with_differences(
+        low_rank(comfy, **DOWN), {"diffusion_model.time_projection.1.diff_b": "condition_embedder.time_proj.bias"}
+    ),
     "lightx2v, norms of 0": with_differences(low_rank(comfy, **DOWN, alpha=2), NORMS, size=0.0),
 }  # fmt: skip
 ONLY_MERGED = {
@@ -168,7 +170,8 @@ def test_what_an_adapter_cannot_hold_is_refused_by_name(student, codec, kind):
 
 @pytest.mark.parametrize("name", [
     "diffusion_model.blocks.0.self_attn.q.dora_scale", "base_model.model.blocks.0.self_attn.q.lora_magnitude_vector",
-    "lora_unet_blocks_0_self_attn_q.hada_w1_a", "lora_unet_blocks_0_mystery.lora_down.weight", "diffusion_model.blocks.0.self_attn.q.lora_A.bias",
+    "lora_unet_blocks_0_self_attn_q.hada_w1_a", "lora_unet_blocks_0_mystery.lora_down.weight",
+    "diffusion_model.blocks.0.self_attn.q.lora_A.bias",
 ])  # fmt: skip
 def test_a_name_of_no_update_is_refused(student, codec, tmp_path, name):
     """DoRA, LoHa and the like: merged without them the weights would be others."""

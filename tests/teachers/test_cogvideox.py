@@ -184,7 +184,8 @@ def test_it_teaches_a_student_by_distribution_matching(cogvideox, kind, checkpoi
         turn_of(method, batch, "fake_score", step)
         optimizer.step()
     assert any(grad.any() for grad in turn_of(method, batch, "student", 2))
-    judged = method._judge(method._roll_out(batch, method.stream, method.decide("student", 2)), batch, method.decide("student", 2))
+    decision = method.decide("student", 2)
+    judged = method._judge(method._roll_out(batch, method.stream, decision), batch, decision)
     for network, x0 in ((method.fake_score, judged.x0_fake), (method.teacher, judged.x0_real)):
         velocity = network.predict(judged.x_t, judged.t, batch["cond"])
         torch.testing.assert_close(x0, x0_from_v(judged.x_t, velocity, judged.t))
