@@ -18,7 +18,7 @@ from pathlib import Path
 # Fields of StreamConfig as published. A list "1000, 750, 500, 250" is nominal, and is 4 steps at shift 5.
 _SELF_FORCING = {"num_steps": 4, "shift": 5.0, "window_frames": 21, "positions": "window", "max_trained_frames": 21}
 _FRAMEWISE = {**_SELF_FORCING, "chunk_frames": 1}
-_DIAGONAL = (1.0, 15 / 16, 5 / 6, 5 / 14)  # nominally 1000, 750, 500, 100, at shift 5
+_DIAGONAL = (1.0, 0.933, 0.733, 5 / 14)  # as it streams: 1000, 933, 733, 357 of Wan's own time, after the shift
 STREAMS: dict[str, dict] = {
     "self-forcing": _SELF_FORCING,
     "causal-forcing": _SELF_FORCING,
@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--from", dest="family", required=True, choices=STREAMS, help="what was published")
     parser.add_argument("--to", required=True, help="the student folder to write")
     parser.add_argument("--which", help="the weights in a file with several; by default generator_ema, or else generator")
-    parser.add_argument("--lora", help="a LoRA file to merge, as LongLive has one")
+    parser.add_argument("--lora", help="a LoRA file to merge, of any published form")
     parser.add_argument("--components", help="a Wan folder in diffusers' layout, whose vae/, text_encoder/ and tokenizer/ "
                         "are copied; without it, name them when sampling")
     return parser.parse_args(argv)
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
-    from streamvid.models.convert import open_original
+    from streamvid.models.convert import open_original, read_lora
     from streamvid.rollout.schedule import StreamConfig
     from streamvid.serving.card import model_card, streamed
     from streamvid.serving.student import save_student
@@ -78,11 +78,12 @@ def convert(args: argparse.Namespace) -> None:
     source = f"{Path(args.checkpoint).name} ({args.family}), whose licence holds"
     facts = {"converted from": source, "parameters": f"{size:,}"}
     if args.lora:
-        facts["merged"] = Path(args.lora).name
+        facts["merged"] = f"{Path(args.lora).name} ({len(read_lora(args.lora))} updates)"
     save_student(args.to, model, stream, args.components, model_card(args.family, facts, stream))
     print(
         f"wrote {args.to}: {size:,} parameters in {str(model.dtype).removeprefix('torch.')}, {config.num_layers} blocks of "
         f"{config.num_attention_heads} heads; {streamed(stream)}"
+        + (f"; merged {facts['merged']}" if args.lora else "")
     )
 
 

@@ -161,8 +161,9 @@ def f_weight(log_ratio: Tensor, divergence: Divergence = "js", clip: tuple[float
     """``h(r) = r^2 f''(r)``, the weight ``[B]`` on DMD's direction that makes it the gradient of D_f(teacher || student).
 
     f-distill (arXiv 2502.15681): r = p_teacher / p_student at the noised sample, for which the logit of a discriminator
-    of the two stands in. "rkl" is 1, plain DMD; "kl" r; "js" r / (1 + r); "jeffreys" 1 + r; "hellinger" sqrt(r) / 2
-    (the squared distance); "neyman" 2 / r. Divide by its mean before use, as the paper does, to keep the scale.
+    of the two stands in. "rkl" is 1, plain DMD; "kl" r; "js" r / (1 + r); "jeffreys" 1 + r; "hellinger" sqrt(r) / 4
+    (of f = 1 - sqrt(r), the paper's; half of the squared distance); "neyman" 2 / r. Divide by its mean before use, as the
+    paper does, to keep the scale.
 
     Args:
         log_ratio: ``[B]``, log r.
@@ -181,7 +182,7 @@ _F_WEIGHTS = {
     "kl": lambda r: r,
     "js": lambda r: r / (1 + r),
     "jeffreys": lambda r: 1 + r,
-    "hellinger": lambda r: r.sqrt() / 2,
+    "hellinger": lambda r: r.sqrt() / 4,
     "neyman": lambda r: 2 / r,
 }
 

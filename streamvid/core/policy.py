@@ -134,13 +134,15 @@ def _error(guess: Tensor, target: Tensor, normalized: bool) -> Tensor:
     return error.square() / expand_time(error.detach().abs().flatten(1).mean(1).clamp_min(1e-5), error)  # sg
 
 
-def winner_loser_gradient(winner: Tensor, loser: Tensor, x_is_winner: Tensor, eta: float) -> Tensor:
+def winner_loser_gradient(winner: Tensor, loser: Tensor, x_is_winner: Tensor, eta: float | Tensor) -> Tensor:
     """Distillation-DPO's direction (arXiv 2504.11447): DMD's of the winners' fake score, minus ``eta`` times the losers'.
 
     Args:
         winner, loser: ``inject.dmd_gradient`` with the fake score of winners and of losers, of one shape.
         x_is_winner: ``[B]``; each sample gets the direction of its own side.
-        eta: 0 leaves the losers alone.
+        eta: 0 leaves the losers alone; one a sample, ``[B]``, of which a negative one draws its loser to the data.
     """
     side = expand_time(x_is_winner.to(winner.dtype), winner)
+    if isinstance(eta, Tensor):
+        eta = expand_time(eta, winner)
     return side * winner - eta * (1 - side) * loser

@@ -14,6 +14,12 @@ along the forward process: no score of the teacher, no gradient through a sample
 over the clean chunks of the same rollout, by a rollout of one step a chunk, so that the context is the one it is streamed
 with. The old policy follows the student as a moving average; the reference is the student as it came.
 
+What that is exact for: NFT's theorem takes v_old for the mean of v* given x_t, of which the optimum is then v_old + (2 / b)
+Cov(r, v* | x_t). A student of few steps that noises its own data prediction anew has no such velocity: its clips are not
+the end of its own flow. Its optimum is v_old + E[(2 r - 1)(v* - v_old) | x_t] / b, which at r independent of the clip is off
+v_old by (2 E r - 1) times the gap, self-distillation. Advantages that are centred keep E r = 1/2, and that term at zero
+on average; clipping that cuts one side more does not. So advantages are clipped far out by default: watch ``clipped``.
+
 ``policy: gan`` is the plain relativistic GAN with the same discriminator, for comparison: the student's rollout, as in
 ``dmd``, carries gradient at one random step, and lowers -log sigmoid(D(x, y) - D(x^T, y)).
 
@@ -74,7 +80,9 @@ class Config:
     baseline: Literal["group", "batch"] = "group"
     """What a clip's logit is measured from: the mean over its prompt's clips, or over all of the batch."""
     normalize: Literal["raw", "std"] = "raw"
-    """"std" divides advantages by their deviation over the batch, which keeps steps large near the optimum too."""
+    """"std" divides advantages by their deviation over the batch, which keeps steps large near the optimum too: that of the
+    centred logits, so that how much prompts differ in their means changes no step. DiffusionNFT's ``global_std`` divides by
+    that of the logits as they are, which makes steps smaller where prompts differ; with a "batch" baseline it is the same."""
     advantage_clip: float = 5.0
     """c, the advantage at which r is 0 or 1."""
     beta: float = 0.1
@@ -91,6 +99,9 @@ class Config:
     """Whether the G clips of a prompt are noised alike; in the sum of advantages times errors the noise then cancels."""
     noisings: int = 1
     """How often a rollout is noised, each time at new times, for one update; 1 to 4."""
+    clips_per_pass: int | None = None
+    """Of the B G clips, how many the student learns from at once: fewer take less memory for the same update, as long as they
+    fill the device; null: all."""
     old_decay: float = 0.9
     """Of the old policy's moving average over the student; 0 copies it."""
     refresh_every: int = 1
@@ -125,6 +136,8 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)}, expected at least {least}")
         if self.control not in ("none", "independent", "negated"):
             raise ValueError(f"control={self.control!r}, expected 'none', 'independent' or 'negated'")
+        if self.clips_per_pass is not None and self.clips_per_pass < 1:
+            raise ValueError(f"clips_per_pass={self.clips_per_pass}, expected at least 1, or null for all at once")
         for name in ("advantage_clip", "beta", "shift", "penalty_sigma"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}, expected a positive number")
@@ -184,6 +197,10 @@ class AFD:
         first = ("discriminator",) * self.config.discriminator_updates
         return (*first, "student") if step >= self.config.student_start_step else first
 
+    def choices(self, turn: str, step: int) -> int | None:
+        """A GAN's rollouts end at a random step; the policy's are whole."""
+        return step if self.config.policy == "gan" else None
+
     def loss(self, turn: str, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, float]]:
         """Batches hold the teacher's ``latents [B, C, T, h, w]``, ``cond [B, L, D]``, ``offset [B]`` and ``keys``.
 
@@ -191,13 +208,21 @@ class AFD:
             ValueError: if clips are cut from the middle or are no whole number of chunks, or if an advantage would have
                 nothing to be compared with.
         """
+        parts, numbers = zip(*self.losses(turn, batch, step))
+        return torch.stack(parts).sum(), numbers[-1]
+
+    def losses(self, turn: str, batch: dict[str, Any], step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        """The loss in parts, the numbers with the last: a part for each noising of each ``clips_per_pass`` clips."""
         self._check(batch)
         decision = keyed_generator(self.seed, "decision", step, turn, batch.get("micro", 0))
+        if turn not in self.networks():
+            raise ValueError(f"turn={turn!r}, expected 'student' or 'discriminator'")
         if turn == "discriminator":
-            return self._discriminator_loss(batch, decision)
-        if turn == "student":
-            return (self._nft_loss if self.config.policy == "nft" else self._gan_loss)(batch, decision)
-        raise ValueError(f"turn={turn!r}, expected 'student' or 'discriminator'")
+            yield self._discriminator_loss(batch, decision)
+        elif self.config.policy == "nft":
+            yield from self._nft_losses(batch, decision)
+        else:
+            yield self._gan_loss(batch, decision)
 
     @torch.no_grad()
     def after_step(self, turn: str, step: int) -> None:
@@ -226,7 +251,7 @@ class AFD:
         numbers = {"adversarial": adversarial, "penalty": penalty, **preferences(fake_logits, real_logits)}
         return adversarial + penalty, as_floats(numbers)
 
-    def _nft_loss(self, batch: dict[str, Any], decision: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def _nft_losses(self, batch: dict[str, Any], decision: torch.Generator) -> Iterator[tuple[Tensor, dict[str, float]]]:
         c, groups = self.config, self.config.group_size
         cond = batch["cond"].repeat_interleave(groups, dim=0)
         with torch.no_grad():
@@ -234,31 +259,38 @@ class AFD:
             logits, real_logits = self.discriminator(x, cond), self.discriminator(batch["latents"], batch["cond"])
             advantages = self._controlled(self._advantages(logits), decision)  # [B G, J]
             r = optimality(advantages, c.advantage_clip)
-        weight = self._weights(r, x)
-        losses, numbers = [], Counter()
-        for n in range(c.noisings):
-            noise, times = KeyedNoise(self._noising_seeds(batch, n)), self._draw_times(decision, x)
-            ask = partial(noise_chunks, stream=self.stream, clips=x, cond=cond, times=times, noise=noise)
-            loss, parts = self._update_loss(ask, weight)
-            losses.append(loss)
-            numbers.update({name: part / c.noisings for name, part in parts.items()})
-        numbers.update(preferences(logits, real_logits.repeat_interleave(groups, dim=0)))
+        numbers = Counter(preferences(logits, real_logits.repeat_interleave(groups, dim=0)))
         numbers.update(weight_std=r.std(correction=0), clipped=((r == 0) | (r == 1)).float().mean())
-        return torch.stack(losses).mean(), as_floats(numbers)
+        del logits, real_logits
+        size = len(x) if c.clips_per_pass is None else c.clips_per_pass
+        starts = range(0, len(x), size)
+        for n in range(c.noisings):
+            seeds, times = self._noising_seeds(batch, n), self._draw_times(decision, x)
+            for start in starts:
+                rows = slice(start, start + size)
+                share = len(x[rows]) / len(x) / c.noisings
+                noise = KeyedNoise(seeds[rows])
+                ask = partial(
+                    noise_chunks, stream=self.stream, clips=x[rows], cond=cond[rows], times=times, noise=noise
+                )
+                loss, parts = self._update_loss(ask, self._weights(r[rows], x[rows]))
+                numbers.update({name: share * part for name, part in parts.items()})
+                is_last = n + 1 == c.noisings and start == starts[-1]
+                yield share * loss, as_floats(numbers) if is_last else {}
 
     def _update_loss(
         self, ask: Callable[[nn.Module], NoisedChunks], weight: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's loss on noised chunks, of which ``ask`` asks any network, with their r."""
-        c, chunks = self.config, ask(self.student)
-        states = (chunks.x_t, chunks.t) if c.self_normalized else (None, None)
-        with torch.no_grad():
+        c = self.config
+        with torch.no_grad():  # first, so that their caches are gone when the student's graph is there
             v_old = ask(self._placed(self.old)).v
+            v_ref = None if self.reference is None else ask(self._placed(self.reference)).v
+        chunks = ask(self.student)
+        states = (chunks.x_t, chunks.t) if c.self_normalized else (None, None)
         loss = c.advantage_clip / c.beta * nft_loss(chunks.v, v_old, chunks.v_target, weight, c.beta, *states)
         numbers = {"nft": loss.detach(), "velocity_gap": (chunks.v.detach() - v_old).abs().mean()}
-        if self.reference is not None:
-            with torch.no_grad():
-                v_ref = ask(self._placed(self.reference)).v
+        if v_ref is not None:
             prior = (chunks.v - v_ref).square().mean()
             loss, numbers["prior"] = loss + c.lam_prior * prior, prior.detach()
         return loss, numbers

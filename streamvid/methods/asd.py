@@ -241,6 +241,11 @@ class ASD(DistributionMatching):
         return approximate_penalty(logits_of, x_t, noise.to(x_t), self.config.penalty_sigma)
 
     def _new_heads(self) -> TrunkHeads:
+        if not hasattr(self.fake_score, "blocks"):
+            raise ValueError(
+                f"asd reads the blocks of a Wan transformer, but the fake score is a {type(self.fake_score).__name__}; "
+                "take a Wan teacher, or method=dmd"
+            )
         depth = len(self.fake_score.blocks)
         layers = sorted({depth // 3, depth // 2, depth - 1}) if self.config.layers is None else self.config.layers
         return TrunkHeads(self.fake_score, layers, num_logits=self.pairs, seed=self.seed)

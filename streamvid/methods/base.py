@@ -7,6 +7,7 @@ Notation: a *step* is one optimiser step of the run; a *turn* is the update of o
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -41,7 +42,11 @@ class Method(Protocol):
     `keyed_generator(seed, "decision", step, turn)` and never from the batch or from a global generator.
 
     Optional, found by name:
+    - `losses(turn: str, batch: dict, step: int) -> Iterator[tuple[Tensor, dict[str, float]]]`: parts that add up to
+      `loss`, in its place, see `loss_parts`;
     - `after_step(turn: str, step: int) -> None`, called after each update of a network;
+    - `choices(turn: str, step: int) -> Hashable`: what of the random choices of a turn its cost depends on, None if
+      nothing; the dry run measures steps of equal choices once, and of a method without it each step by itself;
     - `extra_state() -> dict[str, Tensor]`: live tensors besides the networks that change in training, such as a
       reference policy that follows the student; they are saved in checkpoints and restored in place.
     """
@@ -63,6 +68,17 @@ class Method(Protocol):
         in every process.
         """
         ...
+
+
+def loss_parts(method: Method, turn: str, batch: dict[str, Any], step: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    """The loss of a turn in parts that add up to it; most methods have one.
+
+    Each is to be differentiated before the next is asked for, so that only one has its activations in memory.
+    """
+    if hasattr(method, "losses"):
+        yield from method.losses(turn, batch, step)
+    else:
+        yield method.loss(turn, batch, step)
 
 
 def as_floats(numbers: dict[str, Tensor]) -> dict[str, float]:

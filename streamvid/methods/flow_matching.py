@@ -68,6 +68,9 @@ class FlowMatching:
     def turns(self, step: int) -> tuple[str, ...]:
         return ("student",)
 
+    def choices(self, turn: str, step: int) -> None:
+        """All steps cost the same."""
+
     def loss(self, turn: str, batch: dict, step: int) -> tuple[Tensor, dict[str, float]]:
         """Batches hold ``latents [B, C, T, h, w]``, ``cond [B, L, D]``, ``offset [B]`` and ``keys``."""
         x0, keys = batch["latents"], batch["keys"]

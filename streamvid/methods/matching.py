@@ -34,7 +34,6 @@ Shapes: B batch, C channels, T latent frames of a clip, h w latent size, L D of 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -55,7 +54,7 @@ from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import new_cache
 from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, move_tap, truncate
 from streamvid.seeding import key_to_seed, keyed_generator, keyed_normal
-from streamvid.teachers.base import Teacher, check_needs, predict_guided
+from streamvid.teachers.base import Teacher, check_needs, predict_guided, score_velocity
 
 
 LAST = math.nextafter(1.0, 0.0)  # the exit's place that is always a chunk's last step
@@ -155,8 +154,8 @@ class DistributionMatching:
         teacher: gives the score of the data.
         stream: how the student is streamed; its rollouts in training are the same.
         latent_shape: (C, h, w).
-        fake_score: a bidirectional network with the call of ``diffusers.WanTransformer3DModel``; None copies the
-            teacher's transformer, in float32.
+        fake_score: a bidirectional network that ``teachers.base.score_velocity`` takes; None is the teacher's
+            ``trainable_copy``.
         seed: of all random draws.
         as_image: from the latents ``[B, C, t, h, w]`` of a stream so far to that of its last frame as an image,
             ``[B, C, 1, h, w]``, see ``codecs.base.last_frame_as_image``; for rollouts longer than the clips that are judged.
@@ -225,6 +224,13 @@ class DistributionMatching:
             exit_place=exit_place,
             first_chunk=int(any_place * places) if self.config.window == "random" else places - 1,
         )
+
+    def choices(self, turn: str, step: int) -> tuple[int | None, ...]:
+        """What the cost of a turn depends on."""
+        decision = self.decide(turn, step)
+        uneven = self.stream.step_table or self.stream.first_steps  # chunks then end at other places of their own lists
+        place = int(12 * decision.exit_place) if uneven else None  # of lists of 1, 2, 3 and 4 steps
+        return decision.exit_index, place, decision.first_chunk, decision.num_steps
 
     def stream_of(self, decision: Decision) -> StreamConfig:
         """How the rollout of a turn is streamed."""
@@ -319,7 +325,7 @@ class DistributionMatching:
 
     def _fake_velocity(self, x_t: Tensor, t: Tensor, cond: Tensor, label: int | None = None) -> Tensor:
         with labelled(unwrapped(self.fake_score), label):
-            return self.fake_score(x_t, 1000 * t, cond, return_dict=False)[0]
+            return score_velocity(self.fake_score, x_t, t, cond)
 
     def _label(self, decision: Decision) -> int | None:
         """A number for each step of each number of steps; None where the fake score is not told."""
@@ -358,8 +364,7 @@ def _tapped_from(first_chunk: int, schedule: Iterator[Denoise]) -> Iterator[Deno
 
 
 def _trainable_copy(teacher: Teacher) -> nn.Module:
-    transformer = getattr(teacher, "transformer", None)
-    if transformer is None:
-        raise ValueError(f"{type(teacher).__name__} has no transformer to start the fake score from; pass fake_score")
-    return copy.deepcopy(transformer).float().requires_grad_(True).train()
+    if not hasattr(teacher, "trainable_copy"):
+        raise ValueError(f"{type(teacher).__name__} has no network to start the fake score from; pass fake_score")
+    return teacher.trainable_copy()
 

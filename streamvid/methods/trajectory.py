@@ -75,6 +75,9 @@ class TrajectoryRegression:
     def turns(self, step: int) -> tuple[str, ...]:
         return ("student",)
 
+    def choices(self, turn: str, step: int) -> None:
+        """All steps cost the same."""
+
     def loss(self, turn: str, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, float]]:
         """Batches hold ``states [B, K, C, T, h, w]``, ``times [B, K]``, ``cond [B, L, D]`` and ``keys``.
 

@@ -13,6 +13,7 @@ calls norm3 (before the attention to text) is norm2 in diffusers, and the other 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
@@ -309,68 +311,140 @@ def _few(names: list[str]) -> str:
 
 # ---- LoRA ---------------------------------------------------------------------------------------------
 
-_LORA_KEY = re.compile(r"^(.+)\.(lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight$")
-_SIDES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
+_LORA_KEY = re.compile(r"^(.+)\.(lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.(weight|bias)$")
+_SIDES = {
+    ("lora_A", "weight"): "down", ("lora_down", "weight"): "down", ("lora_B", "weight"): "up", ("lora_up", "weight"): "up",
+    ("lora_B", "bias"): "bias", ("lora_up", "bias"): "bias",
+}  # fmt: skip
+_DIFFERENCES = {".diff": ".weight", ".diff_b": ".bias", ".diff_m": ".modulation"}  # lightx2v's, of whole parameters
+_FLAT = "lora_unet_"  # kohya's and musubi's names, which have _ for every dot
+_FLAT_NAMES = {name.replace(".", "_"): name for table in (_IN_BLOCK, _OUTSIDE) for name in (*table, *table.values())}
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """An update of a weight [O, I]: ``scale * up @ down``; up [O, R], down [R, I] (LoRA, arXiv 2106.09685)."""
+    """An update of a weight [O, I]: ``scale * up @ down``; up [O, R], down [R, I] (LoRA, arXiv 2106.09685).
+
+    Of a convolution I is several axes, and up [O, R, 1, ..].
+    """
 
     down: Tensor
     up: Tensor
     scale: float
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.up.shape[0], *self.down.shape[1:])
 
-def read_lora(file: str | Path) -> dict[str, LowRank]:
-    """The updates in a file, by module: PEFT's names (`lora_A`, `lora_B`) or those of ComfyUI (`lora_down`, `lora_up`).
+    def value(self) -> Tensor:
+        return self.scale * (self.up.flatten(1).float() @ self.down.flatten(1).float()).view(self.shape)
 
-    The scale is alpha / R. Alpha is a module's own `.alpha`, else `lora_alpha` of an `adapter_config.json` beside the
-    file, else R, as LongLive's files have it, which say nothing.
 
-    Raises:
-        ValueError: one line, if the file cannot be read, an update is not whole, or a name is of no update.
-    """
+@dataclass(frozen=True)
+class Difference:
+    """An update of a whole parameter: ``scale * values``."""
+
+    values: Tensor
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    def value(self) -> Tensor:
+        return self.scale * self.values.float()
+
+
+Update = LowRank | Difference
+
+
+def read_lora(file: str | Path) -> dict[str, Update]:
+    """The updates in a file, see ``lora_updates``; without an alpha of the layers' own, that of peft's configuration beside
+    the file, or in its header, counts."""
     file = Path(file)
     table = read_pickled(file) if file.suffix in TORCH_SUFFIXES else read_tensors(file)
+    return lora_updates(_unpacked(table, LORA_CONTAINERS, None, file), str(file), _adapter_alpha(file))
+
+
+def lora_updates(tensors: Mapping[str, Tensor], source: str, alpha: float | None = None) -> dict[str, Update]:
+    """The updates in the published forms: a ``LowRank`` by its module, a ``Difference`` by its parameter, in either naming.
+
+    The forms are PEFT's (`lora_A`, `lora_B`, with a bias or none), ComfyUI's (`lora_down`, `lora_up`), lightx2v's `.diff`,
+    `.diff_b` and `.diff_m` of whole weights, biases and modulations, and kohya's and musubi's names (`lora_unet_..`).
+    The scale of a pair, and of its bias, is alpha / R. Alpha is a module's own `.alpha`, else ``alpha``, else R, as
+    LongLive's files have it, which say nothing.
+
+    Args:
+        source: what an error calls them.
+
+    Raises:
+        ValueError: one line, if an update is not whole, a name is of no update, or there is none.
+    """
     sides: dict[str, dict[str, Tensor]] = {}
+    updates: dict[str, Update] = {}
     unknown = []
-    for wrapped, tensor in _unpacked(table, LORA_CONTAINERS, None, file).items():
-        name = bare_name(wrapped)
+    for wrapped, tensor in tensors.items():
+        name = _dotted(bare_name(wrapped))
         key = _LORA_KEY.match(name)
-        if key:
-            sides.setdefault(key[1], {})[_SIDES[key[2]]] = tensor
+        side = _SIDES.get((key[2], key[3])) if key else None
+        ending = next((end for end in _DIFFERENCES if name.endswith(end)), None)
+        if side is not None:
+            _put(sides.setdefault(key[1], {}), side, tensor, source, wrapped)
         elif name.endswith(".alpha"):
-            sides.setdefault(name.removesuffix(".alpha"), {})["alpha"] = tensor
+            _put(sides.setdefault(name.removesuffix(".alpha"), {}), "alpha", tensor, source, wrapped)
+        elif ending is not None:
+            _put(updates, name.removesuffix(ending) + _DIFFERENCES[ending], Difference(tensor), source, wrapped)
         else:
-            unknown.append(name)
+            unknown.append(wrapped)
     halves = [name for name, side in sides.items() if not {"up", "down"} <= side.keys()]
-    if unknown or halves:
-        kind = "unknown" if unknown else "without their other half"
-        raise ValueError(f"{file} is no LoRA that can be merged: {len(unknown or halves)} {kind}: {_few(unknown or halves)}")
-    alpha = _adapter_alpha(file.parent / "adapter_config.json")
-    return {name: _low_rank(side, alpha) for name, side in sides.items()}
+    if unknown or halves or not (sides or updates):
+        kind = f"{len(unknown or halves)} {'unknown' if unknown else 'without their other half'}: {_few(unknown or halves)}"
+        raise ValueError(f"{source} is no LoRA that can be merged: {kind if unknown or halves else 'it is empty'}")
+    for module, side in sides.items():
+        rank = side["down"].shape[0]
+        scale = float(side["alpha"] if "alpha" in side else rank if alpha is None else alpha) / rank
+        updates[module] = LowRank(side["down"], side["up"], scale)
+        if "bias" in side:
+            _put(updates, f"{module}.bias", Difference(side["bias"], scale), source, f"a second bias of {module}")
+    return updates
+
+
+def _put(table: dict[str, Any], key: str, value: Any, source: str, name: str) -> None:
+    if key in table:
+        raise ValueError(f"{source} has {name} twice, expected each tensor once")
+    table[key] = value
+
+
+def _dotted(name: str) -> str:
+    """A name of kohya's form with its dots; one of another form, or one that is not known, as it is."""
+    if not name.startswith(_FLAT):
+        return name
+    flat, dot, ending = name.removeprefix(_FLAT).partition(".")
+    block = re.match(r"^blocks_(\d+)_(.+)$", flat)
+    place, rest = (f"blocks.{block[1]}.", block[2]) if block else ("", flat)
+    return f"{place}{_FLAT_NAMES[rest]}{dot}{ending}" if rest in _FLAT_NAMES else name
 
 
 def _adapter_alpha(file: Path) -> float | None:
-    """`lora_alpha` of PEFT's configuration; None if there is none."""
-    if not file.is_file():
-        return None
-    config = read_json(file)
+    """`lora_alpha` of PEFT's configuration, beside the file or, as diffusers writes it, in its header; None if not there."""
+    place, config = file.parent / "adapter_config.json", {}
+    if place.is_file():
+        config = read_json(place)
+    elif file.suffix == ".safetensors":
+        place = file
+        with safe_open(file, "pt") as opened:
+            saved = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        config = {key.removeprefix("transformer."): value for key, value in saved.items()}
     for option in ("use_rslora", "use_dora", "alpha_pattern"):
         if config.get(option):
-            raise ValueError(f"{file} has {option}, which is not merged here; merge it with peft")
+            raise ValueError(f"{place} has {option}, which is not merged here; merge it with peft")
     return config.get("lora_alpha")
 
 
-def _low_rank(side: Mapping[str, Tensor], alpha: float | None) -> LowRank:
-    rank = side["down"].shape[0]
-    alpha = float(side["alpha"]) if "alpha" in side else rank if alpha is None else alpha
-    return LowRank(side["down"], side["up"], alpha / rank)
-
-
-def merge_lora(tensors: Mapping[str, Tensor], updates: Mapping[str, LowRank], source: str) -> dict[str, Tensor]:
-    """Weights by diffusers' names with updates by either naming: W + scale * up @ down, in float32, then in W's kind.
+def resolved_updates(
+    tensors: Mapping[str, Tensor], updates: Mapping[str, Update], source: str
+) -> list[tuple[str, Update]]:
+    """Updates with the names of the weights by diffusers' names that they are of.
 
     Args:
         source: what an error calls the updates.
@@ -378,21 +452,26 @@ def merge_lora(tensors: Mapping[str, Tensor], updates: Mapping[str, LowRank], so
     Raises:
         ValueError: if an update is of a weight that is not there, or of another shape: it is for another model.
     """
-    targets, strange = {}, []
-    for module, update in updates.items():
-        own = f"{module}.weight"
+    found, strange = [], []
+    for key, update in updates.items():
+        own = f"{key}.weight" if isinstance(update, LowRank) else key
         name = own if own in tensors else diffusers_name(own)
-        shape = (update.up.shape[0], *update.down.shape[1:])
+        pair = not isinstance(update, LowRank) or update.up.flatten(1).shape[1] == update.down.shape[0]
         if name not in tensors:
-            strange.append(f"{module} is not there")
-        elif update.up.ndim != 2 or tensors[name].shape != shape or update.up.shape[1] != update.down.shape[0]:
-            strange.append(f"{module} {shape} instead of {tuple(tensors[name].shape)}")
+            strange.append(f"{key} is not there")
+        elif not pair or tensors[name].shape != update.shape:
+            strange.append(f"{key} {update.shape} instead of {tuple(tensors[name].shape)}")
         else:
-            targets[name] = update
+            found.append((name, update))
     if strange:
         raise ValueError(f"{source} is a LoRA of another model: {_few(strange)}")
-    merged = {
-        name: (tensors[name].float() + u.scale * (u.up.float() @ u.down.float())).to(tensors[name].dtype)
-        for name, u in targets.items()
-    }
-    return {**tensors, **merged}
+    return found
+
+
+def merge_lora(tensors: Mapping[str, Tensor], updates: Mapping[str, Update], source: str) -> dict[str, Tensor]:
+    """Weights by diffusers' names with updates by either naming: the sum in float32, then in the weight's kind; see
+    ``resolved_updates``."""
+    sums: dict[str, Tensor] = {}
+    for name, update in resolved_updates(tensors, updates, source):
+        sums[name] = sums.get(name, tensors[name].float()) + update.value()
+    return {**tensors, **{name: value.to(tensors[name].dtype) for name, value in sums.items()}}

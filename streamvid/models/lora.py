@@ -106,6 +106,11 @@ def adapt(network: nn.Module, config: LoraConfig, *key: Any) -> nn.Module:
             something else.
     """
     lora = _import_peft()
+    if not hasattr(network, "patch_embedding"):
+        raise ValueError(
+            f"adapters here are of Wan transformers, but this one is a {type(network).__name__}; train all of it "
+            "(lora.rank=0, or fake_score.lora_rank=0)"
+        )
     _check_targets(network, config.targets)
     network.requires_grad_(False)
     role = _copy_on(network, type(network), list(network.parameters()), {})

@@ -58,7 +58,12 @@ def gdd(scale: float = 1.0) -> Preset:
 
 
 def nitrofusion(scale: float = 1.0) -> Preset:
-    """NitroFusion: LADD's game with a pool of heads, of which each step uses some and some are made anew."""
+    """NitroFusion, in part: LADD's game with one head a layer, all of them used, of which a hundredth a step is made anew.
+
+    The paper has a pool of heads for each layer, of which a step uses some, and a refreshed one begins with no optimiser
+    state (``core.adversary.HeadPool``). Here there is no choice among heads, and the optimiser keeps its state. A pool of
+    48 with both measured no better: 5.24 times the floor on the ring, against 4.82.
+    """
     student, disc = feature_game("hinge", 0.02, 0.5, "teacher")
     disc = with_penalty(disc, 0.01, 0.1, "both")
 

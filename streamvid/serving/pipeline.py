@@ -20,7 +20,8 @@ Shapes: B videos, C channels, T frames, H W pixels; f latent frames a chunk, h w
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,6 +31,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils import is_peft_available
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor, nn
 
@@ -37,6 +39,8 @@ from streamvid.codecs.base import VideoCodec, latent_frames_of
 from streamvid.codecs.text import PromptEncoder
 from streamvid.files import atomic_folder
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.models.convert import Difference, LowRank, Update, lora_updates, read_lora, resolved_updates
+from streamvid.models.lora import LORA_FILE
 from streamvid.rollout import sampler
 from streamvid.rollout.loop import ChunkHook
 from streamvid.rollout.schedule import STREAM_CONFIG_FILE, StreamConfig
@@ -49,6 +53,12 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 Seed = int | torch.Generator
 Callback = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 PARTS = ("transformer", "vae", *TEXT_PARTS)
+FILE_OPTIONS = {
+    "weight_name", "subfolder", "cache_dir", "force_download", "local_files_only", "token", "revision",
+}  # fmt: skip
+"""Of ``load_lora_weights``: where its file is."""
+
+log = logging.getLogger(__name__)
 
 
 class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -172,26 +182,40 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> None:
         """Load adapters of a Wan transformer; `set_adapters`, `fuse_lora` and `unload_lora_weights` are diffusers'.
 
+        Of what is published an adapter can hold low-rank updates and biases of linear layers. Differences of other weights,
+        which some files have besides, are refused unless they are 0; ``tools/convert.py --lora`` merges them.
+
         Args:
             pretrained_model_name_or_path_or_dict: a file, a folder such as `runs/NAME/student/lora`, a name on the hub,
-                or tensors by name.
+                or tensors by name, in any of the forms of ``models.convert.lora_updates``.
             adapter_name: to select it by later.
-            options: those of ``WanPipeline.load_lora_weights``, such as ``weight_name``.
+            options: those of ``WanPipeline.load_lora_weights``; of a file ``weight_name`` and ``subfolder``, and for one on
+                the hub those of ``hf_hub_download`` too.
 
         Raises:
-            ValueError: one line, if peft is not installed, or the adapter cannot be read or is of another model.
+            ValueError: one line, if peft is not installed, or the adapter cannot be read, holds what an adapter cannot, or is
+                of another model.
         """
         if not is_peft_available():
             raise ValueError("LoRA weights need peft, which is not installed; `pip install 'streamvid[lora]'`")
         source, name = pretrained_model_name_or_path_or_dict, "the adapter"
-        if not isinstance(source, dict):
-            source = name = str(source)
-        try:
-            tensors = self.lora_state_dict(source, **options)
-        except Exception as error:  # of the hub, the disk or the file
-            raise ValueError(f"cannot read LoRA weights from {name}: {' '.join(str(error).split())[:300]}") from error
-        _check_adapter(name, tensors, self.transformer)
-        super().load_lora_weights(source, adapter_name, **options)
+        if isinstance(source, dict):
+            updates = lora_updates(source, name)
+        else:
+            name = str(source)
+            try:
+                updates = read_lora(_adapter_file(name, **{k: options.pop(k) for k in FILE_OPTIONS & options.keys()}))
+            except Exception as error:  # of the hub, the disk or the file
+                raise ValueError(f"cannot read LoRA weights from {name}: {' '.join(str(error).split())[:300]}") from error
+        tensors = _adapter_tensors(name, updates, self.transformer)
+        before = set(getattr(self.transformer, "peft_config", {}))
+        super().load_lora_weights(tensors, adapter_name, **options)
+        (added,) = set(self.transformer.peft_config) - before
+        loaded = sum(f".lora_A.{added}.weight" in name for name, _ in self.transformer.named_parameters())
+        if loaded != sum(".lora_A." in key for key in tensors):
+            self.delete_adapters(added)
+            raise ValueError(f"of {name} only {loaded} layers could be loaded; merge it with tools/convert.py --lora")
+        log.info("loaded %d layers of %s as %s", loaded, name, added)
 
     # ---- clips and streams ------------------------------------------------------------------------------
 
@@ -405,20 +429,52 @@ def _cast(transformer: CausalWanTransformer3DModel, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype if kept.isdisjoint(name.split(".")) else torch.float32)
 
 
-def _check_adapter(source: str, tensors: dict[str, Tensor], transformer: nn.Module) -> None:
-    """A ValueError unless every tensor of an adapter has a layer here and its size; diffusers only warns."""
-    weights = {name.replace(".base_layer.", "."): weight for name, weight in transformer.named_parameters()}
-    prefix = "transformer."
-    named = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    if not named:
-        raise ValueError(f"{source} holds no LoRA weights of a Wan transformer; their names begin with {prefix}")
-    for name, tensor in named.items():
-        layer, _, side = name.partition(".lora_")
-        weight = weights.get(f"{layer}.weight")
-        if weight is None:
-            raise ValueError(f"{source} is an adapter of another model: this transformer has no layer {layer}")
-        if side not in ("A.weight", "B.weight"):
-            continue
-        came, expected = (x.shape[1] if side == "A.weight" else x.shape[0] for x in (tensor, weight))
-        if came != expected:
-            raise ValueError(f"{source} is an adapter of another model: {name} is {came} wide, the layer here {expected}")
+def _adapter_file(source: str, weight_name: str | None = None, subfolder: str | None = None, **hub: Any) -> Path:
+    """The file of an adapter: itself, that of its folder, or one on the hub."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        return Path(hf_hub_download(source, weight_name or LORA_FILE, subfolder=subfolder, **hub))
+    folder = path / (subfolder or "")
+    named = folder / (weight_name or LORA_FILE)
+    files = [named] if named.is_file() else sorted(folder.glob("*.safetensors"))
+    if len(files) != 1 or (weight_name and files != [named]):
+        raise ValueError(f"no {named.name} there, and {len(files)} .safetensors files; give weight_name")
+    return files[0]
+
+
+def _adapter_tensors(source: str, updates: Mapping[str, Update], transformer: nn.Module) -> dict[str, Tensor]:
+    """Updates as diffusers' adapters have them, each scale put into B.
+
+    Raises:
+        ValueError: if one is of another model, or is none that an adapter can hold; diffusers would warn, or say nothing.
+    """
+    own = {name.replace(".base_layer.", "."): p for name, p in transformer.named_parameters() if ".lora_" not in name}
+    modules = transformer.named_modules()
+    linear = {name.replace(".base_layer", "") for name, module in modules if isinstance(module, nn.Linear)}
+    low: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for name, update in resolved_updates(own, updates, source):
+        module, _, leaf = name.rpartition(".")
+        if isinstance(update, LowRank) and module in linear:
+            low.setdefault(module, {}).update(A=update.down, B=update.scale * update.up)
+        elif isinstance(update, Difference) and leaf == "bias" and module in linear:
+            low.setdefault(module, {})["bias"] = update.value()
+        elif update.value().any():
+            strange.append(name)
+    if strange:
+        raise ValueError(
+            f"{source} holds differences of {len(strange)} weights that an adapter cannot hold, such as {strange[0]}; merge "
+            "it into a student with tools/convert.py --lora"
+        )
+    with_bias, tensors = any("bias" in side for side in low.values()), {}
+    for module, side in low.items():
+        outputs, inputs = own[f"{module}.weight"].shape
+        tensors[f"transformer.{module}.lora_A.weight"] = side.get("A", torch.zeros(1, inputs))
+        tensors[f"transformer.{module}.lora_B.weight"] = side.get("B", torch.zeros(outputs, 1))
+        if with_bias:  # peft has one for all layers or for none
+            tensors[f"transformer.{module}.lora_B.bias"] = side.get("bias", torch.zeros(outputs))
+    if not tensors:
+        raise ValueError(f"{source} holds no update that changes anything")
+    return tensors

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamvid.codecs.text import PromptEncoder
 from streamvid.core.guidance import guide
 from streamvid.weights import read_json
+
+TIMESTEPS = 1000  # of Wan's own time
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,22 @@ class Teacher(Protocol):
 
     def encode_prompt(self, prompts: list[str]) -> Tensor:
         """Embeddings ``[B, L, D]``."""
+
+    def trainable_copy(self) -> nn.Module:
+        """Its network in float32, to be trained as a score: what ``score_velocity`` takes. Of teachers with weights."""
+
+
+def score_velocity(network: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    """The velocity that a trainable score says, in the conventions of ``Teacher.predict``.
+
+    Args:
+        network: one with ``predict(x_t, t, cond)``, which has its family's border inside, or with the call of
+            ``diffusers.WanTransformer3DModel``, whose only border is that of the time.
+        t: ``[B]``.
+    """
+    if hasattr(network, "predict"):
+        return network.predict(x_t, t, cond)
+    return network(x_t, TIMESTEPS * t, cond, return_dict=False)[0]
 
 
 def predict_guided(teacher: Teacher, x_t: Tensor, t: Tensor, cond: Tensor | VideoCond, guidance_scale: float) -> Tensor:

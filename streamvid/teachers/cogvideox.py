@@ -11,6 +11,7 @@ latent size, L tokens, D their width; the network itself takes ``[B, T, C, h, w]
 
 from __future__ import annotations
 
+import copy
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from streamvid.codecs.text import PromptEncoder
-from streamvid.core.process import adapt, vp_clock
+from streamvid.core.process import Clock, adapt, vp_clock
 from streamvid.teachers.base import VideoCond, check_family, open_prompts
 from streamvid.weights import load_strictly, read_json
 
@@ -148,30 +149,59 @@ class CogVideoXTeacher:
             raise ValueError("this teacher is a text-to-video model and takes no first frame; give the embeddings alone")
         if t.ndim != 1:
             raise ValueError(f"times of the shape {tuple(t.shape)}: CogVideoX has one time for all frames, give [B]")
-        self._check_size(x_t)
-        weight = self.transformer.proj_out.weight
+        return _velocity(self.transformer, self.kind, self.clock, x_t, t, cond)
 
-        def network(x: Tensor, native: Tensor) -> Tensor:
-            clip = rearrange(x, "b c t h w -> b t c h w").to(weight)
-            rotary = self._rotary(tuple(x.shape[2:]), weight.device)
-            out = self.transformer(clip, cond.to(weight), native, image_rotary_emb=rotary, return_dict=False)[0]
-            return rearrange(out, "b t c h w -> b c t h w")
+    def trainable_copy(self) -> CogVideoXScore:
+        """See ``Teacher.trainable_copy``."""
+        score = copy.deepcopy(self.transformer)
+        score.__class__ = CogVideoXScore  # the same parameters, with a border
+        score.kind, score.clock = self.kind, self.clock
+        return score.float().requires_grad_(True).train()
 
-        return adapt(network, self.kind, self.clock)(x_t.to(weight.device), t.to(weight.device))
 
-    def _check_size(self, x_t: Tensor) -> None:
-        config = self.transformer.config
-        patches = (config.patch_size_t or 1, config.patch_size, config.patch_size)
-        if any(size % patch for size, patch in zip(x_t.shape[2:], patches)):
-            raise ValueError(f"latents of {tuple(x_t.shape[2:])} frames, rows and columns, expected multiples of {patches}")
+class CogVideoXScore(CogVideoXTransformer3DModel):
+    """A CogVideoX transformer that is trained as a score, with this family's border inside; of ``trainable_copy``."""
 
-    def _rotary(self, size: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Rotary positions of a clip of (T, h, w); the 2B model has none."""
-        c = self.transformer.config
-        if not c.use_rotary_positional_embeddings:
-            return None
-        base = (c.sample_height // c.patch_size, c.sample_width // c.patch_size)
-        return _rotary_tables(c.attention_head_dim, c.patch_size, c.patch_size_t, base, size, device)
+    kind: str
+    clock: Clock
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """The velocity at ``x_t [B, C, T, h, w]`` and ``t [B]`` in (0, 1], in float32."""
+        return _velocity(self, self.kind, self.clock, x_t, t, cond)
+
+
+def _velocity(
+    transformer: CogVideoXTransformer3DModel, kind: str, clock: Clock, x_t: Tensor, t: Tensor, cond: Tensor
+) -> Tensor:
+    """What a transformer of this family says, converted at its border."""
+    _check_size(transformer, x_t)
+    weight = transformer.proj_out.weight
+
+    def network(x: Tensor, native: Tensor) -> Tensor:
+        clip = rearrange(x, "b c t h w -> b t c h w").to(weight)
+        rotary = _rotary(transformer, tuple(x.shape[2:]), weight.device)
+        out = transformer(clip, cond.to(weight), native, image_rotary_emb=rotary, return_dict=False)[0]
+        return rearrange(out, "b t c h w -> b c t h w")
+
+    return adapt(network, kind, clock)(x_t.to(weight.device), t.to(weight.device))
+
+
+def _check_size(transformer: CogVideoXTransformer3DModel, x_t: Tensor) -> None:
+    config = transformer.config
+    patches = (config.patch_size_t or 1, config.patch_size, config.patch_size)
+    if any(size % patch for size, patch in zip(x_t.shape[2:], patches)):
+        raise ValueError(f"latents of {tuple(x_t.shape[2:])} frames, rows and columns, expected multiples of {patches}")
+
+
+def _rotary(
+    transformer: CogVideoXTransformer3DModel, size: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Rotary positions of a clip of (T, h, w); the 2B model has none."""
+    c = transformer.config
+    if not c.use_rotary_positional_embeddings:
+        return None
+    base = (c.sample_height // c.patch_size, c.sample_width // c.patch_size)
+    return _rotary_tables(c.attention_head_dim, c.patch_size, c.patch_size_t, base, size, device)
 
 
 @lru_cache(maxsize=8)

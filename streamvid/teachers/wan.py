@@ -14,6 +14,7 @@ Shapes: B batch, C latent channels, T latent frames, h w latent size, L tokens, 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +25,9 @@ from torch import Tensor
 from streamvid.codecs.base import VideoCodec
 from streamvid.codecs.text import PromptEncoder
 from streamvid.core.times import step_times
-from streamvid.teachers.base import VideoCond, check_family, open_prompts
+from streamvid.teachers.base import TIMESTEPS, VideoCond, check_family, open_prompts
 from streamvid.weights import load_strictly, read_json
 
-TIMESTEPS = 1000
 MASK_CHANNELS = 4  # one a pixel frame of a latent frame
 
 
@@ -202,6 +202,10 @@ class WanTeacher:
         velocities = [self._forward(e, x_t[rows], t[rows], _rows(cond, rows)) for e, rows in parts]
         order = torch.cat([rows for _, rows in parts]).argsort()
         return torch.cat(velocities)[order.to(velocities[0].device)]
+
+    def trainable_copy(self) -> WanTransformer3DModel:
+        """See ``Teacher.trainable_copy``; of two experts, that of the high noise levels."""
+        return copy.deepcopy(self.transformer).float().requires_grad_(True).train()
 
     def _experts(self) -> list[WanTransformer3DModel]:
         return [self.transformer] if self.transformer_2 is None else [self.transformer, self.transformer_2]

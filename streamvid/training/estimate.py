@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from streamvid.codecs.base import latent_frames_of
-from streamvid.methods.base import Method
+from streamvid.methods.base import Method, loss_parts
 from streamvid.methods.trajectory import chunk_times
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import adapt, share_weights
@@ -68,6 +68,7 @@ TEMPORAL_RATIO = 4  # pixel frames a latent frame, of all codecs here
 DEPTHS = (4, 6)  # at which deeper networks are measured
 EXAMPLE_PROCESSES = 8  # that a sharded run is shown for, if it is asked about in one process
 SAMPLED_STEPS = 64  # over which random exits are averaged
+SMALL = 100  # networks of this part of the memory are trained without measuring their peak, which takes some seconds
 
 
 class UnknownSizes(ValueError):
@@ -117,6 +118,14 @@ class Estimate:
         return self.state_bytes + max((turn.peak for turn in self.turns), default=0)
 
     @property
+    def least_peak_bytes(self) -> float:
+        """Of sharded networks gradients are divided as they are made; here none is counted at a turn's worst moment."""
+        if not self.sharded or self.processes == 1:
+            return self.peak_bytes
+        gradients = {role.name: role.weights for role in self.roles}
+        return self.state_bytes + max((max(0, t.peak - gradients.get(t.name, 0)) for t in self.turns), default=0)
+
+    @property
     def flops(self) -> float:
         """Of an average step."""
         return sum(turn.a_step * turn.flops for turn in self.turns)
@@ -143,11 +152,12 @@ class Estimate:
         return "\n".join(lines)
 
 
-def estimate(config: RunConfig) -> Estimate:
+def estimate(config: RunConfig, steps: int = SAMPLED_STEPS) -> Estimate:
     """What one process of a run needs.
 
     Args:
         config: of the run; of its folders only configurations are read, and of published names not even these.
+        steps: of a turn, whose random choices are looked at; 1 is quick and will do for the peak.
 
     Raises:
         ValueError: one line, if a network's sizes can't be known, or for what the method refuses.
@@ -156,13 +166,13 @@ def estimate(config: RunConfig) -> Estimate:
     depth = max((int(n.config.num_layers) for n in held_networks(method).values() if hasattr(n, "config")), default=0)
     sharing = {"sharded": config.train.shard == "full", "processes": launched_processes()}
     if depth <= max(DEPTHS):
-        return Estimate(roles, turns_of(config, method), **sharing)
-    few, more = (turns_of(config, build_on_meta(config, depth)[0]) for depth in DEPTHS)
+        return Estimate(roles, turns_of(config, method, steps), **sharing)
+    few, more = (turns_of(config, build_on_meta(config, depth)[0], steps) for depth in DEPTHS)
     return Estimate(roles, tuple(_extrapolated(a, b, depth) for a, b in zip(few, more)), **sharing)
 
 
 def ensure_memory(config: RunConfig, device: torch.device) -> None:
-    """Refuse a run whose networks alone do not fit on a device, before they are loaded.
+    """Refuse a run that does not fit on a device, before its networks are loaded: these alone, or with the peak of a turn.
 
     Of checkpoints that are yet to be fetched, or are of a family whose sizes are not known here, nothing is said.
 
@@ -179,6 +189,16 @@ def ensure_memory(config: RunConfig, device: torch.device) -> None:
             f"the networks of this run need {needed / GIB:.2f} GiB, free on {device} are {there / GIB:.2f}; --dry-run says "
             "what each takes; teacher.dtype=bf16, student.lora.rank=64, smaller networks, or train.shard=full and more "
             "processes need less"
+        )
+    if SMALL * needed < there:
+        return
+    whole = estimate(config, steps=1)
+    if whole.least_peak_bytes > there:
+        turn = max(whole.turns, key=lambda turn: turn.peak)
+        raise ValueError(
+            f"this run needs {whole.least_peak_bytes / GIB:.2f} GiB at its peak, in the turn of {turn.name}, free on "
+            f"{device} are {there / GIB:.2f}; --dry-run says what each turn takes; train.gradient_checkpointing=true, a smaller "
+            "train.batch_size with more accumulate, or shorter clips need less"
         )
 
 
@@ -318,17 +338,17 @@ def _optimizer_bytes(parameters: dict[str, nn.Parameter], config: OptimizerConfi
 # ---- the turns ------------------------------------------------------------------------------------------
 
 
-def turns_of(config: RunConfig, method: Method) -> tuple[Turn, ...]:
+def turns_of(config: RunConfig, method: Method, steps: int = SAMPLED_STEPS) -> tuple[Turn, ...]:
     """What each turn of a method on the meta device costs."""
     counts = Counter(turn for step in range(config.train.max_steps) for turn in method.turns(step))
     return tuple(
-        _turn(config, method, turn, count / config.train.max_steps) for turn, count in counts.items()
+        _turn(config, method, turn, count / config.train.max_steps, steps) for turn, count in counts.items()
     )
 
 
-def _turn(config: RunConfig, method: Method, turn: str, a_step: float) -> Turn:
+def _turn(config: RunConfig, method: Method, turn: str, a_step: float, sampled: int) -> Turn:
     """The mean over the random choices of some steps; those that cost the same are measured once."""
-    steps = [step for step in range(config.train.max_steps) if turn in method.turns(step)][:SAMPLED_STEPS]
+    steps = [step for step in range(config.train.max_steps) if turn in method.turns(step)][:sampled]
     measured: dict[Any, tuple[float, float]] = {}
     costs = []
     for step in steps:
@@ -343,13 +363,9 @@ def _turn(config: RunConfig, method: Method, turn: str, a_step: float) -> Turn:
 
 
 def _choice(method: Method, turn: str, step: int) -> Any:
-    """What of a step's random choices its cost depends on."""
-    if not hasattr(method, "decide"):
-        return None if getattr(method.config, "policy", None) != "gan" else step
-    decision, stream = method.decide(turn, step), method.stream
-    uneven = stream.step_table or stream.first_steps  # chunks then end at other places of their own lists
-    place = int(12 * decision.exit_place) if uneven else None  # of lists of 1, 2, 3 and 4 steps
-    return decision.exit_index, place, decision.first_chunk, decision.num_steps
+    """What of a step's random choices its cost depends on; of a method that does not tell, each step costs its own."""
+    choices = getattr(method, "choices", None)
+    return step if choices is None else choices(turn, step)
 
 
 def measure_turn(method: Method, turn: str, batch: dict[str, Any], step: int, config: RunConfig) -> tuple[int, int]:
@@ -361,8 +377,8 @@ def measure_turn(method: Method, turn: str, batch: dict[str, Any], step: int, co
         network.requires_grad_(name == turn)
         network.zero_grad(set_to_none=True)
     with as_on_accelerator(config.train.mixed_precision), Watch() as watch:
-        loss, _ = method.loss(turn, batch, step)
-        loss.backward()
+        for loss, _ in loss_parts(method, turn, batch, step):
+            loss.backward()
     method.networks()[turn].zero_grad(set_to_none=True)
     return watch.flops, watch.peak
 

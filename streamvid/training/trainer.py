@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from streamvid.config import flatten, save_config, to_plain
 from streamvid.files import remove_leftovers
-from streamvid.methods.base import BatchSource, Method
+from streamvid.methods.base import BatchSource, Method, loss_parts
 from streamvid.training import checkpoint as ckpt
 from streamvid.training.checks import check_names, check_parameters, check_same_run, check_trackers
 from streamvid.training.ema import EMA, EMAConfig
@@ -275,13 +275,17 @@ class Trainer:
 
     def _backward(self, learner: Learner, turn: str, micro: int, part: int) -> Tensor:
         """Adds the gradient of one batch; returns its share of the loss."""
-        batch = self._draw(turn, micro, part)
-        with self.accelerator.autocast():
-            loss, numbers = self.method.loss(turn, batch, self.step)
-        loss = loss / learner.config.accumulate
-        learner.scaler.scale(loss).backward()
-        self.means.add({f"{turn}/{name}": value for name, value in numbers.items()})
-        return loss.detach()
+        parts = loss_parts(self.method, turn, self._draw(turn, micro, part), self.step)
+        total = 0
+        while True:
+            with self.accelerator.autocast():
+                loss, numbers = next(parts, (None, {}))
+            if loss is None:
+                return total
+            loss = loss / learner.config.accumulate
+            learner.scaler.scale(loss).backward()
+            self.means.add({f"{turn}/{name}": value for name, value in numbers.items()})
+            total = loss.detach() + total
 
     def _draw(self, turn: str, micro: int, part: int) -> dict[str, Any]:
         """This process's share of the joint batch in accumulation pass `part`."""
@@ -445,8 +449,9 @@ class Trainer:
 
 
 def switch_on(networks: dict[str, Module], config: TrainConfig) -> None:
-    """Activation checkpointing and compilation for the networks that can."""
-    recomputing = [n for n in networks.values() if getattr(n, "_supports_gradient_checkpointing", False)]
+    """Activation checkpointing and compilation for the networks that can; the former also where such a one is inside."""
+    modules = [module for network in networks.values() for module in network.modules()]
+    recomputing = [m for m in modules if getattr(m, "_supports_gradient_checkpointing", False)]
     repeating = [n for n in networks.values() if getattr(n, "_repeated_blocks", None)]
     if config.gradient_checkpointing:
         for network in _some(recomputing, "gradient_checkpointing"):

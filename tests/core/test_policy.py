@@ -173,3 +173,5 @@ def test_winners_and_losers():
     assert torch.equal(direction[0], winner[0])
     torch.testing.assert_close(direction[1], -0.4 * loser[1])
     assert winner_loser_gradient(winner, loser, side, eta=0.0)[1].abs().max() == 0
+    own = winner_loser_gradient(winner, loser, side, torch.full((len(side),), -1.0, dtype=winner.dtype))
+    torch.testing.assert_close(own[side == 0], loser[side == 0])  # drawn, as a winner is

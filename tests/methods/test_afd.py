@@ -249,6 +249,19 @@ def test_advantages_compare_clips_of_one_prompt():
     assert batch._advantages(logits)[:, 0].tolist() == [-7.5, -5.5, 1.5, 11.5]
 
 
+@pytest.mark.parametrize("options", [{}, {"logit": "token"}, {"logit": "chunk", "noisings": 2, "normalize": "std"}])
+def test_learning_from_some_clips_at_a_time_is_the_same_update(options):
+    """6 clips as 4 and 2: the same gradient, loss and numbers, each part differentiated before the next is made."""
+    whole, some = (wan_method(group_size=3, clips_per_pass=size, **options)[0] for size in (None, 4))
+    expected, numbers = run_turn(whole, wan_batch(), "student")
+    assert some.loss("student", wan_batch(), 0)[1] == pytest.approx(numbers, rel=1e-5)
+    for part, _ in some.losses("student", wan_batch(), 0):
+        part.backward()
+    grads = torch.cat([p.grad.flatten() for p in some.student.parameters()])
+    goal = torch.cat([grad.flatten() for grad in expected["student"].values()])
+    assert (grads - goal).norm() < 1e-5 * goal.norm()
+
+
 def test_preferences_are_of_pairs():
     numbers = preferences(torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [2.0]]))
     assert numbers["win_rate"] == 0.5 and numbers["gap"] == 0.5
@@ -310,7 +323,7 @@ def test_advantages_of_tokens_say_the_same_with_less_noise():
 
 @pytest.mark.parametrize(
     "wrong", [{"group_size": 0}, {"beta": 0.0}, {"old_decay": 1.0}, {"lam_prior": -1.0}, {"advantage_clip": 0.0},
-              {"group_size": 1}, {"control": "random"}, {"discriminator_updates": -1}]
+              {"group_size": 1}, {"clips_per_pass": 0}, {"control": "random"}, {"discriminator_updates": -1}]
 )  # fmt: skip
 def test_a_wrong_setting_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -381,7 +381,7 @@ def test_a_wrong_setting_is_refused(wrong):
 
 def test_networks_that_do_not_fit_are_refused():
     teacher = ar1_teacher(RHO, FRAMES)
-    with pytest.raises(ValueError, match="no transformer to start the fake score from"):
+    with pytest.raises(ValueError, match="no network to start the fake score from"):
         DMD(Config(), Ar1Student(), teacher, ONE_STEP, (1, 1, 1))
     teacher.uncond = None
     with pytest.raises(ValueError, match="needs the teacher's uncond"):

@@ -1,6 +1,7 @@
 """Every preset on images and on clips with small networks: it runs, and only those who may receive a gradient do."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from streamvid.core.adversary import FeatureHeads, generator_loss
 from streamvid.core.process import add_noise, expand_time
 from streamvid.presets import all_presets
-from streamvid.presets.post import teacher_refinement
+from streamvid.presets.post import distillation_dpo, teacher_refinement
 from streamvid.presets.preset import Context
 
 IMAGE, CLIP = (4, 6, 6), (4, 3, 4, 4)
@@ -210,3 +211,18 @@ def test_the_fake_score_is_told_which_step_made_a_sample():
             preset.critic(ctx)
             preset.student(ctx)
         assert told == seen
+
+
+def test_a_loser_that_is_far_is_drawn_back_and_one_that_is_near_pushed_off():
+    """Pushed whatever the distance, half of the samples had no end to go to: the row diverged."""
+
+    def gradient(eta, stop):
+        preset = distillation_dpo(eta=eta, stop=stop)
+        ctx = context(preset, IMAGE)
+        preset.student(ctx).backward()
+        return torch.cat([p.grad.flatten() for p in ctx.networks.parameters("student") if p.grad is not None])
+
+    winners = gradient(0.0, math.inf)
+    pushed, drawn = gradient(0.2, math.inf) - winners, gradient(0.2, 0.0) - winners
+    assert drawn.norm() > 1e-6
+    torch.testing.assert_close(pushed, -0.2 * drawn, rtol=1e-3, atol=1e-6)

@@ -1,17 +1,24 @@
 """CogVideoX behind our interface: its border conversion is exact, and its sampler is our Euler loop."""
 
+import copy
 import json
+import math
 import shutil
 
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 
+from streamvid.core.inject import dmd_gradient
 from streamvid.core.process import add_noise, x0_from_v
+from streamvid.methods import asd
+from streamvid.methods.dmd import DMD, Config
+from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.models.lora import LoraConfig, adapt
 from streamvid.rollout.loop import rollout
 from streamvid.rollout.noise import INITIAL_EVENT, KeyedNoise
 from streamvid.rollout.sampler import GuidedModel
-from streamvid.rollout.schedule import full_sequence
+from streamvid.rollout.schedule import StreamConfig, full_sequence
 from streamvid.seeding import keyed_normal
 from streamvid.teachers.base import VideoCond
 from streamvid.teachers.cogvideox import CogVideoXTeacher
@@ -131,6 +138,79 @@ def test_half_precision_stays_close(cogvideox):
     full, t, embeds = open_teacher(cogvideox("5b")), torch.tensor([0.5, 0.9]), low.encode_prompt(PROMPTS)
     assert low.transformer.dtype == torch.bfloat16 and low.predict(X0, t, embeds).dtype == torch.float32
     torch.testing.assert_close(low.predict(X0, t, embeds), full.predict(X0, t, embeds), rtol=0.1, atol=0.05)
+
+
+# As a teacher of a student ------------------------------------------------------------------------------
+
+
+def dmd_of(folder, cls=DMD, config=None):
+    torch.manual_seed(0)
+    student = CausalWanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=32,
+        num_layers=2,
+    )  # fmt: skip
+    teacher = open_teacher(folder)
+    config = config or Config(num_chunks=1, guidance_scale=1.0, fake_updates_per_student=1)
+    stream = StreamConfig(num_steps=2, chunk_frames=2)
+    return cls(config, student, teacher, stream, (4, 6, 8)), {"cond": teacher.encode_prompt(PROMPTS), "keys": [3, 4]}
+
+
+def turn_of(method, batch, turn, step):
+    """Gradients as the trainer makes them."""
+    for name, network in method.networks().items():
+        network.requires_grad_(name == turn)
+        network.zero_grad(set_to_none=True)
+    loss, numbers = method.loss(turn, batch, step)
+    loss.backward()
+    grads = [p.grad for p in method.networks()[turn].parameters() if p.grad is not None]
+    assert grads and all(grad.isfinite().all() for grad in grads) and all(map(math.isfinite, numbers.values()))
+    return grads
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_teaches_a_student_by_distribution_matching(cogvideox, kind, checkpointing):
+    """The fake score was called as a Wan transformer, which ended in an AssertionError of diffusers.
+
+    A copy of the teacher leaves the student where it is; once it follows the student's clips there is a gradient, which
+    at the clip is that of the two data predictions.
+    """
+    method, batch = dmd_of(cogvideox(kind))
+    if checkpointing:
+        method.fake_score.enable_gradient_checkpointing()
+    assert all((grad == 0).all() for grad in turn_of(method, batch, "student", 0))
+    optimizer = torch.optim.Adam(method.fake_score.parameters(), 1e-2)
+    for step in range(2):
+        turn_of(method, batch, "fake_score", step)
+        optimizer.step()
+    assert any(grad.any() for grad in turn_of(method, batch, "student", 2))
+    decision = method.decide("student", 2)
+    judged = method._judge(method._roll_out(batch, method.stream, decision), batch, decision)
+    for network, x0 in ((method.fake_score, judged.x0_fake), (method.teacher, judged.x0_real)):
+        velocity = network.predict(judged.x_t, judged.t, batch["cond"])
+        torch.testing.assert_close(x0, x0_from_v(judged.x_t, velocity, judged.t))
+    torch.testing.assert_close(judged.gradient, dmd_gradient(judged.x, judged.x0_fake, judged.x0_real))
+
+
+def test_its_trainable_copy_is_a_score_in_float32_with_the_same_names(cogvideox):
+    teacher = open_teacher(cogvideox("5b"), torch_dtype=torch.bfloat16)
+    score, t, embeds = teacher.trainable_copy(), torch.tensor([0.5, 0.9]), teacher.encode_prompt(PROMPTS)
+    for (name, own), (theirs, frozen) in zip(score.named_parameters(), teacher.transformer.named_parameters(), strict=True):
+        assert name == theirs and own.dtype == torch.float32 and own.requires_grad and not frozen.requires_grad
+    assert score.training and score._supports_gradient_checkpointing
+    torch.testing.assert_close(score.predict(X0, t, embeds), teacher.predict(X0, t, embeds), rtol=0.1, atol=0.05)
+    again = copy.deepcopy(score)
+    assert torch.equal(again.predict(X0, t, embeds), score.predict(X0, t, embeds))
+
+
+def test_what_reads_inside_a_wan_transformer_refuses_this_one(cogvideox):
+    teacher = open_teacher(cogvideox("2b"))
+    with pytest.raises(ValueError, match="asd reads the blocks of a Wan transformer"):
+        dmd_of(cogvideox("2b"), asd.ASD, asd.Config(num_chunks=1))
+    with pytest.raises(ValueError, match="labels are added to a Wan transformer's time embedding"):
+        dmd_of(cogvideox("2b"), config=Config(num_chunks=1, fake_knows_steps=True))
+    with pytest.raises(ValueError, match="adapters here are of Wan transformers"):
+        adapt(teacher.transformer, LoraConfig(rank=2, targets=("to_q",)))
 
 
 # Bad input ----------------------------------------------------------------------------------------------

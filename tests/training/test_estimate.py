@@ -81,6 +81,34 @@ def test_operations_are_those_of_a_real_turn(method):
         assert ours == torchs, "torch's own counter"
 
 
+@pytest.mark.parametrize("method", ["dmd", "afd", "sft", "trajectory"])
+def test_steps_of_equal_choices_cost_the_same(method):
+    """What a method names as its choices is all that the operations of its turns depend on."""
+    config = run_of(method)
+    built, _ = est.build_on_meta(config)
+    costs = {}
+    for step in range(6):
+        flops, _ = est.measure_turn(built, "student", est.batch_on_meta(config, built), step, config)
+        assert costs.setdefault(built.choices("student", step), flops) == flops
+    assert len(set(costs.values())) == len(costs)
+
+
+def test_a_method_that_tells_no_choices_is_measured_in_every_step():
+    """A rollout that ends anywhere: the estimate is the mean over steps, not the first one's cost."""
+
+    class Telltale:
+        def __init__(self, method):
+            self.method, self.config, self.networks, self.turns = method, method.config, method.networks, method.turns
+            self.loss = method.loss
+
+    config = run_of("dmd", "train.max_steps=6")
+    method, _ = est.build_on_meta(config)
+    (student,) = [turn for turn in est.turns_of(config, Telltale(method)) if turn.name == "student"]
+    steps = [step for step in range(6) if "student" in method.turns(step)]
+    costs = [est.measure_turn(method, "student", est.batch_on_meta(config, method), step, config)[0] for step in steps]
+    assert len(set(costs)) > 1 and student.flops == pytest.approx(sum(costs) / len(costs))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_is_what_a_real_turn_holds(checkpointing):
     """The most bytes of live tensors, against the same watch over real ones; attention on the CPU differs a little."""
@@ -188,6 +216,31 @@ def test_too_little_memory_is_refused_before_the_attempt(monkeypatch):
         est.ensure_memory(config, torch.device("cpu"))
     monkeypatch.setattr(est, "memory_of", lambda device: 10**9)
     est.ensure_memory(config, torch.device("cpu"))
+
+
+def test_a_peak_that_does_not_fit_is_refused_though_the_networks_do(monkeypatch):
+    config = run_of("sft")
+    whole = est.estimate(config)
+    monkeypatch.setattr(est, "memory_of", lambda device: (whole.state_bytes + whole.peak_bytes) / 2)
+    with pytest.raises(ValueError, match=r"at its peak, in the turn of student, free on cpu are 0\.\d\d"):
+        est.ensure_memory(config, torch.device("cpu"))
+    monkeypatch.setattr(est, "memory_of", lambda device: 1.1 * whole.peak_bytes)
+    est.ensure_memory(config, torch.device("cpu"))
+
+
+def test_small_networks_are_not_measured_before_a_run(monkeypatch):
+    """It takes seconds, and their peaks are at most some 50 times as large."""
+    config = run_of("sft")
+    monkeypatch.setattr(est, "memory_of", lambda device: 101 * est.Estimate(est.build_on_meta(config)[1]).state_bytes)
+    monkeypatch.setattr(est, "estimate", None)
+    est.ensure_memory(config, torch.device("cpu"))
+
+
+def test_gradients_of_sharded_networks_are_not_held_against_a_run():
+    one = est.Estimate((est.Role("student", 10, 40, 80),), (est.Turn("student", 1.0, 1.0, 100),), sharded=True)
+    assert one.least_peak_bytes == one.peak_bytes == 220
+    four = est.replace(one, processes=4)
+    assert four.least_peak_bytes == 30 + 60 and four.peak_bytes == 30 + 100
 
 
 def test_what_is_yet_to_be_fetched_is_not_refused(monkeypatch):
