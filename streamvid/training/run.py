@@ -40,13 +40,14 @@ from streamvid.teachers.base import Teacher, check_needs, check_width
 from streamvid.teachers.clip_folder import ClipFolder, encode_clips
 from streamvid.teachers.load import open_teacher, resolve_checkpoint
 from streamvid.teachers.wan import load_wan_transformer
+from streamvid.training.checkpoint import COUNTERS_FILE, checksum
 from streamvid.training.checks import check_same_run, check_trackers
 from streamvid.training.launch import RunLock, check_launcher, is_first_process
 from streamvid.training.trainer import TrainConfig, Trainer
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 SHIPPED = "streamvid/assets/"
-EXPORTED_FILE = "exported.json"  # of a run folder: the step that its export is of
+EXPORTED_FILE = "exported.json"  # of a run folder: the checkpoint that its export is of
 
 
 def shown(path: str | Path) -> str:
@@ -394,14 +395,15 @@ def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
     """Write `run_dir/student`, with the averaged weights where there are any. Every process calls it, the main one writes.
 
     A causal student is complete in itself and can be streamed from there; of a teacher only transformer/ is written.
-    Adapters are merged into transformer/, and lie beside it in lora/. An export of this step that is there already stays
-    as it is, with the scores that it was given since.
+    Adapters are merged into transformer/, and lie beside it in lora/. An export of this checkpoint that is there already
+    stays as it is, with the scores that it was given since.
 
     Raises:
         ValueError: one line, if a weight is not finite; nothing is written then.
     """
     learner, target = trainer.learners["student"], run_dir / "student"
-    if exported_step(run_dir) == trainer.step and (target / "transformer" / "config.json").is_file():
+    origin = origin_of(trainer)
+    if exported_from(run_dir) == origin and (target / "transformer" / "config.json").is_file():
         return target
     weights = trainer.ema_weights("student") if learner.ema is not None else nullcontext()
     with weights:
@@ -415,15 +417,21 @@ def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
         if is_adapted(network):
             save_adapter(network, target / "lora")
     with atomic_file(run_dir / EXPORTED_FILE) as temporary:
-        temporary.write_text(json.dumps({"step": trainer.step}) + "\n")
+        temporary.write_text(json.dumps(origin) + "\n")
     return target
 
 
-def exported_step(run_dir: Path) -> int | None:
-    """The step that the export of a run folder is of; None if there is none, or nothing says so."""
+def origin_of(trainer: Trainer) -> dict[str, Any]:
+    """What tells a run's last checkpoint from any other, also of the same step: its checksums have one of their own."""
+    last = trainer.checkpoints / f"step-{trainer.step:07d}" / COUNTERS_FILE
+    return {"step": trainer.step, "checkpoint": checksum(last)}
+
+
+def exported_from(run_dir: Path) -> Any:
+    """The ``origin_of`` of the export of a run folder; None if there is none, or nothing says so."""
     try:
-        return json.loads((run_dir / EXPORTED_FILE).read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return json.loads((run_dir / EXPORTED_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
 
 
