@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 CONFIG = Path(__file__).parents[1] / "configs" / "run" / "quickstart.yaml"
-WRITTEN = ["checkpoints", "student", "exported.json", "metrics.jsonl", "contact_sheet.png", "report.json", "report.md", "config.yaml"]
+REPORTS = ["contact_sheet.png", "report.json", "report.md"]
+WRITTEN = ["checkpoints", "student", "exported.json", "metrics.jsonl", *REPORTS, "config.yaml"]
 NUM_FRAMES, LATENT_FRAMES, TEACHER_STEPS, GUIDANCE = 33, 9, 50, 2.0
 
 
@@ -68,7 +69,8 @@ def clear(run_dir: Path) -> None:
     if not entries:
         return
     if "config.yaml" not in entries:
-        raise ValueError(f"{run_dir} holds {min(entries)} and no config.yaml, so it is no run of quickstart; name another --output-dir")
+        held = f"{run_dir} holds {min(entries)} and no config.yaml"
+        raise ValueError(f"{held}, so it is no run of quickstart; name another --output-dir")
     lock = RunLock(run_dir)
     for path in [run_dir / name for name in WRITTEN] + sorted(run_dir.glob("clip_[0-3].mp4")):
         if path.is_dir() and not path.is_symlink():

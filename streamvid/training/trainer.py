@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate.utils import gather_object, send_to_device, set_seed
 from safetensors import SafetensorError
 from torch import Tensor

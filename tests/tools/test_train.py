@@ -29,9 +29,8 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     arguments = ["--config", str(CONFIG), "train.output_dir=runs", *SMALL]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "train.py"), *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder, arguments
 
