@@ -200,6 +200,8 @@ class PromptEncoder:
             return None
         try:
             return read_cached(path)
+        except FileNotFoundError:  # another process has just removed it
+            return None
         except ValueError as error:
             self._tell_once(f"{error}; encoding the prompt anew")
             path.unlink(missing_ok=True)
@@ -212,10 +214,7 @@ class PromptEncoder:
 
     @torch.no_grad()
     def _compute(self, prompt: str) -> tuple[Tensor, str]:
-        """The embedding and what of the prompt was cut off; one at a time, so that it does not depend on a batch.
-
-        In a batch, embeddings differ by rounding.
-        """
+        """The embedding and what of the prompt was cut off; one at a time, so that not even rounding depends on a batch."""
         text = clean_prompt(prompt) if self.recipe.cleaned else prompt
         tokens = self.tokenizer(
             [text], padding="max_length", max_length=self.max_length, truncation=True,
@@ -264,7 +263,7 @@ def read_cached(path: Path) -> tuple[Tensor, str]:
     try:
         with safe_open(path, "pt") as file:
             facts, embedding = file.metadata() or {}, file.get_tensor("embedding")
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise ValueError(f"cached embedding {path} is damaged ({' '.join(str(error).split())[:200]})") from error
     if "checksum" not in facts:
         raise ValueError(f"embeddings cached in {path.parent} have no checksum, they are of an earlier version")
@@ -276,7 +275,7 @@ def read_cached(path: Path) -> tuple[Tensor, str]:
 def _checksum(path: Path, embedding: Tensor, cut: str) -> str:
     """Of all that a cached file says, its name included, which stands for the encoder and the prompt."""
     said = f"{path.stem}\0{cut}\0{embedding.dtype}\0{tuple(embedding.shape)}\0".encode()
-    return hashlib.blake2b(said + embedding.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(said + embedding.reshape(-1).view(torch.uint8).numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def device_of(encoder: nn.Module) -> torch.device:
