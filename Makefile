@@ -1,4 +1,5 @@
-# make quickstart | make test | make venv. PYTHON chooses the interpreter (3.10 to 3.12), TORCH the torch requirement.
+# make quickstart | make test | make test-lowest | make venv. PYTHON chooses the interpreter (3.10 to 3.13), TORCH the
+# torch requirement.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,13 +13,13 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-.PHONY: venv quickstart test clean
+.PHONY: venv quickstart test test-lowest clean
 
 venv: $(VENV)/.installed
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12)) ' \
-	  || { echo "error: Python 3.10 to 3.12 is needed, $$($(PYTHON) --version) came; set PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13)) ' \
+	  || { echo "error: Python 3.10 to 3.13 is needed, $$($(PYTHON) --version) came; set PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "error: $(PYTHON) can't make a virtual environment; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 
@@ -42,5 +43,21 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest
 
+# The tests with the lowest version of everything that pyproject.toml allows; several gigabytes: such a torch is a CUDA build
+# where only PyPI is reached. TESTS narrows it: make test-lowest TESTS=tests/codecs
+LOWEST := .venv-lowest
+TESTS ?= tests
+$(LOWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip compile --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --extra test \
+	  pyproject.toml -o $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python -r $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --no-deps -e .
+	touch $@
+
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest $(TESTS)
+
 clean:
-	rm -rf $(VENV) runs/quickstart
+	rm -rf $(VENV) $(LOWEST) runs/quickstart

@@ -3,6 +3,7 @@
 Every draw in training and streaming is a function of a tuple of integers such as (seed, chunk, event),
 so that it does not depend on batch size, rank, device or on what was drawn before: an exported clip
 equals the stream bit for bit, two processes draw what one would, and a resumed run continues exactly.
+What a network makes of equal numbers in batches of another size differs by the rounding of its matrix products.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,15 @@ from typing import Any
 import ftfy
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from streamvid.files import atomic_file
-from streamvid.weights import check_weights, load_strictly, read_json, read_tensors
+from streamvid.weights import check_weights, load_strictly, read_json
 
+log = logging.getLogger(__name__)
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a weight file, for its fingerprint
 
 
@@ -78,9 +82,9 @@ class EncoderFolder:
     def load(self) -> nn.Module:
         """The encoder, every weight of it."""
         import transformers
-        from transformers.utils import logging
+        from transformers.utils.logging import disable_progress_bar
 
-        logging.disable_progress_bar()  # it would draw a bar for 32 small tensors
+        disable_progress_bar()  # it would draw a bar for 32 small tensors
         return load_strictly(getattr(transformers, self.recipe.encoder_class), self.folder, self.dtype).to(self.device)
 
     def fingerprint(self) -> str:
@@ -99,12 +103,14 @@ class EncoderFolder:
 class PromptEncoder:
     """Encodes prompts, each once; embeddings are kept in memory or, with ``cache_dir``, on disk.
 
+    A prompt past the token limit is cut, as the pipelines do it, and a warning says what of it is not seen.
+
     Args:
         tokenizer: of the checkpoint.
         text_encoder: a ``UMT5EncoderModel`` or ``T5EncoderModel``, frozen in place; or its folder, loaded when needed.
         max_length: tokens a prompt is padded or cut to; None takes the tokenizer's own limit, at most the recipe's.
         cache_dir: a folder for embeddings, one safetensors file a prompt, read whenever it is asked for; None keeps them
-            in memory.
+            in memory. A file that is damaged, or of another prompt or encoder, is made anew.
     """
 
     def __init__(
@@ -125,6 +131,7 @@ class PromptEncoder:
         self.max_length = max_length or min(tokenizer.model_max_length, self.recipe.max_length)
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
         self._memory: dict[str, Tensor] = {}
+        self._told: set[str] = set()
         self._fingerprint: str | None = None
 
     @classmethod
@@ -143,19 +150,13 @@ class PromptEncoder:
             device: that it computes on.
 
         Raises:
-            ValueError: if one of them is missing or damaged.
+            ValueError: if one of them is missing or damaged, or needs code of its own, which is never run.
         """
-        from transformers import AutoTokenizer
-
         for part in ("text_encoder", "tokenizer"):
             if not (Path(path) / part).is_dir():
                 raise ValueError(f"{path} has no folder {part}/; expected a checkpoint in the diffusers layout")
         source = EncoderFolder(Path(path) / "text_encoder", dtype, device)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(Path(path) / "tokenizer", local_files_only=True)
-        except Exception as error:  # transformers raises many kinds for a damaged folder
-            raise ValueError(f"cannot load the tokenizer of {path}: {' '.join(str(error).split())[:300]}") from error
-        return cls(tokenizer, source, max_length, cache_dir)
+        return cls(_open_tokenizer(Path(path) / "tokenizer"), source, max_length, cache_dir)
 
     @property
     def text_encoder(self) -> nn.Module:
@@ -176,38 +177,61 @@ class PromptEncoder:
 
     def prepare(self, prompts: list[str]) -> None:
         """Encode what is not encoded yet, and hold no more of it in memory than ``encode`` will."""
-        for prompt in dict.fromkeys(prompts):
+        for prompt in tqdm(dict.fromkeys(prompts), desc="encoding prompts", unit="prompt", delay=2):
             self._load(prompt)
 
     def _load(self, prompt: str) -> Tensor:
         """``[L, D]`` without the zeros behind it, mostly a tenth of the padded size; from memory or the disk if it is there."""
-        path = self._cache_path(prompt)
         if prompt in self._memory:
             return self._memory[prompt]
-        if path is not None and path.exists():
-            return read_tensors(path)["embedding"]
-        embedding = self._compute(prompt)
+        path = self._cache_path(prompt)
+        embedding, cut = self._read(path) or self._compute(prompt)
+        if cut:
+            self._tell_once(f"a prompt has at most {self.max_length} tokens: {cut[:200]!r} is cut off {prompt[:60]!r}...")
         if path is None:
             self._memory[prompt] = embedding
-            return embedding
-        with atomic_file(path) as temporary:
-            save_file({"embedding": embedding}, temporary)
+        elif not path.exists():
+            write_cached(path, embedding, cut)
         return embedding
 
+    def _read(self, path: Path | None) -> tuple[Tensor, str] | None:
+        """What ``_compute`` gave, from the disk; None if it is not there. What is there but is no good is removed."""
+        if path is None or not path.exists():
+            return None
+        try:
+            return read_cached(path)
+        except FileNotFoundError:  # another process has just removed it
+            return None
+        except ValueError as error:
+            self._tell_once(f"{error}; encoding the prompt anew")
+            path.unlink(missing_ok=True)
+            return None
+
+    def _tell_once(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            log.warning("%s", message)
+
     @torch.no_grad()
-    def _compute(self, prompt: str) -> Tensor:
-        """One prompt at a time, so that an embedding does not depend on the batch it came in."""
+    def _compute(self, prompt: str) -> tuple[Tensor, str]:
+        """The embedding and what of the prompt was cut off; one at a time, so that not even rounding depends on a batch."""
         text = clean_prompt(prompt) if self.recipe.cleaned else prompt
         tokens = self.tokenizer(
             [text], padding="max_length", max_length=self.max_length, truncation=True,
             return_attention_mask=True, return_tensors="pt",
         )
-        device = next(self.text_encoder.parameters()).device
+        device = device_of(self.text_encoder)
         ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-        if not self.recipe.masked:
-            return self.text_encoder(ids).last_hidden_state[0].float().cpu().contiguous()
-        hidden = self.text_encoder(ids, mask).last_hidden_state[0]
-        return hidden[: int(mask.sum())].float().cpu().contiguous()
+        if self.recipe.masked:
+            hidden = self.text_encoder(ids, mask).last_hidden_state[0, : int(mask.sum())]
+        else:
+            hidden = self.text_encoder(ids).last_hidden_state[0]
+        return hidden.float().cpu().contiguous(), self._cut_off(text)
+
+    def _cut_off(self, text: str) -> str:
+        """The end of a prompt that is past the token limit, before the end mark; mostly empty."""
+        ids = self.tokenizer(text, verbose=False).input_ids
+        return self.tokenizer.decode(ids[self.max_length - 1 : -1]) if len(ids) > self.max_length else ""
 
     def _cache_path(self, prompt: str) -> Path | None:
         if self.cache_dir is None:
@@ -223,6 +247,65 @@ class PromptEncoder:
         return self._fingerprint
 
 
+def write_cached(path: Path, embedding: Tensor, cut: str) -> None:
+    """Keep an embedding ``[L, D]``, and what of its prompt was cut off, at a path whose name says whose it is."""
+    facts = {"cut": cut, "checksum": _checksum(path, embedding, cut)}
+    with atomic_file(path) as temporary:
+        save_file({"embedding": embedding}, temporary, metadata=facts)
+
+
+def read_cached(path: Path) -> tuple[Tensor, str]:
+    """What ``write_cached`` kept at this path.
+
+    Raises:
+        ValueError: one line, if the file is damaged, or is not what was written under this name.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            facts, embedding = file.metadata() or {}, file.get_tensor("embedding")
+    except SafetensorError as error:
+        raise ValueError(f"cached embedding {path} is damaged ({' '.join(str(error).split())[:200]})") from error
+    if "checksum" not in facts:
+        raise ValueError(f"embeddings cached in {path.parent} have no checksum, they are of an earlier version")
+    if facts["checksum"] != _checksum(path, embedding, facts.get("cut", "")):
+        raise ValueError(f"cached embedding {path} is damaged or of another prompt (its checksum differs)")
+    return embedding, facts["cut"]
+
+
+def _checksum(path: Path, embedding: Tensor, cut: str) -> str:
+    """Of all that a cached file says, its name included, which stands for the encoder and the prompt."""
+    said = f"{path.stem}\0{cut}\0{embedding.dtype}\0{tuple(embedding.shape)}\0".encode()
+    return hashlib.blake2b(said + embedding.reshape(-1).view(torch.uint8).numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def device_of(encoder: nn.Module) -> torch.device:
+    """Where an encoder computes: where accelerate's hooks bring its weights, or else where they are.
+
+    Raises:
+        ValueError: if its weights are nowhere.
+    """
+    hooks = [getattr(module, "_hf_hook", None) for module in encoder.modules()]
+    places = [place for place in (getattr(hook, "execution_device", None) for hook in hooks) if place is not None]
+    device = torch.device(places[0]) if places else next(encoder.parameters()).device
+    if device.type == "meta":
+        raise ValueError("the text encoder has no weights (it is on the device meta); load them, or offload with accelerate")
+    return device
+
+
+def _open_tokenizer(folder: Path) -> Any:
+    """A tokenizer of transformers; code that its folder names (``auto_map``) is neither run nor asked about."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a damaged folder
+        if "trust_remote_code" in str(error):  # its text advises to run the code
+            reason = "it needs code of its own (auto_map), which is never run; take one that transformers knows"
+        else:
+            reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"cannot load the tokenizer of {folder.parent}: {reason}") from error
+
+
 def _recipe(model_type: str | None, named: Path | str) -> Recipe:
     """The recipe of a kind of encoder; a ValueError of one line if there is none."""
     if model_type not in RECIPES:
@@ -234,6 +317,8 @@ def _parameter_fingerprint(encoder: nn.Module) -> str:
     """Names an encoder that is in memory, by its parameters' shapes and sums."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in encoder.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{name} is offloaded, so that its encoder has no name in a cache; give no cache_dir, or its folder")
         total = parameter.detach().double().sum().item()
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{total:.12e}".encode())
     return digest.hexdigest()

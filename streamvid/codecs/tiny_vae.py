@@ -165,8 +165,8 @@ class AutoencoderTinyVideo(ModelMixin, ConfigMixin):
         return (frames[:, 3:] + 1) / 2
 
     def encode_frames(self, frames: Tensor) -> Tensor:
-        """See ``VideoCodec.encode_frames``."""
-        latents = self.raw_encode(frames)
+        """See ``VideoCodec.encode_frames``. In the weights' precision, to latents of the frames'."""
+        latents = self.raw_encode(frames.to(self.dtype)).to(frames.dtype)
         mean = self._statistic(self.config.latents_mean, 0.0, latents)
         return (latents - mean) / self._statistic(self.config.latents_std, 1.0, latents)
 
@@ -179,16 +179,19 @@ class AutoencoderTinyVideo(ModelMixin, ConfigMixin):
         return (None,) * self.decoder.slots()
 
     def decode_chunk(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """See ``VideoCodec.decode_chunk``. One latent frame at a time: the bits don't depend on the chunking."""
+        """See ``VideoCodec.decode_chunk``. One latent frame at a time: the bits don't depend on the chunking.
+
+        In the weights' precision, to frames of the latents'.
+        """
         check_latents(latents, self.latent_channels)
         raw = latents * self._statistic(self.config.latents_std, 1.0, latents)
         raw = raw + self._statistic(self.config.latents_mean, 0.0, latents)
         clips = []
-        for latent in rearrange(raw, "b c t h w -> b t c h w").split(1, dim=1):
+        for latent in rearrange(raw, "b c t h w -> b t c h w").to(self.dtype).split(1, dim=1):
             begun = state[0] is not None
             frames, state = self._decode(latent.contiguous(), state)
             clips.append(frames if begun else frames[:, 3:])
-        return ((torch.cat(clips, dim=1) + 1) / 2).clamp(0, 1), state
+        return ((torch.cat(clips, dim=1).to(latents.dtype) + 1) / 2).clamp(0, 1), state
 
 
 def reconstruction_loss(codec: AutoencoderTinyVideo, frames: Tensor, noise: Tensor, prior_weight: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,11 @@ from streamvid.seeding import key_to_seed, keyed_generator
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, one a line; blank lines and lines that begin with ``#`` are skipped.
+    """The prompts of a text file, one a line.
+
+    A line ends with a line feed, a carriage return, or both, and with nothing else that Unicode counts as an end. Blank
+    lines are skipped, and comments: lines that are ``#`` alone or begin with ``#`` and white space. A prompt may begin
+    with a ``#hashtag``.
 
     Raises:
         ValueError: if the file is missing, is not UTF-8 text, or holds no prompt.
@@ -25,11 +29,19 @@ def read_prompts(path: str | Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    lines = [line.strip() for line in text.splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
+    if "\0" in text:  # UTF-16 without a mark at its beginning is valid UTF-8, with a zero beside each letter
+        place = text.index("\0")
+        raise ValueError(f"{path} has a zero byte (character {place}), it is UTF-16 or no text; save it as UTF-8")
+    lines = [line.strip() for line in text.split("\n")]
+    prompts = [line for line in lines if line and not is_comment(line)]
     if not prompts:
         raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts
+
+
+def is_comment(line: str) -> bool:
+    """Whether a line of a prompt file is ``#`` alone or ``#`` and white space before anything else."""
+    return line[0] == "#" and not line[1:2].strip()
 
 
 def world_prompts(num: int, first_seed: int = 0, held_out: bool = False) -> list[str]:

@@ -181,6 +181,7 @@ def save_adapter(network: nn.Module, folder: str | Path) -> None:
 
     config = network.peft_config[ADAPTER]
     options = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    options["rank_pattern"] = {}  # no layer has another rank; diffusers before 0.40 asks for it
     tensors = {_file_name(name): p.detach().cpu() for name, p in network.named_parameters()}
     with atomic_folder(folder) as temporary:
         WanLoraLoaderMixin.save_lora_weights(

@@ -1,6 +1,6 @@
 """The noise of a rollout: every draw is named by (seed, chunk, event).
 
-So a sample does not depend on the batch it is in, on the rank that makes it, on how often the stream was
+So a sample's noise does not depend on the batch it is in, on the rank that makes it, on how often the stream was
 interrupted, or on how the draws of different chunks interleave.
 """
 

@@ -53,7 +53,7 @@ def stream(
         codec: decodes chunk by chunk.
         encoder_hidden_states: the prompts ``[B, L, D]``.
         config: how the student wants to be streamed.
-        seeds: one a prompt; a sample depends on its prompt, its seed and nothing else.
+        seeds: one a prompt; a sample depends on its prompt and its seed, up to rounding of the batch's matrix products.
         height, width: of the frames, in pixels.
         num_frames: None streams for ever.
         before_step, after_x0: as in ``rollout``.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from streamvid.teachers.clip_folder import ClipRenderer
 from streamvid.teachers.load import resolve_checkpoint
-from streamvid.weights import check_weights
+from streamvid.weights import check_weights, read_json
 
 OURS = ("prompt", "generator", "output_type")  # arguments that ``render`` gives itself
 SIZES = ("num_frames", "height", "width")
@@ -57,18 +57,19 @@ class PipelineTeacher:
             offload: keep on the device only the part that is at work.
 
         Raises:
-            ValueError: one line, if it is missing, damaged, or no pipeline.
+            ValueError: one line, if it is missing, damaged, no pipeline, or brings code of its own.
         """
         from diffusers import DiffusionPipeline
 
         folder = resolve_checkpoint(path)
         if not (folder / "model_index.json").is_file():
             raise ValueError(f"{folder} has no model_index.json; expected the folder of a diffusers pipeline")
+        _check_no_code(folder)
         for part in sorted({file.parent for file in folder.glob("*/*.safetensors*")}):
             check_weights(part)
         try:
             pipeline = DiffusionPipeline.from_pretrained(
-                folder, torch_dtype=torch_dtype, local_files_only=True, use_safetensors=True
+                folder, torch_dtype=torch_dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
             )
         except Exception as error:  # diffusers raises many kinds for a folder that does not fit
             raise ValueError(f"cannot open the pipeline in {folder}: {' '.join(str(error).split())[:300]}") from error
@@ -126,3 +127,32 @@ class PipelineTeacher:
         missing = [name for name in needed if name not in self.settings and name not in OURS]
         if missing:
             raise ValueError(f"{self.name} needs {' and '.join(missing)}; give it in settings")
+
+
+def _check_no_code(folder: Path) -> None:
+    """A ValueError unless a pipeline and all of its parts are classes that diffusers or transformers ship.
+
+    diffusers looks for code beside the weights by several names, and its versions before 0.38 run it unasked.
+    """
+    index = folder / "model_index.json"
+    parts = {name: value for name, value in read_json(index).items() if not name.startswith("_")}
+    if not isinstance(read_json(index).get("_class_name"), str):
+        raise ValueError(f"{index} names no _class_name of diffusers; a pipeline with code of its own is never run")
+    for name, value in parts.items():
+        if isinstance(value, list) and value and value[0] is not None:
+            _check_part(index, name, value)
+    code = sorted(file for place in (folder, *(folder / name for name in parts)) for file in place.glob("*.py"))
+    if code:
+        raise ValueError(f"{code[0]} is code, which is never run; remove it if the pipeline is complete without it")
+
+
+def _check_part(index: Path, name: str, value: list) -> None:
+    """``value`` is the library and the class of a part, as ``model_index.json`` has them."""
+    from diffusers import pipelines
+
+    library, kind = value[0], value[-1]
+    shipped = library in ("diffusers", "transformers") or library in dir(pipelines)
+    if not isinstance(library, str) or not isinstance(kind, str) or not shipped:
+        raise ValueError(f"{index} names {library} for {name}, expected diffusers or transformers; other code is never run")
+    if kind.startswith("Auto") and not kind.startswith("Autoencoder"):  # what the part itself names, code included
+        raise ValueError(f"{index} names {kind} for {name}, expected the class itself; other code is never run")

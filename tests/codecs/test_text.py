@@ -1,15 +1,18 @@
 """Embeddings are those of diffusers' pipeline, do not depend on their batch, and survive a restart."""
 
+import builtins
 import json
 import shutil
 
+import accelerate
 import pytest
 import torch
 from diffusers import CogVideoXPipeline, WanPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
+from streamvid.codecs import text
 from streamvid.codecs.text import EncoderFolder, PromptEncoder, clean_prompt
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "ball", "falls", "cat", "&", "café"]
@@ -80,6 +83,86 @@ def test_a_cache_is_not_read_by_another_encoder_or_length(tmp_path):
         other = Counting(encoder)
         embedding = PromptEncoder(make_tokenizer(), other, length, cache_dir=tmp_path).encode(["a cat"])
         assert other.passes == 1 and embedding.shape[1] == length
+
+
+def flip_a_bit(path, _):
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+def replace_embedding(change):
+    def damage(path, _):
+        save_file({"embedding": change(load_file(path)["embedding"])}, path)
+
+    return damage
+
+
+CACHE_DAMAGE = {
+    "a flipped bit": flip_a_bit,
+    "more tokens than there are": replace_embedding(lambda e: torch.zeros(999, 8)),
+    "another width": replace_embedding(lambda e: torch.zeros(3, 9)),
+    "integers": replace_embedding(lambda e: e.to(torch.int8)),
+    "another name": lambda path, _: save_file({"text": load_file(path)["embedding"]}, path),
+    "truncated": lambda path, _: path.write_bytes(path.read_bytes()[:-3]),
+    "no safetensors": lambda path, _: path.write_bytes(b""),
+    "another prompt's": lambda path, other: shutil.copy(other, path),
+}
+
+
+@pytest.mark.parametrize("kind", CACHE_DAMAGE)
+def test_a_cached_embedding_that_is_no_good_is_made_anew_and_said(tmp_path, caplog, kind):
+    """It used to be served, or to end in a traceback for ever."""
+    first = PromptEncoder(make_tokenizer(), Counting(make_text_encoder()), cache_dir=tmp_path)
+    expected = first.encode(["a cat"])
+    (path,) = tmp_path.glob("*.safetensors")
+    first.encode(["a ball"])
+    (other,) = set(tmp_path.glob("*.safetensors")) - {path}
+    CACHE_DAMAGE[kind](path, other)
+    again = PromptEncoder(make_tokenizer(), Counting(make_text_encoder()), cache_dir=tmp_path)
+    assert torch.equal(again.encode(["a cat"]), expected)
+    counting = Counting(make_text_encoder())
+    repaired = PromptEncoder(make_tokenizer(), counting, cache_dir=tmp_path).encode(["a cat"])
+    assert torch.equal(repaired, expected) and counting.passes == 0
+    (record,) = caplog.records
+    assert str(tmp_path) in record.message and "encoding the prompt anew" in record.message and "\n" not in record.message
+
+
+def test_a_prompt_past_the_limit_is_cut_aloud_and_once(tmp_path, caplog):
+    """Two captions that differ behind the limit gave the same clip without a word; a cache must not hide it either."""
+    long = "a red ball falls a red ball falls a red ball cat & red"  # 12 tokens are the end mark and 11 words
+    for _ in range(2):
+        encoder = PromptEncoder(make_tokenizer(), make_text_encoder(), cache_dir=tmp_path)
+        encoder.encode(["a cat", "a red ball falls a red ball falls a red ball", long, long])
+        encoder.encode([long])
+    assert len(caplog.records) == 2
+    assert all("at most 12 tokens: 'cat & red' is cut off 'a red ball" in record.message for record in caplog.records)
+
+
+def test_many_prompts_show_their_progress(monkeypatch):
+    """A hundred thousand were encoded for minutes without a sign."""
+    bars = []
+    monkeypatch.setattr(text, "tqdm", lambda items, **options: bars.append((list(items), options)) or items)
+    PromptEncoder(make_tokenizer(), make_text_encoder()).prepare(["a cat", "a ball", "a cat"])
+    ((prompts, options),) = bars
+    assert prompts == ["a cat", "a ball"] and options["desc"] == "encoding prompts"
+
+
+def test_an_offloaded_encoder_computes_where_its_hooks_say():
+    """Its weights are on the device "meta" between passes, where the tokens used to be sent."""
+    expected = PromptEncoder(make_tokenizer(), make_text_encoder()).encode(["a cat"])
+    encoder = make_text_encoder()
+    accelerate.cpu_offload(encoder, execution_device="cpu")
+    assert next(encoder.parameters()).is_meta
+    assert torch.equal(PromptEncoder(make_tokenizer(), encoder).encode(["a cat"]), expected)
+
+
+def test_an_encoder_without_weights_is_refused(tmp_path):
+    encoder = make_text_encoder().to("meta")
+    with pytest.raises(ValueError, match="no weights .it is on the device meta."):
+        PromptEncoder(make_tokenizer(), encoder).encode(["a cat"])
+    with pytest.raises(ValueError, match="is offloaded.*give no cache_dir"):
+        PromptEncoder(make_tokenizer(), encoder, cache_dir=tmp_path).encode(["a cat"])
 
 
 def test_the_length_is_the_tokenizers_but_at_most_wans():
@@ -190,3 +273,60 @@ def test_weights_of_another_size_are_found_when_they_are_loaded(folder):
     with pytest.raises(ValueError, match="cannot load .*text_encoder") as caught:
         PromptEncoder.from_pretrained(folder).encode(["a cat"])
     assert "\n" not in str(caught.value)
+
+
+# Code in a folder ---------------------------------------------------------------------------------------
+
+
+def bring_code(folder, part, file, **values):
+    """A configuration that names ``evil.py`` beside it, which leaves a mark if it runs."""
+    config = folder / part / file
+    names = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": names, **values}))
+    (folder / part / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil:\n    pass\n")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Questions on the terminal, of someone who says yes to all of them."""
+    questions = []
+    monkeypatch.setattr(builtins, "input", lambda question="": questions.append(question) or "y")
+    return questions
+
+
+@pytest.mark.parametrize("kind", ["Evil", "EvilFast", None])
+def test_code_of_a_tokenizer_is_neither_run_nor_asked_about(folder, asked, kind):
+    """transformers asks "Do you wish to run the custom code? [y/N]" where it is not told."""
+    bring_code(folder, "tokenizer", "tokenizer_config.json", tokenizer_class=kind)
+    if kind is None:
+        (folder / "tokenizer/config.json").write_text("{}")
+        bring_code(folder, "tokenizer", "config.json", model_type="evil")
+    try:
+        embeddings = PromptEncoder.from_pretrained(folder).encode(["a cat"])
+        assert torch.equal(embeddings, PromptEncoder(make_tokenizer(), make_text_encoder()).encode(["a cat"]))
+    except ValueError as error:
+        assert "needs code of its own (auto_map), which is never run" in str(error) and "\n" not in str(error)
+        assert "trust_remote_code" not in str(error)
+    assert asked == [] and not (folder / "ran").exists()
+
+
+def test_code_beside_a_text_encoder_is_not_run(folder, asked):
+    bring_code(folder, "text_encoder", "config.json", architectures=["Evil"])
+    embeddings = PromptEncoder.from_pretrained(folder).encode(["a cat"])
+    assert torch.equal(embeddings, PromptEncoder(make_tokenizer(), make_text_encoder()).encode(["a cat"]))
+    assert asked == [] and not (folder / "ran").exists()
+
+
+def test_umt5_of_the_published_form_opens(folder):
+    """One embedding table, ``shared.weight``, though the configuration says that none is tied; some versions miss a copy."""
+    model, part = make_text_encoder(), folder / "text_encoder"
+    shutil.rmtree(part)
+    model.save_pretrained(part)
+    (weights,) = part.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors.setdefault("shared.weight", model.shared.weight.detach())
+    tensors.pop("encoder.embed_tokens.weight", None)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    configure(folder, tie_word_embeddings=False)
+    expected = PromptEncoder(make_tokenizer(), make_text_encoder()).encode(["a cat"])
+    assert torch.equal(PromptEncoder.from_pretrained(folder).encode(["a cat"]), expected)

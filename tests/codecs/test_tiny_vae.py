@@ -1,5 +1,7 @@
 """The tiny codec: what streams is what is decoded at once, and what is shipped is good enough to measure with."""
 
+import copy
+
 import pytest
 import torch
 
@@ -54,6 +56,22 @@ def test_the_decoder_of_training_is_the_decoder_of_streaming(codec):
     mean = torch.tensor(codec.config.latents_mean)[None, :, None, None, None]
     parallel = codec.raw_decode(latents * std + mean).clamp(0, 1)
     torch.testing.assert_close(parallel, codec.decode_latents(latents), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_works_and_is_close(codec, dtype, given):
+    """Weights in half precision met frames and latents in float32, and the layers refused the mixture."""
+    low = copy.deepcopy(codec).to(dtype)
+    frames, latents = torch.rand(1, 9, 3, 16, 16), torch.randn(1, 4, 3, 2, 2)
+    encoded, decoded = low.encode_frames(frames.to(given)), low.decode_latents(latents.to(given))
+    assert encoded.dtype == decoded.dtype == given
+    torch.testing.assert_close(encoded.float(), codec.encode_frames(frames), atol=0.1, rtol=0.05)
+    torch.testing.assert_close(decoded.float(), codec.decode_latents(latents), atol=0.03, rtol=0)
+    first, state = low.decode_chunk(latents[:, :, :1].to(given), low.new_decoder_state())
+    rest, _ = low.decode_chunk(latents[:, :, 1:].to(given), state)
+    assert torch.equal(torch.cat([first, rest], dim=1), decoded)
 
 
 @torch.no_grad()

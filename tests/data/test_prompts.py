@@ -14,11 +14,29 @@ def test_a_file_has_a_prompt_a_line(tmp_path):
     assert read_prompts(path) == ["a cat", "ein Bär # no comment"]
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x85"])
+def test_a_line_ends_at_no_other_mark(tmp_path, mark):
+    """``splitlines`` made two prompts of one at each of these."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(f"a cat{mark}and a dog\na ball\r\na bird\ra bee".encode())
+    assert read_prompts(path) == [f"a cat{mark}and a dog", "a ball", "a bird", "a bee"]
+
+
+def test_a_hashtag_is_a_prompt_and_a_comment_is_not(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("#sunset over the sea\n# a comment\n#\n#\tanother\n##\n# \n#1 of many cats\n")
+    assert read_prompts(path) == ["#sunset over the sea", "##", "#1 of many cats"]
+
+
 @pytest.mark.parametrize("content, message", [
     (None, "no prompt file at .*one prompt a line"),
     (b"", "holds no prompt"),
     (b"# only\n\n", "holds no prompt"),
     (b"a cat\n\xff\xfe", "is not UTF-8 text .byte 6."),
+    ("a cat\na ball\n".encode("utf-16"), "is not UTF-8 text .byte 0."),
+    ("a cat\na ball\n".encode("utf-16-le"), "zero byte .character 1., it is UTF-16 or no text; save it as UTF-8"),
+    ("a cat\na ball\n".encode("utf-16-be"), "zero byte .character 0., it is UTF-16 or no text; save it as UTF-8"),
+    (b"a cat\na b\0ll\n", "zero byte .character 9."),
 ])  # fmt: skip
 def test_a_bad_file_is_refused(tmp_path, content, message):
     path = tmp_path / "prompts.txt"

@@ -79,6 +79,28 @@ def test_a_stream_does_not_depend_on_its_batch(student, codec, prompts):
     assert torch.equal(batch[1:], generate(student, codec, prompts[1:], CONFIG, seeds=[2], **size))
 
 
+def test_alone_and_in_a_batch_noise_is_equal_to_the_bit_and_a_sample_up_to_rounding(codec):
+    """Matrix products of another size round otherwise; a draw or a time that depends on the batch shows as 1e-2 and more."""
+    torch.manual_seed(0)
+    student, prompts, seeds = tiny_wan(), torch.randn(5, 4, 3), [7, 1, 2, 9, 4]
+
+    def made(rows):
+        seen = []
+        chunks = stream_latents(
+            student, prompts[rows], CONFIG, seeds=[seeds[row] for row in rows], latent_shape=SHAPE, num_chunks=3,
+            before_step=lambda chunk, t, x: seen.append((t, x.clone())) or x,
+        )  # fmt: skip
+        latents = torch.cat([chunk.latents for chunk in chunks], dim=2)
+        return latents, torch.stack([x for t, x in seen if t == 1])
+
+    latents, noise = made([0, 1, 2, 3, 4])
+    for row in range(5):
+        alone, drawn = made([row])
+        assert torch.equal(drawn[:, 0], noise[:, row])
+        torch.testing.assert_close(alone[0], latents[row], rtol=0, atol=1e-4)
+    assert (latents[0] - latents[1]).abs().max() > 0.1
+
+
 def test_chunks_have_their_frames_and_never_end(student, codec, prompts):
     chunks = list(itertools.islice(stream(student, codec, prompts, CONFIG, seeds=[1, 2], **SIZE), 5))
     assert [c.frames.shape for c in chunks] == [(2, 5, 3, 8, 8)] + [(2, 8, 3, 8, 8)] * 4

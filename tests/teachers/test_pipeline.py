@@ -1,5 +1,6 @@
 """A diffusers pipeline as a black box gives what the pipeline gives, and teaches through a latent set."""
 
+import builtins
 import json
 import shutil
 from types import SimpleNamespace
@@ -105,3 +106,75 @@ def test_a_damaged_folder_is_one_clear_line(wan, tmp_path, message):
     with pytest.raises(ValueError, match=message) as caught:
         PipelineTeacher.from_pretrained(folder, SIZE)
     assert "\n" not in str(caught.value)
+
+
+# Code in a folder ---------------------------------------------------------------------------------------
+
+
+def write_code(folder, name):
+    """A file that leaves a mark if it runs, and then has any class that is asked for."""
+    code = f"from diffusers import WanPipeline\nfrom transformers import UMT5EncoderModel\nopen({str(folder / 'ran')!r}, 'w')\n"
+    (folder / name).write_text(code + "class Evil(WanPipeline):\n    pass\nclass EvilEncoder(UMT5EncoderModel):\n    pass\n")
+
+
+def edit(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def bring_pipeline(folder, name="pipeline"):
+    write_code(folder, f"{name}.py")
+    edit(folder / "model_index.json", _class_name=[name, "Evil"])
+
+
+def bring_unnamed_pipeline(folder):
+    write_code(folder, "None.py")
+
+
+def bring_part(folder):
+    write_code(folder, "text_encoder/evil.py")
+    edit(folder / "model_index.json", text_encoder=["evil", "EvilEncoder"])
+
+
+def bring_part_under_a_known_name(folder):
+    write_code(folder, "text_encoder/transformers.py")
+
+
+def bring_module_from_elsewhere(folder):
+    edit(folder / "model_index.json", text_encoder=["antigravity", "EvilEncoder"])
+
+
+def bring_automatic_tokenizer(folder):
+    edit(folder / "model_index.json", tokenizer=["transformers", "AutoTokenizer"])
+    names = {"AutoTokenizer": ["elsewhere/evil--evil.Evil", None]}
+    edit(folder / "tokenizer/tokenizer_config.json", tokenizer_class="Evil", auto_map=names)
+
+
+CODE = {
+    "_class_name": bring_pipeline,
+    "_class_name of diffusers": lambda folder: bring_pipeline(folder, "wan"),
+    "None.py is code": bring_unnamed_pipeline,
+    "names evil for text_encoder, expected diffusers": bring_part,
+    "text_encoder/transformers.py is code": bring_part_under_a_known_name,
+    "names antigravity for text_encoder": bring_module_from_elsewhere,
+    "names AutoTokenizer for tokenizer, expected the class itself": bring_automatic_tokenizer,
+}
+
+
+@pytest.mark.parametrize("message", CODE)
+def test_code_in_a_folder_is_neither_run_nor_asked_about(wan, tmp_path, monkeypatch, message):
+    """diffusers before 0.38 ran it unasked."""
+    questions = []
+    monkeypatch.setattr(builtins, "input", lambda question="": questions.append(question) or "y")
+    folder = shutil.copytree(wan("2.1"), tmp_path / "teacher")
+    CODE[message](folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        PipelineTeacher.from_pretrained(folder, SIZE)
+    assert "never run" in str(caught.value) and "\n" not in str(caught.value)
+    assert questions == [] and not (folder / "ran").exists()
+
+
+def test_a_name_in_auto_map_that_nothing_asks_for_is_no_code(wan, tmp_path):
+    folder = shutil.copytree(wan("2.1"), tmp_path / "teacher")
+    edit(folder / "text_encoder/config.json", auto_map={"AutoModel": "evil.Evil"})
+    opened, plain = (PipelineTeacher.from_pretrained(path, SIZE) for path in (folder, wan("2.1")))
+    assert torch.equal(opened.generate(PROMPTS[:1]), plain.generate(PROMPTS[:1]))
