@@ -21,6 +21,8 @@ class BatchSource(Protocol):
     Shuffling, prompts and per-sample seeds are functions of (the source's seed, step, turn, micro, index), see
     `streamvid.seeding`: what sample 5 of a joint batch is does not depend on how many processes share the
     batch. Two processes with 4 samples each, one with 8, and one with 4 that accumulates 2 draw the same.
+
+    Optional, found by name: ``fingerprint: str``, of the data itself; a run whose data has another is not resumed.
     """
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict[str, Any]:
