@@ -14,10 +14,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from streamvid.command_line import Parser, run_tool
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
+    parser = Parser(__doc__)
     parser.add_argument("--suite", choices=["stream", "losses"], required=True)
     parser.add_argument("--student", help="stream: a student folder; by default the shipped student")
     parser.add_argument("--components", help="stream: folder of vae/ and text_encoder/ for a student that lacks them")
@@ -35,12 +36,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        bench(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_tool(lambda: bench(args))
 
 
 def bench(args: argparse.Namespace) -> None:

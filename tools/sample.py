@@ -14,10 +14,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from streamvid.command_line import Parser, run_tool, say
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
+    parser = Parser(__doc__)
     model, prompt, steps = (parser.add_mutually_exclusive_group(required=needed) for needed in (False, True, False))
     model.add_argument("--student", help="a student folder; by default the shipped student")
     model.add_argument("--teacher", help="a teacher folder: sample the teacher instead, all frames together")
@@ -44,15 +45,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        sample(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; the clip under way is not kept (--stream keeps it)", file=sys.stderr)
-        return 130
-    return 0
+    return run_tool(lambda: sample(args), "interrupted; the clip under way is not kept (--stream keeps it)")
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -76,7 +69,7 @@ def sample(args: argparse.Namespace) -> None:
             runner.model, codec, encoder.encode([prompt]).to(device), runner.stream, out, seed=args.seed + index, size=args.size,
             num_frames=args.num_frames or None, fps=args.fps, live=args.stream,
         )
-        print(
+        say(
             f"wrote {out}: {made.num_frames} frames in {made.seconds:.2f} s, first frames after "
             f"{1000 * made.first_frame_s:.0f} ms, {made.cost.nfe * runner.passes} forwards + {made.cost.commits} commits"
         )

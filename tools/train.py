@@ -12,11 +12,12 @@ of each turn at its peak, and floating-point operations a step; nothing is loade
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 
 import yaml
 
+from streamvid.command_line import log_to_stderr, tell
+from streamvid.printing import one_line
 from streamvid.training.processes import launch_all_processes
 
 
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the run file's")
     args = parser.parse_intermixed_args(argv)
     launch_all_processes()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_stderr()
 
     from streamvid.config import to_plain
     from streamvid.serving.student import choose_device
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         trainer = build_trainer(config)
         run_dir = trainer.train()
     except (ValueError, OSError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {one_line(error)}")
         return 2
     if trainer.is_main:
         print(f"wrote {run_dir}/student")

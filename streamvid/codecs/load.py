@@ -32,7 +32,15 @@ def open_codec(path: str | Path, device: torch.device | str | None = None) -> Vi
     """
     path = Path(path)
     codec = AutoencoderTAEHV.from_file(path) if path.suffix in TENSOR_SUFFIXES else _open_folder(path / "vae")
+    _check_finite(path, codec)
     return codec.requires_grad_(False).eval().to(device)
+
+
+def _check_finite(path: Path, codec: nn.Module) -> None:
+    """Refuse weights that would make black or white frames; decoders end in a clamp, behind which they can't be told."""
+    for name, tensor in codec.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: the codec's {name} is not finite (NaN or infinite); it is damaged, copy it again")
 
 
 def _open_folder(folder: Path) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamvid.codecs.base import VideoCodec
+from streamvid.printing import printable
 from streamvid.rollout.sampler import stream
 from streamvid.rollout.schedule import Cost, StreamConfig, build_schedule, cost_of
 from streamvid.video import VideoWriter, suffix_of
@@ -55,12 +57,14 @@ def export_clip(
         live: PNGs are there as soon as each is complete, and Ctrl-C ends the clip instead of dropping it.
 
     Raises:
-        ValueError: before anything is written, for a size, a length or a path that can't be.
+        ValueError: before anything is written, for a size, a length or a path that can't be, or damaged weights.
     """
     started, first_frame_s, num_chunks = time.perf_counter(), 0.0, 0
     height, width = size
     chunks = stream(model, codec, embedding, config, seeds=[seed], height=height, width=width, num_frames=num_frames)
-    with VideoWriter(path, fps, live) as writer, tqdm(total=num_frames, unit="frame", desc=path) as bar:
+    writer = VideoWriter(path, fps, live)
+    chunks = itertools.chain([next(chunks)], chunks)  # one that can't be made leaves what is at the path as it is
+    with writer, tqdm(total=num_frames, unit="frame", desc=printable(path)) as bar:
         try:
             for num_chunks, chunk in enumerate(chunks, 1):
                 first_frame_s = first_frame_s or time.perf_counter() - started

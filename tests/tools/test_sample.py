@@ -70,8 +70,14 @@ def test_a_teacher_can_be_sampled(tmp_path, capsys):
     (("--out", "clip.mp4", "--components", "nowhere"), "nowhere has no folder text_encoder/"),
     (("--out", "clip.mp4", "--fps", 0), "fps=0"),
     (("--out", "clip.mp4", "--num-frames", "many"), "invalid int value"),
-    (("--out", "clip.mp4", "--prompt", " "), "the prompt is empty"),
+    (("--out", "clip.mp4", "--prompt", " "), "--prompt is an empty text"),
     ((), "required: --out"),
+    (("--out", "clip.mp4", "--student", ""), "--student is an empty text"),
+    (("--out", "clip.mp4", "--teacher", ""), "--teacher is an empty text"),
+    (("--out", "clip.mp4", "--codec", ""), "--codec is an empty text"),
+    (("--out", "", ), "--out is an empty text"),
+    (("--out", "a\nerror: all is lost\x1b[31m.avi"), "unknown suffix"),
+    (("--out", "clip.mp4", "--size", 1000000, 1000000), "at most 33,177,600 pixels"),
 ])
 def test_mistakes_end_with_one_line(tmp_path, capsys, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
@@ -181,3 +187,26 @@ def test_a_damaged_student_ends_with_one_line(student, tmp_path, capsys, damage)
     code, err = run(capsys, *PROMPT, "--student", student, "--out", tmp_path / "clip.mp4")
     assert code == 2 and err.startswith("error: ") and "student" in err and err.count("\n") == 1
     assert not (tmp_path / "clip.mp4").exists()
+
+
+@pytest.mark.parametrize("file, name, part", [
+    (WEIGHTS, "proj_out.bias", "the transformer gave"),
+    ("vae/diffusion_pytorch_model.safetensors", "DECODER", "the codec's"),
+    ("text_encoder/model.safetensors", "encoder.block.0.layer.0.SelfAttention.k.weight", "the text encoder gave"),
+])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_make_no_clip(student, tmp_path, capsys, file, name, part, bad):
+    """They made a black clip, with exit code 0."""
+    for own in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(TINY_TEACHER / own, student / own, dirs_exist_ok=True)
+    weights = load_file(student / file)
+    name = sorted(key for key in weights if "decoder" in key)[-1] if name == "DECODER" else name  # clamped to white
+    weights[name].view(-1)[:] = bad
+    save_file(weights, student / file, {"format": "pt"})
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "000000.png").write_text("of the clip before")
+    for out in ("clip.mp4", "frames"):
+        code, err = run(capsys, *PROMPT, "--student", student, "--stream", "--out", tmp_path / out)
+        assert code == 2 and part in err and "not finite" in err and err.startswith("error: ") and err.count("\n") == 1
+    left = sorted(path.name for path in tmp_path.rglob("*") if not path.is_relative_to(student))
+    assert left == ["000000.png", "frames"] and (tmp_path / "frames" / "000000.png").read_text() == "of the clip before"
