@@ -37,13 +37,13 @@ from torch import Tensor, nn
 from streamvid.codecs.base import VideoCodec, latent_frames_of
 from streamvid.codecs.text import PromptEncoder
 from streamvid.files import atomic_folder
+from streamvid.hub import resolve_checkpoint
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout import sampler
 from streamvid.rollout.loop import ChunkHook
 from streamvid.rollout.schedule import STREAM_CONFIG_FILE, StreamConfig
 from streamvid.serving.card import model_card
 from streamvid.serving.student import CARD_FILE, TEXT_PARTS, deployed, load_student
-from streamvid.teachers.load import resolve_checkpoint
 from streamvid.video import to_uint8
 
 OutputType = Literal["pil", "np", "pt", "latent"]

@@ -19,6 +19,7 @@ from streamvid.codecs.base import VideoCodec
 from streamvid.codecs.load import CODECS, open_codec
 from streamvid.codecs.text import RECIPES, PromptEncoder
 from streamvid.files import atomic_folder
+from streamvid.hub import resolve_checkpoint
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import STREAM_CONFIG_FILE, StreamConfig
 from streamvid.weights import check_weights, load_strictly, read_json
@@ -42,10 +43,10 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        torch.ones(1, device=name).item()  # "meta" makes tensors, but without numbers
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        reason = (str(error).splitlines() or [""])[0]
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a build without CUDA asserts
+        reason = (str(error).splitlines() or [""])[0].partition(". ")[0][:100]
         raise ValueError(f"there is no device {name} here ({reason}); use cpu, or auto for the best there is") from error
 
 
@@ -66,7 +67,7 @@ def load_student(
     dtype: torch.dtype = torch.float32,
     codec: str | Path | None = None,
 ) -> Student:
-    """Open a student folder.
+    """Open a student folder; each path may be a name on the hub.
 
     Args:
         components: where parts that the folder lacks come from; None is the shipped teacher.
@@ -77,7 +78,7 @@ def load_student(
     Raises:
         ValueError: one line, if a part is missing, damaged or does not fit the others.
     """
-    path, components = Path(path), Path(components or TINY_TEACHER)
+    path, components = resolve_checkpoint(path), resolve_checkpoint(components or TINY_TEACHER, COMPONENTS)
     if not path.is_dir():
         raise ValueError(f"no student folder at {path}; it should hold transformer/ and {STREAM_CONFIG_FILE}")
     stream = load_stream_config(path)
@@ -161,21 +162,63 @@ def save_student(
     """Write a student folder at once; with ``components``, their copies make it complete in itself.
 
     Args:
+        components: a folder, or its name on the hub.
         card: text of the folder's README.md: method, teacher, schedule, scores.
 
     Raises:
-        ValueError: if ``components`` lacks a part; nothing is written then.
+        ValueError: if ``components`` lacks a part, or has links that lead out of it; nothing is written then.
     """
-    for part in COMPONENTS if components else ():
-        if not (Path(components) / part).is_dir():
-            raise ValueError(f"{components} has no folder {part}/; expected vae/, text_encoder/ and tokenizer/")
+    parts = _parts_to_copy(components)
     with atomic_folder(path) as temporary:
         transformer.save_pretrained(temporary / "transformer")
         (temporary / STREAM_CONFIG_FILE).write_text(stream.to_json())
         (temporary / CARD_FILE).write_text(card or "A streamvid student; see stream_config.json.\n")
-        for part in COMPONENTS if components else ():
-            shutil.copytree(Path(components) / part, temporary / part)
+        for part in parts:
+            shutil.copytree(part, temporary / part.name)
         (temporary / INDEX_FILE).write_text(json.dumps(model_index(temporary), indent=2) + "\n")
+
+
+def save_teacher(path: str | Path, transformer: torch.nn.Module, shift: float, components: str | Path) -> None:
+    """Write a teacher folder at once, which ``teachers.load.open_teacher`` and ``--teacher`` open, complete in itself.
+
+    Args:
+        transformer: a bidirectional Wan.
+        shift: timestep shift that it is to be sampled with.
+        components: where its codec and its text encoder are copied from, a folder or its name on the hub.
+
+    Raises:
+        ValueError: see ``save_student``.
+    """
+    parts = _parts_to_copy(components)
+    with atomic_folder(path) as temporary:
+        transformer.save_pretrained(temporary / "transformer")
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=shift).save_pretrained(temporary / "scheduler")
+        for part in parts:
+            shutil.copytree(part, temporary / part.name)
+        index = {
+            **model_index(temporary), "_class_name": "WanPipeline",
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "transformer": ["diffusers", "WanTransformer3DModel"],
+        }  # fmt: skip
+        (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _parts_to_copy(components: str | Path | None) -> list[Path]:
+    """The folders of what makes a checkpoint complete; none for None.
+
+    A folder may be a link, but what lies in it must not lead elsewhere: the file that a link points to would be published
+    with the copy. The hub's own cache consists of such links, into ``blobs/`` of the same checkpoint.
+    """
+    if components is None:
+        return []
+    home = resolve_checkpoint(components, COMPONENTS)
+    for part in COMPONENTS:
+        if not (home / part).is_dir():
+            raise ValueError(f"{components} has no folder {part}/; expected vae/, text_encoder/ and tokenizer/")
+        places = [(home / part).resolve(), home.resolve().parent.parent / "blobs"]
+        for file in (home / part).rglob("*"):
+            if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in places):
+                raise ValueError(f"{file} is a link out of its folder, and would be copied as {file.resolve()}; put a file there")
+    return [home / part for part in COMPONENTS]
 
 
 def model_index(folder: Path) -> dict[str, object]:
