@@ -28,15 +28,18 @@ class Exported:
     cost: Cost  # of the chunks that were finished
 
 
-def name_outs(out: str, num: int) -> list[str]:
+def name_outs(out: str, num: int, listed: bool = False) -> list[str]:
     """A path for each of ``num`` clips: ``out`` itself for one, a pattern with ``{}``, or .mp4 files in a folder.
+
+    Args:
+        listed: the clips are of a list, which may have one entry: a folder holds .mp4 files then too, not PNGs.
 
     Raises:
         ValueError: if ``out`` is one file for several clips.
     """
     if "{}" in out:
         return [out.replace("{}", f"{index:03d}") for index in range(num)]
-    if num == 1:
+    if num == 1 and (suffix_of(out) or not listed):
         return [out]
     if suffix_of(out):
         raise ValueError(f"{out} is one file for {num} prompts; name a folder, or a pattern such as clips/{{}}.gif")

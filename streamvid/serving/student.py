@@ -140,10 +140,12 @@ def deployed(
     Args:
         schedule: "autoregressive", "rolling", or a ``stream_config.json`` that stands in for the student's.
         steps: a chunk; a table of times, which would win over the number, is dropped.
-        window, sink: in latent frames.
+        window, sink: in latent frames. A rolling order sees the chunks that it denoises together whatever the student's window
+            was, unless ``window`` says otherwise.
 
     Raises:
-        ValueError: if there is no such schedule, or what ``StreamConfig`` refuses.
+        ValueError: if there is no such schedule, the student was not trained on as many frames as a rolling order denoises
+            together, or what ``StreamConfig`` refuses.
     """
     order = schedule if schedule in ("autoregressive", "rolling") else None
     if schedule and not order:
@@ -152,7 +154,24 @@ def deployed(
         config = StreamConfig.from_json(Path(schedule).read_text(encoding="utf-8"))
     table = None if steps is None else ()
     given = {"order": order, "num_steps": steps, "step_table": table, "window_frames": window, "sink_frames": sink}
-    return replace(config, **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(config, **given, **(_rolling_room(config, steps, window, sink) if order == "rolling" else {}))
+
+
+def _rolling_room(config: StreamConfig, steps: int | None, window: int | None, sink: int | None) -> dict[str, int | None]:
+    """What else changes with a rolling order: the first chunk's steps, and the least window that holds all it denoises."""
+    if config.step_table and steps is None:
+        raise ValueError("the student has times of its own for each chunk, a rolling order has the same for all; name --steps")
+    steps, sink = steps or config.num_steps, config.sink_frames if sink is None else sink
+    room, trained = sink + steps * config.chunk_frames, config.max_trained_frames or config.window_frames
+    if config.positions == "window" and room > trained:
+        most = (trained - sink) // config.chunk_frames
+        raise ValueError(
+            f"a rolling order of {steps} steps denoises {steps} chunks of {config.chunk_frames} frames together, with the sink "
+            f"{room}, but the student was trained on {trained}; " + (f"use --steps {most} or fewer" if most > 0 else "use autoregressive")
+        )
+    widened = {} if window is not None or config.window_frames is None else {"window_frames": max(config.window_frames, room)}
+    return {"first_steps": None, **widened}
 
 
 def save_student(
