@@ -5,6 +5,9 @@ merge into dataclasses is ours, because OmegaConf's structured configs know neit
 unions of dataclasses, and because an error has to name the key, what was expected, what came, and the
 nearest key that exists.
 
+An empty text, such as an unset variable of a shell leaves it, sets nothing: it is an error wherever the default is not
+empty itself. None is the word `null`, where the type allows it.
+
 A YAML file may start from others: `base: ../method/dmd.yaml`, or a list of them, later ones winning; paths
 are relative to the file that names them. A mapping is merged into its default key by key, a list replaces
 its default, and `key: null` removes an entry of a dictionary.
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from pathlib import Path
@@ -27,6 +31,9 @@ from streamvid.files import atomic_file
 
 T = TypeVar("T")
 MISSING = dataclasses.MISSING
+MOST_DEPTH = 50
+"""Of keys within keys on the command line."""
+LARGEST = sys.float_info.max
 
 
 class _Typed(str):
@@ -109,17 +116,32 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict:
     if not path.is_file():
         named = f", named as a base in {seen[-1]}," if seen else ""
         raise ValueError(f"config file {path}{named} does not exist")
+    loaded = read_mapping(path)
+    bases = loaded.pop("base", None)
+    bases = [] if bases is None else bases if isinstance(bases, list) else [bases]
+    merged: dict = {}
+    for base in bases:
+        if not isinstance(base, str) or not base.strip():
+            raise ValueError(f"config file {path}: base: expected a file or a list of files, got {_show(base)}")
+        merged = _merge(merged, _read_yaml(path.parent / base, (*seen, path)))
+    return _merge(merged, loaded)
+
+
+def read_mapping(path: str | Path) -> dict:
+    """The `key: value` lines of a YAML file as they are, without its bases.
+
+    Raises:
+        ValueError: one line, if it is no YAML or holds anything but a mapping.
+    """
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path)) or {}
+    except RecursionError:
+        raise ValueError(f"config file {path} is nested too deeply; no setting is so deep") from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"config file {path} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"config file {path} must hold `key: value` lines, it holds {_show(loaded)}")
-    bases = loaded.pop("base", None) or []
-    merged: dict = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merge(merged, _read_yaml(path.parent / base, (*seen, path)))
-    return _merge(merged, loaded)
+    return loaded
 
 
 def _parse_overrides(overrides: list[str]) -> dict:
@@ -128,7 +150,9 @@ def _parse_overrides(overrides: list[str]) -> dict:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
-            raise ValueError(f"override {override!r} is not of the form key=value, such as train.seed=1")
+            raise ValueError(f"override {_short(override)} is not of the form key=value, such as train.seed=1")
+        if key.count(".") > MOST_DEPTH:
+            raise ValueError(f"override {_short(override)} is {key.count('.') + 1} keys deep; no setting is so deep")
         entry: Any = _Typed(text)
         for part in reversed(key.split(".")):
             entry = {part: entry}
@@ -147,7 +171,7 @@ def _read_value(text: _Typed) -> Any:
     """A command line value read as YAML; what is no YAML is a plain text."""
     try:
         return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]
-    except (yaml.YAMLError, OmegaConfBaseException, KeyError):
+    except (yaml.YAMLError, OmegaConfBaseException, KeyError, RecursionError):
         return str(text)
 
 
@@ -194,10 +218,12 @@ def _default_of(field: dataclasses.Field) -> Any:
 def _coerce(kind: Any, value: Any, base: Any, key: str, root: type) -> Any:
     """`value` as an instance of the annotation `kind`, or a ValueError that names `key`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    _check_not_empty(value, kind, base, key)
     if origin in (typing.Union, types.UnionType):
         return _coerce_union(args, value, base, key, root, kind)
     if isinstance(value, _Typed):
-        value = _read_text(value) if kind in (str, Path) else _read_value(value)
+        value = _read_text(value) if kind in (str, Path) else _read_number(value, kind, key)
+        _check_not_empty(value, kind, base, key)  # without its quotes
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _build(kind, value, base if isinstance(base, kind) else None, f"{key}.", root)
     if origin is typing.Literal:
@@ -213,6 +239,11 @@ def _coerce(kind: Any, value: Any, base: Any, key: str, root: type) -> Any:
     raise ValueError(f"{key}: expected {_describe(kind)}, got {_show(value)}")
 
 
+def _check_not_empty(value: Any, kind: Any, base: Any, key: str) -> None:
+    if isinstance(value, str) and not value.strip() and not (kind is str and base == ""):
+        raise ValueError(f"{key}: expected {_describe(kind)}, got an empty text")
+
+
 def _is_plain(kind: Any, value: Any) -> bool:
     """Whether `value` is an exact instance of a kind without parts; 1 is a float and 1e5 an int, true is neither."""
     if kind is Any or kind in (bool, dict, list):
@@ -221,6 +252,8 @@ def _is_plain(kind: Any, value: Any) -> bool:
         return False
     if kind is int:
         return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if kind is float and isinstance(value, (int, float)) and not abs(value) <= LARGEST:
+        return False
     accepted = {float: (int, float), str: str, Path: (str, Path)}.get(kind)
     return accepted is not None and isinstance(value, accepted)
 
@@ -231,25 +264,38 @@ def _unquoted_word(value: Any, choices: tuple) -> Any:
     return next((word for word in words if word in choices), value)
 
 
-def _read_text(text: _Typed) -> str:
-    """A text needs no quotes on the command line, `name=007`; a pair that is there is taken off."""
+def _read_text(text: _Typed) -> str | None:
+    """A text needs no quotes on the command line, `name=007`; a pair that is there is taken off. `null` is none."""
+    if _is_null(text):
+        return None
     quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
     return str(text[1:-1] if quoted else text)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or isinstance(value, _Typed) and value.strip() == "null"
+
+
+def _read_number(text: _Typed, kind: Any, key: str) -> Any:
+    """A value that is no text; YAML reads 1:30 as 90, which nobody means who writes it."""
+    if kind in (int, float) and ":" in text:
+        raise ValueError(f"{key}: expected {_describe(kind)}, got {_show(str(text))}")
+    return _read_value(text)
 
 
 def _coerce_union(args: tuple, value: Any, base: Any, key: str, root: type, kind: Any) -> Any:
     """The first alternative that fits; with one alternative besides null, its own error."""
     alternatives = [arg for arg in args if arg is not type(None)]
-    plain = _read_value(value) if isinstance(value, _Typed) else value
-    if plain is None and len(alternatives) < len(args):
+    if _is_null(value) and len(alternatives) < len(args):
         return None
-    if len(alternatives) == 1 and plain is not None:
+    if len(alternatives) == 1 and not _is_null(value):
         return _coerce(alternatives[0], value, base, key, root)
     for alternative in alternatives:
         try:
             return _coerce(alternative, value, base, key, root)
         except ValueError:
             continue
+    plain = _read_value(value) if isinstance(value, _Typed) else value
     raise ValueError(f"{key}: expected {_describe(kind)}, got {_show(plain)}")
 
 
@@ -257,8 +303,7 @@ def _coerce_dict(args: tuple, value: dict, base: dict, key: str, root: type) -> 
     key_kind, kind = args
     merged = dict(base)
     for name, item in value.items():
-        if isinstance(item, _Typed) and _read_value(item) is None:
-            item = None
+        item = None if _is_null(item) else item
         name = int(name) if key_kind is int and str(name).isdigit() else name
         if not _is_plain(key_kind, name):
             raise ValueError(f"{key}: expected keys of type {_describe(key_kind)}, got {_show(name)}")
@@ -304,8 +349,12 @@ def _describe(kind: Any) -> str:
 def _show(value: Any) -> str:
     if value is None:
         return "null"
+    return f"{type(value).__name__} {_short(value)}"
+
+
+def _short(value: Any) -> str:
     text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _unknown_key(key: str, value: Any, siblings: list[str], prefix: str, root: type) -> str:

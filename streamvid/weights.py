@@ -6,6 +6,7 @@ Published single files are `.safetensors`, or `.pth` and `.pt`, of which tensors
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import pickle
@@ -22,12 +23,20 @@ from torch import Tensor, nn
 Model = TypeVar("Model", bound=nn.Module)
 TORCH_SUFFIXES = (".pth", ".pt")
 TENSOR_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+MOST = 1_000_000
+"""Of any size in the configuration of a diffusers model; the largest are widths of some 10,000."""
+MOST_NESTED = 20  # containers in containers of a published file; they have about three
+_KINDS: dict[type, Any] = {bool: bool, int: int, float: (int, float), str: str, tuple: (list, tuple), list: (list, tuple)}
 
 
 def read_json(file: Path) -> dict:
     """A configuration file; a ValueError of one line if it holds anything but a JSON object."""
+    if not file.is_file():
+        raise ValueError(f"no file {file}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deeply; copy it again") from None
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
     if not isinstance(config, dict):
@@ -46,7 +55,7 @@ def check_weights(folder: Path) -> None:
     if not files:
         raise ValueError(f"{folder} has no .safetensors file; the checkpoint is incomplete, copy it again")
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        shards = set(read_json(index).get("weight_map", {}).values())
+        shards = read_shard_names(index)
         missing = sorted(shards - {file.name for file in files})
         if missing:
             raise ValueError(
@@ -57,8 +66,22 @@ def check_weights(folder: Path) -> None:
         check_safetensors(file)
 
 
+def read_shard_names(index: Path) -> set[str]:
+    """The files that an index names.
+
+    Raises:
+        ValueError: if its ``weight_map`` is anything but names of tensors and of files beside it.
+    """
+    shards = read_json(index).get("weight_map", {})
+    if not isinstance(shards, dict) or not all(isinstance(name, str) and Path(name).name == name for name in shards.values()):
+        raise ValueError(f"{index}: weight_map is no table of tensors and file names; copy it again")
+    return set(shards.values())
+
+
 def check_safetensors(file: Path) -> None:
     """Check that one file is complete; reads its header only."""
+    if not file.is_file():  # a pipe would be waited for
+        raise ValueError(f"{file} is no regular file; copy the checkpoint again")
     try:
         with safe_open(file, "pt"):
             pass
@@ -79,6 +102,7 @@ def load_strictly(cls: type[Model], folder: Path, dtype: torch.dtype = torch.flo
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; expected a diffusers folder with {folder.name}/")
     check_weights(folder)
+    check_kinds(cls, folder / "config.json")
     try:
         model, info = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
     except Exception as error:  # diffusers raises many kinds for a folder that does not fit
@@ -87,6 +111,27 @@ def load_strictly(cls: type[Model], folder: Path, dtype: torch.dtype = torch.flo
     if wrong:
         raise ValueError(f"cannot load {folder}: {wrong[0]} and {len(wrong) - 1} more are missing or unknown")
     return model
+
+
+def check_kinds(cls: type[nn.Module], file: Path) -> None:
+    """Check that a configuration's values are of the kinds of the defaults of the class, which are not asked when it is made.
+
+    Raises:
+        ValueError: for a text where a number belongs, a number that is not finite, and the like.
+    """
+    defaults = {name: p.default for name, p in inspect.signature(cls.__init__).parameters.items()}
+    for name, value in read_json(file).items():
+        kind = type(defaults.get(name))
+        if kind not in _KINDS or value is None:
+            continue
+        if not isinstance(value, _KINDS[kind]) or isinstance(value, bool) != (kind is bool) or _is_infinite(value):
+            raise ValueError(f"{file}: {name} is {str(value)[:60]!r}, expected {kind.__name__}, such as {defaults[name]}")
+        if kind is int and not 0 <= value <= MOST:
+            raise ValueError(f"{file}: {name} is {value}, expected 0 to {MOST:,}")
+
+
+def _is_infinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -125,7 +170,25 @@ def read_pickled(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is truncated or damaged, or no checkpoint ({reason}); copy it again") from error
     if not isinstance(table, dict):
         raise ValueError(f"{file} holds a {type(table).__name__}, expected a dictionary of named tensors")
+    _check_held(file, table, ())
     return table
+
+
+def _check_held(file: Path, part: Any, above: tuple[int, ...]) -> None:
+    """Refuse containers within themselves, and tensors that claim more numbers than the file has for them.
+
+    Those of stride 0 do: a few bytes become terabytes when they are copied.
+    """
+    if isinstance(part, Tensor):
+        if part.layout is torch.strided and part.nbytes > part.untyped_storage().nbytes():
+            raise ValueError(f"{file}: a tensor {tuple(part.shape)} claims more numbers than the file holds; save it whole")
+        return
+    if not isinstance(part, (dict, list, tuple)):
+        return
+    if id(part) in above or len(above) > MOST_NESTED:
+        raise ValueError(f"{file} holds containers within themselves or {MOST_NESTED} deep; it is no plain checkpoint")
+    for value in part.values() if isinstance(part, dict) else part:
+        _check_held(file, value, (*above, id(part)))
 
 
 @torch.no_grad()

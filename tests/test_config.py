@@ -6,7 +6,7 @@ from typing import Literal, Optional
 
 import pytest
 
-from streamvid.config import load_config, read_config, save_config, to_plain
+from streamvid.config import build_config, load_config, read_config, save_config, to_plain
 
 
 @dataclass
@@ -37,6 +37,8 @@ class Config:
     precision: Literal["no", "bf16"] = "bf16"
     out: Path = Path("runs")
     note: str | None = None
+    title: str = ""
+    tags: tuple[str, ...] = ()
     method: Method = field(default_factory=Method)
     optimizers: dict[str, Optimizer] = field(default_factory=lambda: {"student": Optimizer(lr=1e-5)})
     sizes: list[int] = field(default_factory=list)
@@ -73,7 +75,7 @@ def test_yaml_overrides_defaults_and_the_command_line_overrides_yaml(tmp_path):
     assert isinstance(config.steps, int) and isinstance(config.method.times[0], float)
 
 
-@pytest.mark.parametrize("name", ["007", "yes", "a: b", "null and void", "x=y", ""])
+@pytest.mark.parametrize("name", ["007", "yes", "a: b", "null and void", "x=y", "~"])
 def test_a_text_needs_no_quotes_on_the_command_line(name):
     """`name=007` used to become the number 7, and a prompt with a colon a mapping."""
     assert load_config(Config, None, [f"name={name}"]).name == name
@@ -109,12 +111,43 @@ def test_null_and_unions():
         ("steps", "override 'steps' is not of the form key=value"),
         ("note=${nothing}", "Interpolation key 'nothing' not found"),
         ("steps=0", "steps=0 must be at least 1"),
+        ("name=", "name: expected str, got an empty text"),
+        ("name=null", "name: expected str, got null"),
+        ("out=null", "out: expected a path, got null"),
+        ("out=' '", "out: expected a path, got an empty text"),
+        ("note=", "note: expected str or null, got an empty text"),
+        ("note=''", "note: expected str, got an empty text"),
+        ("method.optimizer.clip_norm=", "method.optimizer.clip_norm: expected float or null, got an empty text"),
+        ("method.optimizer.clip_norm=~", "method.optimizer.clip_norm: expected float, got null"),
+        ("optimizers.student=", "optimizers.student: expected a mapping of lr, betas, clip_norm, got an empty text"),
+        ("part=", "part: expected"),
+        ("steps=", "steps: expected int, got an empty text"),
+        ("method.lr_scale=1e400", "method.lr_scale: expected float, got float inf"),
+        ("method.lr_scale=.nan", "method.lr_scale: expected float, got float nan"),
+        ("method.lr_scale=1:30", "method.lr_scale: expected float, got str '1:30'"),
+        (f"method.{'a.' * 2000}b=1", "2002 keys deep"),
+        (f"method.times={'[' * 400}{']' * 400}", "method.times"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_key_expectation_and_value(override, message):
     with pytest.raises(ValueError) as error:
         load(override)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_text_may_be_empty_where_its_default_is():
+    """Such as a negative prompt; where a path stood, an unset variable of the shell once meant random weights."""
+    assert load("title=").title == "" and load("title=''").title == ""
+    with pytest.raises(ValueError, match="note: expected str or null, got an empty text"):
+        build_config(Config, {"name": "x", "note": ""})  # as a file has it
+    with pytest.raises(ValueError, match=r"tags\[1\]: expected str, got an empty text"):
+        load("tags=[a,'']")
+
+
+def test_an_interpolation_to_nothing_sets_nothing(monkeypatch):
+    monkeypatch.setenv("UNSET_PLACE", "")
+    with pytest.raises(ValueError, match="note: expected str or null, got an empty text"):
+        load("note=${oc.env:UNSET_PLACE}")
 
 
 def test_a_missing_required_key():
@@ -138,7 +171,9 @@ def test_bases_are_relative_and_later_ones_win(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [(None, "does not exist"), ("a: [1", "is not valid YAML"), ("- 1", "must hold"), ("a: 1\na: 2", "not valid"),
-     ("base: no.yaml", "named as a base in")],
+     ("base: no.yaml", "named as a base in"), ("base: 5", "base: expected a file or a list of files, got int 5"),
+     ("base: [5]", "got int 5"), ("base: ''", "got str ''"), ("base: {a: b}", "got dict"),
+     (f"a: {'[' * 400}{']' * 400}", "nested too deeply"), ("a: !!python/object:os.system {}", "is not valid YAML")],
 )  # fmt: skip
 def test_a_file_that_is_missing_or_no_yaml_is_one_line(tmp_path, text, message):
     path = tmp_path / "run.yaml"

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "streamvid"
 LEVELS = [
-    {"types", "config", "video", "frames", "files", "seeding", "weights"},
+    {"types", "config", "video", "frames", "files", "seeding", "weights", "printing", "command_line", "hub"},
     {"core"},
     {"models", "codecs", "data", "teachers"},
     {"rollout"},

@@ -12,12 +12,16 @@ what is compared is measured in turns in one run. `losses` gives forward and bac
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+
+from streamvid.command_line import Parser, run_tool
+
+MOST_NUMBERS = 10**9  # of the latent; each term keeps several of its size
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
+    parser = Parser(__doc__)
     parser.add_argument("--suite", choices=["stream", "losses"], required=True)
     parser.add_argument("--student", help="stream: a student folder; by default the shipped student")
     parser.add_argument("--components", help="stream: folder of vae/ and text_encoder/ for a student that lacks them")
@@ -27,7 +31,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, nargs=4, default=(16, 21, 60, 104), metavar=("C", "T", "h", "w"),
                         help="losses: of the latent; the default is a 5 s clip of Wan at 480p")
     parser.add_argument("--repeats", type=int, default=5, help="rounds whose median is taken (default 5)")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, or auto: a GPU where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="stream: of the transformer")
     parser.add_argument("--out", required=True, help="the report, .json")
     return parser.parse_args(argv)
@@ -35,28 +39,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        bench(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_tool(lambda: bench(args))
 
 
 def bench(args: argparse.Namespace) -> None:
     import torch
 
     from streamvid.evaluation import bench_suites, report
+    from streamvid.serving.student import choose_device
     from streamvid.video import ensure_place
 
     if not args.out.endswith(".json"):
         raise ValueError(f"--out {args.out}: the report is a .json file")
     if args.repeats < 1:
         raise ValueError(f"--repeats {args.repeats} must be at least 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this machine has no CUDA device; use cpu")
+    if args.repeats > 10_000:
+        raise ValueError(f"--repeats {args.repeats} must be at most 10,000")
+    if not all(1 <= side <= 100_000 for side in args.size) or math.prod(args.size) > MOST_NUMBERS:
+        raise ValueError(f"--size {' '.join(map(str, args.size))}: expected sides of at least 1 and at most {MOST_NUMBERS:,} numbers")
     ensure_place(args.out)
-    device = torch.device(args.device)
+    device = choose_device(args.device)
     if args.suite == "losses":
         rows = bench_suites.losses((1, *args.size), device, args.repeats)
     else:
@@ -69,7 +71,7 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def read_steps(text: str) -> list[int]:
-    if not all(part.strip().isdecimal() and int(part) for part in text.split(",")):
+    if not all(part.strip().isdecimal() and len(part) < 10 and int(part) for part in text.split(",")):
         raise ValueError(f"--steps {text}: expected numbers such as 1,2,4")
     return [int(part) for part in text.split(",")]
 

@@ -15,6 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from streamvid.command_line import Parser, run_tool, say
+
 # Fields of StreamConfig as published. A list "1000, 750, 500, 250" is nominal, and is 4 steps at shift 5.
 _SELF_FORCING = {"num_steps": 4, "shift": 5.0, "window_frames": 21, "positions": "window", "max_trained_frames": 21}
 _FRAMEWISE = {**_SELF_FORCING, "chunk_frames": 1}
@@ -40,8 +42,7 @@ STREAMS: dict[str, dict] = {
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", help="a .pt, .pth or .safetensors file, its .safetensors.index.json, or a folder")
     parser.add_argument("--from", dest="family", required=True, choices=STREAMS, help="what was published")
     parser.add_argument("--to", required=True, help="the student folder to write")
@@ -54,15 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        convert(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return run_tool(lambda: convert(args), "interrupted; nothing was written")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -80,7 +73,7 @@ def convert(args: argparse.Namespace) -> None:
     if args.lora:
         facts["merged"] = f"{Path(args.lora).name} ({len(read_lora(args.lora))} updates)"
     save_student(args.to, model, stream, args.components, model_card(args.family, facts, stream))
-    print(
+    say(
         f"wrote {args.to}: {size:,} parameters in {str(model.dtype).removeprefix('torch.')}, {config.num_layers} blocks of "
         f"{config.num_attention_heads} heads; {streamed(stream)}"
         + (f"; merged {facts['merged']}" if args.lora else "")

@@ -15,12 +15,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from streamvid.command_line import Parser, run_tool
+from streamvid.printing import printable
+
 NUM_SHOWN = 4
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
+    parser = Parser(__doc__, may_be_empty=["teacher_steps"])
     parser.add_argument("--suite", choices=["world"], default="world")
     parser.add_argument("--student", action="append", help="a student folder, may be repeated; default: start and student as shipped")
     parser.add_argument("--label", action="append", help="name of a student in the report, one a --student; default: its folder and steps")
@@ -41,12 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        evaluate(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_tool(lambda: evaluate(args), "interrupted; nothing was written")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -81,7 +78,7 @@ def evaluate(args: argparse.Namespace) -> None:
     device, paths = choose_device(args.device), args.student or (TINY_START, TINY_STUDENT)
     students = [load_student(path, args.components, device) for path in paths]
     folders = zip(args.student or ["start", "student"], students)
-    labels = args.label or [f"{folder}, {s.stream.num_steps} steps" for folder, s in folders]
+    labels = [printable(label) for label in args.label or (f"{folder}, {s.stream.num_steps} steps" for folder, s in folders)]
     jobs, codec = [], students[0].codec  # of each model: runner, codec, embeddings, number of seeds
     if args.teacher_steps:
         teacher, codec = open_teacher(home, device=device), open_codec(home, device)

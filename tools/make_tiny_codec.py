@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import argparse
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -15,11 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamvid.codecs.tiny_vae import AutoencoderTinyVideo, reconstruction_loss
+from streamvid.command_line import Parser, run_tool
 from streamvid.data.world import render, sample_spec
 from streamvid.files import atomic_folder
 from streamvid.seeding import keyed_generator
 from streamvid.training.ema import EMA, EMAConfig
 from streamvid.training.optimizers import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
+from streamvid.video import ensure_place
 
 CLIP_FRAMES = 13
 OPTIMIZER = OptimizerConfig(
@@ -27,6 +29,7 @@ OPTIMIZER = OptimizerConfig(
     final_lr_ratio=0.01,
 )
 NOISE, PRIOR_WEIGHT = 0.1, 3e-5
+NUM_MEASURED = 96  # clips whose latents give the statistics
 
 
 def psnr(codec: AutoencoderTinyVideo, clips: Tensor) -> float:
@@ -69,26 +72,33 @@ def train(codec: AutoencoderTinyVideo, clips: Tensor, minutes: float, batch_size
     return ema
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the folder that gets vae/")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clips", type=int, default=1500)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    return run_tool(lambda: make(args.out, args.minutes, args.clips))
+
+
+def make(out: Path, minutes: float, num_clips: int) -> None:
+    if not 0 < minutes < 1e5 or not NUM_MEASURED <= num_clips <= 100_000:
+        raise ValueError(f"--minutes {minutes:g} --clips {num_clips}: expected some minutes, and {NUM_MEASURED} to 100,000 clips")
+    ensure_place(out / "vae")
     torch.manual_seed(0)
-    specs = (sample_spec(seed) for seed in range(args.clips))
-    clips = torch.stack([(render(spec, 33) * 255).round().to(torch.uint8) for spec in tqdm(specs, total=args.clips, desc="rendering")])
+    specs = (sample_spec(seed) for seed in range(num_clips))
+    clips = torch.stack([(render(spec, 33) * 255).round().to(torch.uint8) for spec in tqdm(specs, total=num_clips, desc="rendering")])
     codec = AutoencoderTinyVideo()
-    with train(codec, clips, args.minutes, 8).weights():
+    with train(codec, clips, minutes, 8).weights():
         codec.eval()
         with torch.no_grad():
-            latents = torch.cat([codec.raw_encode(x.float() / 255) for x in clips[:96].split(8)])
+            latents = torch.cat([codec.raw_encode(x.float() / 255) for x in clips[:NUM_MEASURED].split(8)])
         codec.set_statistics(latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)))
         held_out = torch.stack([render(sample_spec(seed, held_out=True), 33) for seed in range(64)])
         print(f"held-out PSNR {psnr(codec, held_out):.2f} dB")
-        with atomic_folder(args.out / "vae") as temporary:
+        with atomic_folder(out / "vae") as temporary:
             codec.half().save_pretrained(temporary)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,8 +8,8 @@ token), so that a small diffusion model need not learn English. Example:
 
 from __future__ import annotations
 
-import argparse
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -19,8 +19,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from streamvid.command_line import Parser, run_tool
 from streamvid.data.world import COLOURS, DIRECTIONS, ELASTICITY, RADII, SHAPES, SPEEDS, caption, describe, sample_spec
 from streamvid.seeding import keyed_generator
+from streamvid.video import ensure_place
 
 MAX_LENGTH = 32
 
@@ -64,11 +66,18 @@ def class_counts() -> list[int]:
     return body + body + [len(words) + 1 for words in CLIP_WORDS.values()]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2500)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    return run_tool(lambda: make(args.out, args.steps))
+
+
+def make(out: Path, num_steps: int) -> None:
+    if not 1 <= num_steps <= 1_000_000:
+        raise ValueError(f"--steps {num_steps}: expected 1 to 1,000,000")
+    ensure_place(out / "text_encoder")
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     config = UMT5Config(
@@ -79,10 +88,10 @@ def main() -> None:
     sizes = class_counts()
     probe = torch.nn.Linear(config.d_model, sum(sizes))
     optimizer = torch.optim.AdamW([*encoder.parameters(), *probe.parameters()], lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    bar = tqdm(range(args.steps))
+    bar = tqdm(range(num_steps))
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (1 - step / args.steps)
+            group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (1 - step / num_steps)
         seeds = torch.randint(0, 2**40, (64,), generator=keyed_generator("text", step)).tolist()
         specs = [sample_spec(seed) for seed in seeds]
         tokens = tokenizer([caption(s, k) for s, k in zip(specs, seeds)], padding="max_length", max_length=MAX_LENGTH, return_tensors="pt")
@@ -96,9 +105,9 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.4f}")
-    encoder.save_pretrained(args.out / "text_encoder")
-    tokenizer.save_pretrained(args.out / "tokenizer")
+    encoder.save_pretrained(out / "text_encoder")
+    tokenizer.save_pretrained(out / "tokenizer")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

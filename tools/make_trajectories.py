@@ -20,12 +20,14 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
+from streamvid.command_line import Parser, log_to_stderr, run_tool, say
+
 TINY_TEACHER = str(Path(__file__).parents[1] / "streamvid" / "assets" / "teacher")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", default=TINY_TEACHER, help="a diffusers folder; the tiny teacher")
+    parser = Parser(__doc__, may_be_empty=["negative_prompt"])
+    parser.add_argument("--teacher", default=TINY_TEACHER, help="a diffusers folder, or its name on the hub; the tiny teacher")
     parser.add_argument("--out", required=True, help="folder for the trajectories")
     parser.add_argument("--prompts", help="text file, a prompt a line, repeated as needed; captions of the world")
     parser.add_argument("--num", type=int, default=500, help="clips (%(default)s)")
@@ -43,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clips-per-part", type=int, default=64, help="clips a file (%(default)s)")
     parser.add_argument("--share", default="1/1", metavar="K/N", help="the K-th of N shares of the parts (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bf16", "fp16"), default="float32", help="of the teacher")
-    parser.add_argument("--device", default="cpu", help="of the teacher (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="of the teacher: cpu, cuda, or auto (%(default)s)")
     return parser
 
 
@@ -55,18 +57,29 @@ def make(args: argparse.Namespace) -> None:
     from streamvid.data.parts import checkpoint_key
     from streamvid.data.prompts import read_prompts, world_prompts
     from streamvid.data.trajectories import check_falling, write_trajectories
+    from streamvid.hub import resolve_checkpoint
     from streamvid.methods.trajectory import grid_through, solve_trajectories
+    from streamvid.serving.student import choose_device
     from streamvid.teachers.wan import WanTeacher
+    from streamvid.video import ensure_place
 
     for name in ("num", "latent_frames", "batch_size", "clips_per_part"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}, expected at least 1")
     share = read_share(args.share)
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out} is a file; expected a folder for the set")
+    ensure_place(Path(args.out) / "part")
+    device = choose_device(args.device)
     student_times = read_times(args.times) if args.times else step_times(args.student_steps, args.student_shift)
     times = check_falling((*student_times, 0.0))
     prompts = read_prompts(args.prompts) if args.prompts else world_prompts(args.num, args.first_seed)
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-    teacher = WanTeacher.from_pretrained(args.teacher, dtype, args.device, args.negative_prompt)
+    home = resolve_checkpoint(args.teacher)
+    teacher = WanTeacher.from_pretrained(home, dtype, device, args.negative_prompt)
+    patch = teacher.transformer.config.patch_size[1:]
+    if not all(side >= 1 and side % unit == 0 for side, unit in zip(args.latent_size, patch)):
+        raise ValueError(f"--latent-size {args.latent_size[0]} {args.latent_size[1]}, expected multiples of {patch[0]} and {patch[1]}")
     own = step_times(args.steps, args.shift) if args.shift else teacher.step_times(args.steps)
     grid = grid_through(student_times, own)
     logging.info("%d clips, %d teacher steps each, states at t = %s", args.num, len(grid), times)
@@ -75,9 +88,9 @@ def make(args: argparse.Namespace) -> None:
         latent_shape=(teacher.latent_channels, *args.latent_size), latent_frames=args.latent_frames,
     )  # fmt: skip
     settings = {
-        "teacher": str(Path(args.teacher).resolve()),
-        "teacher_weights": checkpoint_key(args.teacher, "transformer", "transformer_2"),
-        "text_encoder": checkpoint_key(args.teacher, "text_encoder", "tokenizer"),
+        "teacher": str(Path(args.teacher).resolve()) if Path(args.teacher).exists() else args.teacher,
+        "teacher_weights": checkpoint_key(home, "transformer", "transformer_2"),
+        "text_encoder": checkpoint_key(home, "text_encoder", "tokenizer"),
         "dtype": args.dtype, "grid": grid, "guidance": args.guidance, "negative_prompt": args.negative_prompt,
         "latent_frames": args.latent_frames, "latent_size": list(args.latent_size),
     }  # fmt: skip
@@ -107,14 +120,11 @@ def read_share(text: str) -> tuple[int, int]:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        make(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.out}")
-    return 0
+    log_to_stderr()
+    code = run_tool(lambda: make(args), "interrupted; the same command goes on from the parts that are there")
+    if not code:
+        say(f"wrote {args.out}")
+    return code
 
 
 if __name__ == "__main__":

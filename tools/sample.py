@@ -5,8 +5,8 @@
     python tools/sample.py --student runs/tiny_dmd/student --prompt "..." --num-frames 0 --stream --out frames/
     python tools/sample.py --teacher streamvid/assets/teacher --steps 50 --guidance 2 --prompt "..." --out teacher.gif
 
-With one prompt, --out is a file (.mp4, .webm, .gif) or a folder of PNGs; with several, a folder of .mp4 files, or a
-pattern such as clips/{}.gif. Prompt i has the seed --seed + i.
+With --prompt, --out is a file (.mp4, .webm, .gif) or a folder of PNGs; with --prompts, a folder of .mp4 files, or a
+pattern such as clips/{}.gif, or for one prompt a file. Prompt i has the seed --seed + i.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from __future__ import annotations
 import argparse
 import sys
 
+from streamvid.command_line import Parser, run_tool, say
+
+SLOWEST, FASTEST = 0.01, 1000.0  # frames a second that players know
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
-    model, prompt, steps = (parser.add_mutually_exclusive_group(required=needed) for needed in (False, True, False))
+    parser = Parser(__doc__)
+    model, prompt = (parser.add_mutually_exclusive_group(required=needed) for needed in (False, True))
     model.add_argument("--student", help="a student folder; by default the shipped student")
     model.add_argument("--teacher", help="a teacher folder: sample the teacher instead, all frames together")
     parser.add_argument("--components", help="folder of vae/, text_encoder/ and tokenizer/, if the student's lacks them")
@@ -28,8 +31,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     prompt.add_argument("--prompt", help="one prompt")
     prompt.add_argument("--prompts", help="a UTF-8 text file with a prompt a line")
     parser.add_argument("--num-frames", type=int, default=33, help="pixel frames (default 33)")
-    steps.add_argument("--steps", type=int, help="steps a chunk; by default the student's own, 50 for a teacher")
-    steps.add_argument("--schedule", help="autoregressive or rolling, or a stream_config.json in place of the student's")
+    parser.add_argument("--steps", type=int, help="steps a chunk; by default the student's own, 50 for a teacher")
+    parser.add_argument("--schedule", help="autoregressive or rolling (as many chunks together as there are steps), or a stream_config.json in place of the student's")
     parser.add_argument("--window", type=int, help="latent frames that the student sees; by default its own")
     parser.add_argument("--sink", type=int, help="first latent frames kept in the window; by default the student's own")
     parser.add_argument("--guidance", type=float, help="of a teacher (default 2); 1 is none")
@@ -44,15 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        sample(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; the clip under way is not kept (--stream keeps it)", file=sys.stderr)
-        return 130
-    return 0
+    return run_tool(lambda: sample(args), "interrupted; the clip under way is not kept (--stream keeps it)")
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -66,7 +61,11 @@ def sample(args: argparse.Namespace) -> None:
         raise ValueError("the prompt is empty; say what to show")
     if args.num_frames < (0 if args.stream and not args.teacher else 1):
         raise ValueError(f"--num-frames {args.num_frames}: a clip has at least 1 frame; 0 goes with --stream and a student")
-    outs = name_outs(args.out, len(prompts))
+    if not SLOWEST <= args.fps <= FASTEST:
+        raise ValueError(f"--fps {args.fps:g}: expected {SLOWEST:g} to {FASTEST:g} frames a second")
+    if not -(2**63) <= args.seed < 2**63 - len(prompts):
+        raise ValueError(f"--seed {args.seed}: expected a number of at most 63 bits")
+    outs = name_outs(args.out, len(prompts), bool(args.prompts))
     for out in outs:
         ensure_writable(out)
     device = choose_device(args.device)
@@ -76,7 +75,7 @@ def sample(args: argparse.Namespace) -> None:
             runner.model, codec, encoder.encode([prompt]).to(device), runner.stream, out, seed=args.seed + index, size=args.size,
             num_frames=args.num_frames or None, fps=args.fps, live=args.stream,
         )
-        print(
+        say(
             f"wrote {out}: {made.num_frames} frames in {made.seconds:.2f} s, first frames after "
             f"{1000 * made.first_frame_s:.0f} ms, {made.cost.nfe * runner.passes} forwards + {made.cost.commits} commits"
         )

@@ -18,13 +18,14 @@ import shutil
 import sys
 from pathlib import Path
 
+from streamvid.command_line import Parser, run_tool, tell
+
 SUITES = Path(__file__).parents[1] / "configs" / "study"
 QUICK = ("prompts=2", "max_steps=2", "max_seeds=1", "minutes_per_run=1", "long_times=2", "long_prompts=1")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
+    parser = Parser(__doc__)
     parser.add_argument("--suite", default="methods", help="the study, a name or a file (default methods)")
     parser.add_argument("--only", help="variants, comma-separated; by default all")
     parser.add_argument("--redo", default="", help="variants whose trainings and results are thrown away first")
@@ -39,14 +40,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        return study(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return run_tool(lambda: study(args), "interrupted; the same command goes on")
 
 
 def study(args: argparse.Namespace) -> int:
@@ -76,10 +70,10 @@ def study(args: argparse.Namespace) -> int:
     failed = []
     if left:
         hours, most = forecast(left, args.jobs)
-        print(f"{len(left)} runs to do, in about {hours:.1f} h on {args.jobs} threads, {most:.1f} at most", file=sys.stderr)
+        tell(f"{len(left)} runs to do, in about {hours:.1f} h on {args.jobs} threads, {most:.1f} at most")
         stages = [[job for job in left if (job.variant.after is None) is first] for first in (True, False)]
         for index, line in enumerate((line for stage in stages for line in done(stage, args.jobs)), 1):
-            print(f"[{index}/{len(left)}] {line}", file=sys.stderr, flush=True)
+            tell(f"[{index}/{len(left)}] {line}")
             failed += [line] if ": error: " in line else []
             write_report(out, config, jobs)
     print(write_report(out, config, jobs))

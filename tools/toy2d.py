@@ -15,10 +15,11 @@ import multiprocessing
 import sys
 from pathlib import Path
 
+from streamvid.command_line import Parser, run_tool, tell
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
+    parser = Parser(__doc__)
     parser.add_argument("--only", help="presets, comma-separated; by default all")
     parser.add_argument("--targets", help="ring, moons or prompts, comma-separated; by default all")
     parser.add_argument("--seeds", default="0", help="training seeds, comma-separated (default 0)")
@@ -32,15 +33,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        compare(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"error: interrupted; the same command goes on from what is in {args.folder}", file=sys.stderr)
-        return 130
-    return 0
+    return run_tool(lambda: compare(args), f"interrupted; the same command goes on from what is in {args.folder}")
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -73,7 +66,7 @@ def compare(args: argparse.Namespace) -> None:
     jobs = [(name, target, seed, folder, effort) for name, target in pairs for seed in seeds]
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         for index, line in enumerate(pool.imap_unordered(run_job, jobs), 1):
-            print(f"[{index}/{len(jobs)}] {line}", file=sys.stderr, flush=True)
+            tell(f"[{index}/{len(jobs)}] {line}")
     results = [result for target in targets for result in baselines(TARGETS[target](), effort, folder)]
     files = [result_file(folder, *job[:3]) for job in jobs]
     results += [read_result(file) for file in files if file.exists()]

@@ -13,35 +13,35 @@ does too.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
 from contextlib import suppress
 
 import yaml
 
+from streamvid.command_line import Parser, log_to_stderr, tell
+from streamvid.printing import one_line
 from streamvid.training.launch import launch_all_processes
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--config", required=True, help="a run file, such as configs/run/tiny_dmd.yaml")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, then stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the run file's")
     args = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_stderr()
     try:
         launch_all_processes()
         return run(args.config, args.overrides, args.dry_run)
     except (ValueError, OSError) as error:
         return failed(error)
     except KeyboardInterrupt:
-        print("stopped; the same command starts anew, or resumes from the last checkpoint", file=sys.stderr)
+        tell("stopped; the same command starts anew, or resumes from the last checkpoint")
         return 130
 
 
 def failed(error: Exception) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    tell(f"error: {one_line(error)}")
     return 2
 
 

@@ -11,6 +11,7 @@ from streamvid.codecs.base import VideoCodec
 from streamvid.codecs.taehv import AutoencoderTAEHV
 from streamvid.codecs.tiny_vae import AutoencoderTinyVideo
 from streamvid.codecs.wan_vae import StreamingAutoencoderKLWan
+from streamvid.hub import resolve_checkpoint
 from streamvid.weights import TENSOR_SUFFIXES, load_strictly, read_json
 
 CODECS: dict[str, type[nn.Module]] = {
@@ -25,14 +26,22 @@ def open_codec(path: str | Path, device: torch.device | str | None = None) -> Vi
     """The codec in `path/vae`, or the TAEHV in the file `path`; frozen, in float32.
 
     Args:
-        path: a folder in the diffusers layout, or a `.safetensors`, `.pth` or `.pt` file as TAEHV publishes them.
+        path: a folder in the diffusers layout or its name on the hub, or a `.safetensors`, `.pth` or `.pt` file as TAEHV publishes them.
 
     Raises:
         ValueError: one line, if it is missing, damaged, or of a class that has no streaming decoder here.
     """
-    path = Path(path)
+    path = Path(path) if Path(path).suffix in TENSOR_SUFFIXES else resolve_checkpoint(path, ["vae"])
     codec = AutoencoderTAEHV.from_file(path) if path.suffix in TENSOR_SUFFIXES else _open_folder(path / "vae")
+    _check_finite(path, codec)
     return codec.requires_grad_(False).eval().to(device)
+
+
+def _check_finite(path: Path, codec: nn.Module) -> None:
+    """Refuse weights that would make black or white frames; decoders end in a clamp, behind which they can't be told."""
+    for name, tensor in codec.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: the codec's {name} is not finite (NaN or infinite); it is damaged, copy it again")
 
 
 def _open_folder(folder: Path) -> nn.Module:

@@ -129,6 +129,8 @@ class PromptEncoder:
             self.recipe = _recipe(text_encoder.config.model_type, type(text_encoder).__name__)
             self.embedding_dim = text_encoder.config.d_model
         self.max_length = max_length or min(tokenizer.model_max_length, self.recipe.max_length)
+        if type(self.max_length) is not int or self.max_length < 1:
+            raise ValueError(f"the tokenizer's model_max_length is {self.max_length!r}, expected a number of tokens, at least 1")
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
         self._memory: dict[str, Tensor] = {}
         self._told: set[str] = set()

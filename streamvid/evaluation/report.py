@@ -12,6 +12,7 @@ from typing import Any
 
 from streamvid.evaluation.runs import Cost
 from streamvid.files import atomic_file
+from streamvid.printing import markdown_text
 
 SHOWN = ("overall", "colour", "shape", "size", "number", "direction", "speed", "physics", "permanence", "order")
 
@@ -128,7 +129,8 @@ def _cells(row: dict[str, Any], names: Sequence[str], compared: bool) -> list[st
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, the first one the head, with columns of one width."""
+    """Lines of cells, the first one the head, with columns of one width; cells are texts, not markup."""
+    lines = [[markdown_text(cell) for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
     return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
@@ -146,7 +148,7 @@ def write_report(
     """
     path, about = Path(path), environment()
     content = {"environment": about, "truth": truth, "rows": list(rows), "long": list(long)}
-    notes = "".join(f"\n- {key}: {value}" for key, value in about.items())
+    notes = "".join(f"\n- {key}: {markdown_text(value)}" for key, value in about.items())
     windows = f"\n\n{window_table(long)}" if long else ""
     with atomic_file(path.with_suffix(".md")) as temporary:
         temporary.write_text(f"{table([truth, *rows] if truth else rows)}{windows}\n{notes}\n")
@@ -159,7 +161,7 @@ def write_bench(path: str | Path, rows: Sequence[dict[str, Any]]) -> str:
     path, about = Path(path), environment()
     cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
     text = markdown([list(rows[0]), *cells])
-    notes = "".join(f"\n- {key}: {value}" for key, value in about.items())
+    notes = "".join(f"\n- {key}: {markdown_text(value)}" for key, value in about.items())
     with atomic_file(path.with_suffix(".md")) as temporary:
         temporary.write_text(f"{text}\n{notes}\n")
     with atomic_file(path) as temporary:

@@ -56,8 +56,8 @@ from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, mo
 from streamvid.seeding import key_to_seed, keyed_generator, keyed_normal
 from streamvid.teachers.base import Teacher, check_needs, predict_guided, score_velocity
 
-
 LAST = math.nextafter(1.0, 0.0)  # the exit's place that is always a chunk's last step
+MOST_CHUNKS = 10_000  # of a rollout, which is kept in memory
 
 
 @dataclass
@@ -99,6 +99,9 @@ class MatchingConfig:
         for name in ("num_chunks", "fake_updates_per_student"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        for name in ("num_chunks", "rollout_chunks"):
+            if (getattr(self, name) or 0) > MOST_CHUNKS:
+                raise ValueError(f"{name}={getattr(self, name)} must be at most {MOST_CHUNKS:,}")
         if not 0 <= self.low < self.high <= 1:
             raise ValueError(f"low={self.low}, high={self.high}, expected 0 <= low < high <= 1")
         if self.shift <= 0:

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
-from streamvid.weights import TORCH_SUFFIXES, check_weights, read_json, read_pickled, read_tensors
+from streamvid.weights import TORCH_SUFFIXES, check_weights, read_json, read_pickled, read_shard_names, read_tensors
 
 HEAD_DIM = 128
 """Size of a head in every published Wan; a checkpoint's shapes say only how wide all heads are together."""
@@ -180,7 +180,7 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
     check_weights(folder)
     indices = [path] if path != folder else sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     if len(indices) == 1:
-        files = sorted({folder / name for name in read_json(indices[0]).get("weight_map", {}).values()})
+        files = sorted(folder / name for name in read_shard_names(indices[0]))
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files or (len(files) > 1 and len(indices) != 1):

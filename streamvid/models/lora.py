@@ -31,6 +31,7 @@ from streamvid.weights import read_tensors
 Network = TypeVar("Network", bound=nn.Module)
 ADAPTER = "default"  # a role has one adapter, and its own modules
 PREFIX = "lora_"  # of the parameters of an adapter, in peft
+MOST_RANK = 20_000
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers' pipelines look for it
 BLOCK_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")  # all linear ones of Wan's blocks
 
@@ -48,6 +49,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise ValueError(f"lora.rank={self.rank}, expected at least 1, or 0 for no adapter")
+        if self.rank > MOST_RANK:
+            raise ValueError(f"lora.rank={self.rank}, expected at most {MOST_RANK:,}; no layer here is so wide")
         if not self.rank and (self.alpha, self.dtype, self.path) != (None, "float32", None):
             raise ValueError("lora.alpha, lora.dtype and lora.path are of an adapter, but lora.rank=0 is none; set it")
         if self.alpha is not None and self.alpha <= 0:

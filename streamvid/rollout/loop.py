@@ -78,7 +78,7 @@ def rollout(
 
     Raises:
         ValueError: if the arguments contradict each other, or, while running, on a schedule that does not
-            finish chunks in order or leaves some unfinished.
+            finish chunks in order or leaves some unfinished, or a hook that changes a chunk's shape.
     """
     if stepper not in _STEPPERS:
         raise ValueError(f"stepper={stepper!r}, expected one of {tuple(_STEPPERS)}")
@@ -184,10 +184,13 @@ class _Run:
         """One forward over the chunks of an event, and their steps; returns the keys and values to reuse."""
         states = [chunks[i] for i in event.chunks]
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(event.tap)):
-            x_t = [self.before_step(i, s.t, s.x_t) for i, s in zip(event.chunks, states)]
+            x_t = [_hooked("before_step", self.before_step, i, s.t, s.x_t) for i, s in zip(event.chunks, states)]
             v, kv = self.predict(torch.cat(x_t, dim=2), event.t)
             v = v.split(self.chunk_shape[1], dim=2)
-            x0 = [self.after_x0(i, t, x0_from_v(x, dx, t)) for i, t, x, dx in zip(event.chunks, event.t, x_t, v)]
+            x0 = [
+                _hooked("after_x0", self.after_x0, i, t, x0_from_v(x, dx, t))
+                for i, t, x, dx in zip(event.chunks, event.t, x_t, v)
+            ]
         for i, chunk in enumerate(event.chunks):
             self.advance(chunk, states[i], x_t[i], x0[i], event.t_next[i], event.tap[i])
         return kv
@@ -257,6 +260,15 @@ def _finish(index: int, chunk: _Chunk) -> ChunkResult:
 def _detached(kv: Any) -> Any:
     """Keys and values, a tensor or nested tuples and lists of them, without their graph."""
     return kv.detach() if isinstance(kv, Tensor) else tuple(_detached(part) for part in kv)
+
+
+def _hooked(name: str, hook: ChunkHook, chunk: int, t: float, x: Tensor) -> Tensor:
+    """What a hook makes of a chunk; a ValueError unless it has its shape."""
+    changed = hook(chunk, t, x)
+    if not isinstance(changed, Tensor) or changed.shape != x.shape:
+        came = list(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+        raise ValueError(f"{name} gave {came} for chunk {chunk}, expected a tensor {list(x.shape)} as it was given")
+    return changed
 
 
 def _unchanged(chunk: int, t: float, x: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ from streamvid.rollout.loop import ChunkHook, ChunkResult, rollout, unwrapped
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.schedule import StreamConfig, build_schedule
 
+MOST_PIXELS = 7680 * 4320
+"""Of a frame; no model here is made for so many, and a slip of the keyboard would take all memory."""
+
 
 @dataclass(frozen=True)
 class StreamChunk:
@@ -59,7 +62,8 @@ def stream(
         before_step, after_x0: as in ``rollout``.
 
     Raises:
-        ValueError: if codec and patches do not divide the size, or ``num_frames`` no whole number of chunks.
+        ValueError: if codec and patches do not divide the size, the size is beyond ``MOST_PIXELS``, or ``num_frames`` is no
+            whole number of chunks; at the first chunk, if prompts, latents or frames are not finite.
     """
     results = stream_latents(
         student,
@@ -71,7 +75,7 @@ def stream(
         before_step=before_step,
         after_x0=after_x0,
     )
-    return _decoded(results, codec, encoder_hidden_states.device)
+    return _decoded(results, codec, encoder_hidden_states)
 
 
 def generate(
@@ -202,16 +206,33 @@ def _without_gradient(results: Iterator[ChunkResult]) -> Iterator[ChunkResult]:
         yield result
 
 
-def _decoded(results: Iterator[ChunkResult], codec: VideoCodec, device: torch.device) -> Iterator[StreamChunk]:
-    state = codec.new_decoder_state()
-    start_s = _now_s(device)
+def _decoded(results: Iterator[ChunkResult], codec: VideoCodec, encoder_hidden_states: Tensor) -> Iterator[StreamChunk]:
+    state, device = codec.new_decoder_state(), encoder_hidden_states.device
+    start_s, first = _now_s(device), True
     for result in results:
         denoised_s = _now_s(device)
         with torch.no_grad():
             frames, state = codec.decode_chunk(result.latents, state)
+        if first:
+            _check_finite(encoder_hidden_states, result.latents, frames)
+            first = False
         decoded_s = _now_s(device)
         yield StreamChunk(frames, result.latents, result.index, denoised_s - start_s, decoded_s - denoised_s)
         start_s = _now_s(device)  # the viewer's time is not ours
+
+
+def _check_finite(encoder_hidden_states: Tensor, latents: Tensor, frames: Tensor) -> None:
+    """Refuse a stream that would be black; which part is damaged shows in what it made of finite inputs.
+
+    The first chunk is enough: damaged weights are damaged from the start, and a check makes the device wait.
+    """
+    made = {"text encoder": encoder_hidden_states, "transformer": latents, "codec": frames}
+    for part, tensor in made.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"the {part} gave numbers that are not finite (NaN or infinite): its weights are damaged, or too large for "
+                "the precision; copy the checkpoint again, or use float32"
+            )
 
 
 def _now_s(device: torch.device) -> float:
@@ -223,6 +244,8 @@ def _now_s(device: torch.device) -> float:
 
 def _latent_shape(codec: VideoCodec, student: Any, height: int, width: int) -> tuple[int, int, int]:
     """(C, h, w) of frames in pixels, which codec and patches have to divide."""
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"frames of {height} x {width} pixels are too large; expected at most {MOST_PIXELS:,} pixels, 8K")
     ratio = codec.spatial_ratio
     patch = getattr(getattr(unwrapped(student), "config", None), "patch_size", (1, 1, 1))
     units = [ratio * side for side in patch[1:]]

@@ -238,6 +238,15 @@ _LEAST = {
     "sink_frames": 0,
     "max_trained_frames": 1,
 }
+_MOST = {
+    "num_steps": 1000,  # as many as published models know times
+    "first_steps": 1000,
+    "chunk_frames": 10_000,
+    "window_frames": 1_000_000,
+    "sink_frames": 1_000_000,
+    "max_trained_frames": 1_000_000,
+}
+_MOST_ROWS = 100_000  # of a step table
 _OPTIONAL = ("first_steps", "window_frames", "max_trained_frames")
 
 
@@ -282,7 +291,7 @@ class StreamConfig:
         for name, choices in _CHOICES.items():
             _expect(getattr(self, name) in choices, name, getattr(self, name), f"one of {choices}")
         for name, least in _LEAST.items():
-            _check_integer(name, getattr(self, name), least)
+            _check_integer(name, getattr(self, name), least, _MOST[name])
         for name in ("shift", "context_t"):
             value = getattr(self, name)
             _expect(type(value) in (int, float), name, value, "a number")
@@ -360,17 +369,20 @@ def _expect(ok: bool, name: str, value: Any, expected: str) -> None:
         raise ValueError(f"{name}={value!r}, expected {expected}")
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
+def _check_integer(name: str, value: Any, least: int, most: int) -> None:
     if value is None and name in _OPTIONAL:
         return
     ok = type(value) is int and value >= least  # a bool is no integer here
     _expect(ok, name, value, f"an integer of at least {least}" + (" or null" if name in _OPTIONAL else ""))
+    _expect(value <= most, name, value, f"at most {most:,}")
 
 
 def _checked_table(rows: Any) -> tuple[tuple[float, ...], ...]:
     is_table = isinstance(rows, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in rows)
     numbers = is_table and all(type(t) in (int, float) for row in rows for t in row)
     _expect(numbers, "step_table", rows, "a list of lists of times")
+    if len(rows) > _MOST_ROWS or any(len(row) > _MOST["num_steps"] for row in rows):
+        raise ValueError(f"step_table has {len(rows):,} rows, expected at most {_MOST_ROWS:,} of {_MOST['num_steps']:,} times")
     for row in rows:
         _check_times(row)
     return tuple(tuple(float(t) for t in row) for row in rows)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from streamvid.files import atomic_file
+from streamvid.printing import markdown_text
 from streamvid.rollout.schedule import StreamConfig
 
 FRONT = "---\nlibrary_name: diffusers\npipeline_tag: text-to-video\ntags:\n- streamvid\n- causal\n- distilled\n---\n"
@@ -18,11 +19,11 @@ def model_card(name: str, facts: Mapping[str, str], stream: StreamConfig) -> str
 
     Args:
         name: the title.
-        facts: such as method, teacher, data, in order.
+        facts: such as method, teacher, data, in order. All are texts, shown as they are and not as markup.
         stream: how the student is streamed.
     """
-    lines = "".join(f"- {key}: {value}\n" for key, value in facts.items())
-    return f"{FRONT}\n# {name}\n\nA causal Wan student, made with streamvid.\n\n{lines}- streamed with: {streamed(stream)}\n"
+    lines = "".join(f"- {markdown_text(key)}: {markdown_text(value)}\n" for key, value in facts.items())
+    return f"{FRONT}\n# {markdown_text(name)}\n\nA causal Wan student, made with streamvid.\n\n{lines}- streamed with: {streamed(stream)}\n"
 
 
 def streamed(stream: StreamConfig) -> str:
@@ -54,8 +55,8 @@ def add_scores(folder: str | Path, scores: Mapping[str, float], about: Sequence[
     if not path.is_file():
         raise ValueError(f"{folder} has no README.md to write scores into; expected a student folder")
     text = path.read_text(encoding="utf-8").partition(SCORES)[0].rstrip("\n")
-    table = "| " + " | ".join(scores) + " |\n|" + "---|" * len(scores) + "\n"
+    table = "| " + " | ".join(map(markdown_text, scores)) + " |\n|" + "---|" * len(scores) + "\n"
     table += "| " + " | ".join(f"{value:.3f}" for value in scores.values()) + " |\n"
-    notes = "".join(f"\n- {line}" for line in about)
+    notes = "".join(f"\n- {markdown_text(line)}" for line in about)
     with atomic_file(path) as temporary:
         temporary.write_text(f"{text}\n{SCORES}\n{table}{notes}\n", encoding="utf-8")

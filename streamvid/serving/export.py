@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamvid.codecs.base import VideoCodec
+from streamvid.printing import printable
 from streamvid.rollout.sampler import stream
 from streamvid.rollout.schedule import Cost, StreamConfig, build_schedule, cost_of
 from streamvid.video import VideoWriter, suffix_of
@@ -26,15 +28,18 @@ class Exported:
     cost: Cost  # of the chunks that were finished
 
 
-def name_outs(out: str, num: int) -> list[str]:
+def name_outs(out: str, num: int, listed: bool = False) -> list[str]:
     """A path for each of ``num`` clips: ``out`` itself for one, a pattern with ``{}``, or .mp4 files in a folder.
+
+    Args:
+        listed: the clips are of a list, which may have one entry: a folder holds .mp4 files then too, not PNGs.
 
     Raises:
         ValueError: if ``out`` is one file for several clips.
     """
     if "{}" in out:
         return [out.replace("{}", f"{index:03d}") for index in range(num)]
-    if num == 1:
+    if num == 1 and (suffix_of(out) or not listed):
         return [out]
     if suffix_of(out):
         raise ValueError(f"{out} is one file for {num} prompts; name a folder, or a pattern such as clips/{{}}.gif")
@@ -55,12 +60,14 @@ def export_clip(
         live: PNGs are there as soon as each is complete, and Ctrl-C ends the clip instead of dropping it.
 
     Raises:
-        ValueError: before anything is written, for a size, a length or a path that can't be.
+        ValueError: before anything is written, for a size, a length or a path that can't be, or damaged weights.
     """
     started, first_frame_s, num_chunks = time.perf_counter(), 0.0, 0
     height, width = size
     chunks = stream(model, codec, embedding, config, seeds=[seed], height=height, width=width, num_frames=num_frames)
-    with VideoWriter(path, fps, live) as writer, tqdm(total=num_frames, unit="frame", desc=path) as bar:
+    writer = VideoWriter(path, fps, live)
+    chunks = itertools.chain([next(chunks)], chunks)  # one that can't be made leaves what is at the path as it is
+    with writer, tqdm(total=num_frames, unit="frame", desc=printable(path)) as bar:
         try:
             for num_chunks, chunk in enumerate(chunks, 1):
                 first_frame_s = first_frame_s or time.perf_counter() - started

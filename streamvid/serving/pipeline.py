@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from streamvid.codecs.base import VideoCodec, latent_frames_of
 from streamvid.codecs.text import PromptEncoder
 from streamvid.files import atomic_folder
+from streamvid.hub import resolve_checkpoint
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.convert import Difference, LowRank, Update, lora_updates, read_lora, resolved_updates
 from streamvid.models.lora import LORA_FILE
@@ -46,7 +48,6 @@ from streamvid.rollout.loop import ChunkHook
 from streamvid.rollout.schedule import STREAM_CONFIG_FILE, StreamConfig
 from streamvid.serving.card import model_card
 from streamvid.serving.student import CARD_FILE, TEXT_PARTS, deployed, load_student
-from streamvid.teachers.load import resolve_checkpoint
 from streamvid.video import to_uint8
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -59,6 +60,19 @@ FILE_OPTIONS = {
 """Of ``load_lora_weights``: where its file is."""
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Call:
+    """A clip under way."""
+
+    pipe: StreamVidPipeline
+    num_stops: int  # of the pipeline, when the clip began
+    interrupted: bool = False
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
+"""The call whose callback is running."""
 
 
 class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -95,12 +109,29 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ValueError(f"a {given} without a {lacking}; pass both, or None for both and prompt_embeds for prompts")
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.stream_config, self.card = stream_config, card
-        self._interrupt = False
+        self._num_stops = 0
 
     @property
     def interrupt(self) -> bool:
-        """Whether to end the clip after the chunk under way; a callback sets ``pipe._interrupt = True``."""
-        return self._interrupt
+        """Whether the clip whose callback asks ends after the chunk under way.
+
+        As in diffusers, a callback sets ``pipe._interrupt = True``, which ends the call that it is the callback of; several
+        calls may be under way, in threads or as streams in turns. Set from elsewhere, it ends all that are under way.
+        """
+        call = _CALL.get()
+        return call is not None and call.interrupted
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        call = _CALL.get()
+        if call is not None and call.pipe is self:
+            call.interrupted = bool(value)
+        elif value:
+            self._num_stops += 1
 
     # ---- folders ----------------------------------------------------------------------------------------
 
@@ -302,21 +333,21 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if num_videos_per_prompt < 1:
             raise ValueError(f"num_videos_per_prompt={num_videos_per_prompt}, expected at least 1")
         _check_output_type(output_type)
-        hook = self._hook(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        call = _Call(self, self._num_stops)
+        hook = self._hook(call, callback_on_step_end, callback_on_step_end_tensor_inputs)
         embeddings = self._embeddings(prompt, prompt_embeds).repeat_interleave(num_videos_per_prompt, dim=0)
         chunks = sampler.stream(
             self.transformer, _Undecoded(self.vae) if output_type == "latent" else self.vae, embeddings,
             deployed(self.stream_config, steps=num_inference_steps), seeds=_seeds(generator, len(embeddings)),
             height=height, width=width, num_frames=num_frames, after_x0=hook,
         )
-        self._interrupt = False
-        return self._until_interrupted(_output(chunk.frames, output_type) for chunk in chunks)
+        return self._until_interrupted(call, (_output(chunk.frames, output_type) for chunk in chunks))
 
-    def _until_interrupted(self, outputs: Iterator[Any]) -> Iterator[Any]:
+    def _until_interrupted(self, call: _Call, outputs: Iterator[Any]) -> Iterator[Any]:
         try:
             for output in outputs:
                 yield output
-                if self._interrupt:
+                if call.interrupted or call.num_stops != self._num_stops:
                     return
         finally:
             self.maybe_free_model_hooks()
@@ -339,7 +370,7 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             raise ValueError("this pipeline has no text encoder; pass prompt_embeds, or open it with its text_encoder")
         return PromptEncoder(self.tokenizer, self.text_encoder).encode(prompts)
 
-    def _hook(self, callback: Callback | None, tensor_inputs: Sequence[str]) -> ChunkHook | None:
+    def _hook(self, call: _Call, callback: Callback | None, tensor_inputs: Sequence[str]) -> ChunkHook | None:
         """A callback of diffusers as a hook of the rollout."""
         if callback is None:
             return None
@@ -350,7 +381,11 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         steps = itertools.count()
 
         def after_x0(chunk: int, t: float, x0: Tensor) -> Tensor:
-            returned = callback(self, next(steps), 1000 * t, {"latents": x0} if names else {})
+            token = _CALL.set(call)
+            try:
+                returned = callback(self, next(steps), 1000 * t, {"latents": x0} if names else {})
+            finally:
+                _CALL.reset(token)
             return (returned or {}).get("latents", x0)
 
         return after_x0

@@ -19,6 +19,7 @@ from streamvid.codecs.base import VideoCodec
 from streamvid.codecs.load import CODECS, open_codec
 from streamvid.codecs.text import RECIPES, PromptEncoder
 from streamvid.files import atomic_folder
+from streamvid.hub import resolve_checkpoint
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import STREAM_CONFIG_FILE, StreamConfig
 from streamvid.weights import check_weights, load_strictly, not_finite, read_json
@@ -44,10 +45,10 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        torch.ones(1, device=name).item()  # "meta" makes tensors, but without numbers
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        reason = (str(error).splitlines() or [""])[0]
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a build without CUDA asserts
+        reason = (str(error).splitlines() or [""])[0].partition(". ")[0][:100]
         raise ValueError(f"there is no device {name} here ({reason}); use cpu, or auto for the best there is") from error
 
 
@@ -68,7 +69,7 @@ def load_student(
     dtype: torch.dtype = torch.float32,
     codec: str | Path | None = None,
 ) -> Student:
-    """Open a student folder.
+    """Open a student folder; each path may be a name on the hub.
 
     Args:
         components: where parts that the folder lacks come from; None is the shipped teacher.
@@ -79,7 +80,7 @@ def load_student(
     Raises:
         ValueError: one line, if a part is missing, damaged or does not fit the others.
     """
-    path, components = Path(path), Path(components or TINY_TEACHER)
+    path, components = resolve_checkpoint(path), resolve_checkpoint(components or TINY_TEACHER, COMPONENTS)
     if not path.is_dir():
         raise ValueError(f"no student folder at {path}; it should hold transformer/ and {STREAM_CONFIG_FILE}")
     stream = load_stream_config(path)
@@ -141,10 +142,12 @@ def deployed(
     Args:
         schedule: "autoregressive", "rolling", or a ``stream_config.json`` that stands in for the student's.
         steps: a chunk; a table of times, which would win over the number, is dropped.
-        window, sink: in latent frames.
+        window, sink: in latent frames. A rolling order sees the chunks that it denoises together whatever the student's window
+            was, unless ``window`` says otherwise.
 
     Raises:
-        ValueError: if there is no such schedule, or what ``StreamConfig`` refuses.
+        ValueError: if there is no such schedule, the student was not trained on as many frames as a rolling order denoises
+            together, or what ``StreamConfig`` refuses.
     """
     order = schedule if schedule in ("autoregressive", "rolling") else None
     if schedule and not order:
@@ -153,7 +156,24 @@ def deployed(
         config = StreamConfig.from_json(Path(schedule).read_text(encoding="utf-8"))
     table = None if steps is None else ()
     given = {"order": order, "num_steps": steps, "step_table": table, "window_frames": window, "sink_frames": sink}
-    return replace(config, **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(config, **given, **(_rolling_room(config, steps, window, sink) if order == "rolling" else {}))
+
+
+def _rolling_room(config: StreamConfig, steps: int | None, window: int | None, sink: int | None) -> dict[str, int | None]:
+    """What else changes with a rolling order: the first chunk's steps, and the least window that holds all it denoises."""
+    if config.step_table and steps is None:
+        raise ValueError("the student has times of its own for each chunk, a rolling order has the same for all; name --steps")
+    steps, sink = steps or config.num_steps, config.sink_frames if sink is None else sink
+    room, trained = sink + steps * config.chunk_frames, config.max_trained_frames or config.window_frames
+    if config.positions == "window" and room > trained:
+        most = (trained - sink) // config.chunk_frames
+        raise ValueError(
+            f"a rolling order of {steps} steps denoises {steps} chunks of {config.chunk_frames} frames together, with the sink "
+            f"{room}, but the student was trained on {trained}; " + (f"use --steps {most} or fewer" if most > 0 else "use autoregressive")
+        )
+    widened = {} if window is not None or config.window_frames is None else {"window_frames": max(config.window_frames, room)}
+    return {"first_steps": None, **widened}
 
 
 def save_student(
@@ -163,37 +183,53 @@ def save_student(
     """Write a student folder at once; with ``components``, their copies make it complete in itself.
 
     Args:
+        components: a folder, or its name on the hub.
         card: text of the folder's README.md: method, teacher, schedule, scores.
 
     A student that is there already is replaced; what else its folder holds stays.
 
     Raises:
-        ValueError: if ``components`` lacks a part, or a weight is not finite; nothing is written then.
+        ValueError: if ``components`` lacks a part or has links that lead out of it, or a weight is not finite; nothing is
+            written then.
     """
-    for part in COMPONENTS if components else ():
-        if not (Path(components) / part).is_dir():
-            raise ValueError(f"{components} has no folder {part}/; expected vae/, text_encoder/ and tokenizer/")
+    parts = _parts_to_copy(components)
     check_finite(transformer)
     with atomic_folder(path) as temporary:
         keep_others(Path(path), temporary)
         transformer.save_pretrained(temporary / "transformer")
         (temporary / STREAM_CONFIG_FILE).write_text(stream.to_json())
         (temporary / CARD_FILE).write_text(card or "A streamvid student; see stream_config.json.\n")
-        for part in COMPONENTS if components else ():
-            shutil.copytree(Path(components) / part, temporary / part)
+        for part in parts:
+            shutil.copytree(part, temporary / part.name)
         (temporary / INDEX_FILE).write_text(json.dumps(model_index(temporary), indent=2) + "\n")
 
 
-def save_teacher(path: str | Path, transformer: torch.nn.Module) -> None:
-    """Write ``path/transformer`` at once; what else a folder holds that is there already stays.
+def save_teacher(path: str | Path, transformer: torch.nn.Module, shift: float, components: str | Path) -> None:
+    """Write a teacher folder at once, which ``teachers.load.open_teacher`` and ``--teacher`` open, complete in itself.
+
+    What else a folder holds that is there already stays.
+
+    Args:
+        transformer: a bidirectional Wan.
+        shift: timestep shift that it is to be sampled with.
+        components: where its codec and its text encoder are copied from, a folder or its name on the hub.
 
     Raises:
-        ValueError: if a weight is not finite; nothing is written then.
+        ValueError: see ``save_student``.
     """
+    parts = _parts_to_copy(components)
     check_finite(transformer)
     with atomic_folder(path) as temporary:
         keep_others(Path(path), temporary)
         transformer.save_pretrained(temporary / "transformer")
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=shift).save_pretrained(temporary / "scheduler")
+        for part in parts:
+            shutil.copytree(part, temporary / part.name)
+        index = {
+            **model_index(temporary), "_class_name": "WanPipeline",
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "transformer": ["diffusers", "WanTransformer3DModel"],
+        }  # fmt: skip
+        (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def check_finite(transformer: torch.nn.Module) -> None:
@@ -212,6 +248,25 @@ def keep_others(old: Path, new: Path) -> None:
             shutil.copytree(entry, new / entry.name, symlinks=True)
         else:
             shutil.copy2(entry, new / entry.name, follow_symlinks=False)
+
+
+def _parts_to_copy(components: str | Path | None) -> list[Path]:
+    """The folders of what makes a checkpoint complete; none for None.
+
+    A folder may be a link, but what lies in it must not lead elsewhere: the file that a link points to would be published
+    with the copy. The hub's own cache consists of such links, into ``blobs/`` of the same checkpoint.
+    """
+    if components is None:
+        return []
+    home = resolve_checkpoint(components, COMPONENTS)
+    for part in COMPONENTS:
+        if not (home / part).is_dir():
+            raise ValueError(f"{components} has no folder {part}/; expected vae/, text_encoder/ and tokenizer/")
+        places = [(home / part).resolve(), home.resolve().parent.parent / "blobs"]
+        for file in (home / part).rglob("*"):
+            if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in places):
+                raise ValueError(f"{file} is a link out of its folder, and would be copied as {file.resolve()}; put a file there")
+    return [home / part for part in COMPONENTS]
 
 
 def model_index(folder: Path) -> dict[str, object]:

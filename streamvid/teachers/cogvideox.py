@@ -24,6 +24,7 @@ from torch import Tensor
 
 from streamvid.codecs.text import PromptEncoder
 from streamvid.core.process import Clock, adapt, vp_clock
+from streamvid.hub import resolve_checkpoint
 from streamvid.teachers.base import VideoCond, check_family, open_prompts
 from streamvid.weights import load_strictly, read_json
 
@@ -84,7 +85,7 @@ class CogVideoXTeacher:
         text_device: torch.device | str | None = None,
     ) -> CogVideoXTeacher:
         """Open a diffusers folder; arguments and errors are those of ``WanTeacher.from_pretrained``."""
-        path = Path(path)
+        path = resolve_checkpoint(path)
         check_family(path, "CogVideoXTransformer3DModel")
         scheduler = read_scheduler(path)
         transformer = load_strictly(CogVideoXTransformer3DModel, path / "transformer", torch_dtype or torch.float32)

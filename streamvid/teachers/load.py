@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import re
 from pathlib import Path
 from typing import Any
 
+from streamvid.hub import resolve_checkpoint
 from streamvid.teachers.base import Teacher, transformer_class
 from streamvid.teachers.cogvideox import CogVideoXTeacher
 from streamvid.teachers.wan import WanTeacher
@@ -16,9 +16,6 @@ FAMILIES: dict[str, type] = {
     "CogVideoXTransformer3DModel": CogVideoXTeacher,
 }
 """By the class name in ``transformer/config.json``."""
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
-HUB_PARTS = ["model_index.json", "stream_config.json", "README.md", "*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt"]  # no pickles, no code
 
 
 def open_teacher(path: str | Path, **options: Any) -> Teacher:
@@ -43,23 +40,3 @@ def open_teacher(path: str | Path, **options: Any) -> Teacher:
     if unknown:
         raise ValueError(f"{FAMILIES[name].__name__} has no option {unknown[0]}; leave it out for {path}")
     return open_folder(folder, **options)
-
-
-def resolve_checkpoint(path: str | Path) -> Path:
-    """The folder of a checkpoint; one that is named as on the hub is fetched, or found in the hub's own cache.
-
-    Raises:
-        ValueError: if it is a name on the hub that cannot be had. A path that is no such name is returned as it is.
-    """
-    if Path(path).exists() or not HUB_NAME.fullmatch(str(path)):
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=HUB_PARTS))
-    except Exception as error:  # of the hub, the network or the disk
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"no folder {path} here, and it cannot be fetched from the hub ({type(error).__name__}: {reason}); "
-            "name the folder of a copy"
-        ) from error

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamvid.hub import resolve_checkpoint
 from streamvid.teachers.clip_folder import ClipRenderer
-from streamvid.teachers.load import resolve_checkpoint
 from streamvid.weights import check_weights, read_json
 
 OURS = ("prompt", "generator", "output_type")  # arguments that ``render`` gives itself

@@ -25,6 +25,7 @@ from torch import Tensor
 from streamvid.codecs.base import VideoCodec
 from streamvid.codecs.text import PromptEncoder
 from streamvid.core.times import step_times
+from streamvid.hub import resolve_checkpoint
 from streamvid.teachers.base import TIMESTEPS, VideoCond, check_family, open_prompts
 from streamvid.weights import load_strictly, read_json
 
@@ -92,7 +93,7 @@ class WanTeacher:
         """Open a diffusers folder. Weights are read file by file into their precision, never twice at once.
 
         Args:
-            path: the folder; ``vae/`` is not looked at.
+            path: the folder, or its name on the hub; ``vae/`` is not looked at.
             torch_dtype: of the transformers, None is float32 whatever the file has.
             device: of the transformers.
             negative_prompt: what guidance leads away from.
@@ -105,7 +106,7 @@ class WanTeacher:
         Raises:
             ValueError: if a part is missing, damaged, or does not fit its configuration.
         """
-        path, dtype = Path(path), torch_dtype or torch.float32
+        path, dtype = resolve_checkpoint(path), torch_dtype or torch.float32
         check_family(path, "WanTransformer3DModel")
         shift, index = read_shift(path), read_index(path)
         transformer = load_wan_transformer(path, dtype)

@@ -31,12 +31,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from streamvid.codecs.base import latent_frames_of
+from streamvid.hub import HUB_NAME
 from streamvid.methods.base import Method, loss_parts
 from streamvid.methods.trajectory import chunk_times
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import adapt, share_weights
 from streamvid.models.published import EXPERTS, PUBLISHED
-from streamvid.teachers.load import HUB_NAME
 from streamvid.teachers.wan import WanTeacher
 from streamvid.training.checks import check_names
 from streamvid.training.launch import launched_processes

@@ -48,8 +48,7 @@ def room_of(config: RunConfig) -> Room:
     beside = {role.name: role.optimizer + role.average for role in roles}
     saved = sum(t.nbytes for network in method.networks().values() for t in network.state_dict().values())
     student = nn.Module.named_parameters(method.networks()["student"])  # adapters are merged into their base
-    parts = COMPONENTS if config.student.kind == "causal" else ()
-    files = [file for part in parts for file in (Path(config.components) / part).rglob("*") if file.is_file()]
+    files = [file for part in COMPONENTS for file in (Path(config.components) / part).rglob("*") if file.is_file()]
     return Room(
         checkpoint=saved + sum(beside[name] for name in method.networks()),
         num_checkpoints=min(config.train.keep_checkpoints + 1, math.ceil(config.train.max_steps / config.train.save_every)),

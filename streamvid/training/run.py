@@ -36,6 +36,7 @@ from streamvid.data.parts import checkpoint_key
 from streamvid.data.prompts import PromptBatches, read_prompts, world_prompts
 from streamvid.data.trajectories import Trajectories
 from streamvid.files import atomic_file
+from streamvid.hub import resolve_checkpoint
 from streamvid.methods.base import BatchSource, Method
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import LoraConfig, adapt, is_adapted, save_adapter, share_weights
@@ -45,7 +46,7 @@ from streamvid.serving.card import model_card
 from streamvid.serving.student import ASSETS, TINY_TEACHER, load_transformer, save_student, save_teacher
 from streamvid.teachers.base import Teacher, check_needs, check_width
 from streamvid.teachers.clip_folder import ClipFolder, encode_clips
-from streamvid.teachers.load import open_teacher, resolve_checkpoint
+from streamvid.teachers.load import open_teacher
 from streamvid.teachers.wan import load_wan_transformer
 from streamvid.training.checkpoint import COUNTERS_FILE, checksum
 from streamvid.training.checks import check_same_run, check_trackers
@@ -53,6 +54,7 @@ from streamvid.training.launch import RunLock, check_launcher, is_first_process,
 from streamvid.training.trainer import TrainConfig, Trainer
 
 log = logging.getLogger(__name__)
+MOST_SIDE = 1024  # of a latent frame; 8K of a codec that divides by 8
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 SHIPPED = "streamvid/assets/"
 EXPORTED_FILE = "exported.json"  # of a run folder: the checkpoint that its export is of
@@ -82,6 +84,12 @@ class Geometry:
     out_channels: int = 16
     text_dim: int = 64
     freq_dim: int = 64
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            most = 1000 if name == "num_layers" else 100_000
+            if not 1 <= size <= most:
+                raise ValueError(f"student.geometry.{name}={size}, expected 1 to {most:,}")
 
 
 @dataclass
@@ -164,6 +172,8 @@ class RunConfig:
     latent_size: tuple[int, int] = (8, 8)  # height and width of a latent frame, for methods that roll out
 
     def __post_init__(self) -> None:
+        if not all(1 <= side <= MOST_SIDE for side in self.latent_size):
+            raise ValueError(f"latent_size={list(self.latent_size)}, expected a height and a width of 1 to {MOST_SIDE}")
         ranks = {"student": self.student.lora.rank, "fake_score": self.fake_score.rank(self.student.lora)}
         for name, optimizer in self.train.optimizers.items():
             if ranks.get(name) and optimizer.kind == "muon":
@@ -190,7 +200,23 @@ def load_run(path: str | Path | None, overrides: list[str]) -> RunConfig:
         "RunConfig", [("options", module.Config, field(default_factory=module.Config))], bases=(RunConfig,)
     )
     whole.__module__ = __name__
-    return build_config(whole, values)
+    config = build_config(whole, values)
+    _check_kind(config)
+    return config
+
+
+def _check_kind(config: RunConfig) -> None:
+    """A bidirectional network is trained on whole clips only; it has no cache to stream with."""
+    if config.student.kind == "causal":
+        return
+    streams = "stream" in inspect.signature(method_class(config).__init__).parameters
+    mode = getattr(config.options, "mode", "bidirectional")
+    if streams or mode != "bidirectional":
+        asked = f"method={config.method}" + ("" if streams else f" with options.mode={mode}")
+        raise ValueError(
+            f"student.kind=bidirectional is a teacher, but {asked} trains a causal student; leave kind at causal, or take "
+            "method=flow_matching options.mode=bidirectional"
+        )
 
 
 def build_student(config: StudentConfig, seed: int = 0) -> nn.Module:
@@ -496,7 +522,7 @@ def fetched(config: RunConfig) -> RunConfig:
 def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
     """Write `run_dir/student`, with the averaged weights where there are any. Every process calls it, the main one writes.
 
-    A causal student is complete in itself and can be streamed from there; of a teacher only transformer/ is written.
+    A causal student is complete in itself and can be streamed from there, a teacher sampled and distilled.
     Adapters are merged into transformer/, and lie beside it in lora/. An export of this checkpoint that is there already
     stays as it is, with the scores that it was given since.
 
@@ -515,7 +541,7 @@ def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
         if config.student.kind == "causal":
             save_student(target, network, config.stream, config.components, card_of(trainer, config))
         else:
-            save_teacher(target, network)
+            save_teacher(target, network, getattr(config.options, "shift", config.stream.shift), config.components)
         if is_adapted(network):
             save_adapter(network, target / "lora")
     with atomic_file(run_dir / EXPORTED_FILE) as temporary:

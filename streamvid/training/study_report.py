@@ -11,6 +11,7 @@ from typing import Any
 
 from streamvid.evaluation.report import environment, markdown
 from streamvid.files import atomic_file
+from streamvid.printing import markdown_text
 from streamvid.training.study import TEACHER, TRUTH, Job, StudyConfig, mean_of, write_result
 
 SHOWN = ("overall", "physics", "speed", "direction", "colour", "shape", "permanence")
@@ -198,9 +199,9 @@ def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
         f" greatest and the least of the training seeds, or of the noise's where nothing was trained. Forwards are denoising passes + passes that write context.\n"
     )
     if missing:
-        head += f"\nNot finished: {', '.join(missing)}.\n"
+        head += f"\nNot finished: {markdown_text(', '.join(missing))}.\n"
     tables = [score_table(rows), long_table(rows), crossed_table(rows), judge_table(rows), metric_table(results)]
-    notes = "".join(f"\n- {key}: {value}" for key, value in about.items())
+    notes = "".join(f"\n- {key}: {markdown_text(value)}" for key, value in about.items())
     text = "\n\n".join([head.rstrip("\n"), *filter(None, tables)])
     with atomic_file(path.with_suffix(".md")) as temporary:
         temporary.write_text(f"{text}\n{notes}\n")

@@ -74,6 +74,10 @@ class TrainingError(RuntimeError):
     """Training can't go on, such as after a loss that is not a number. The message is one line for the user."""
 
 
+MOST_SAMPLES = 65_536
+"""Of a batch of a process."""
+
+
 @dataclass
 class TrainConfig:
     name: str  # of the run; its folder is output_dir/name, and the same command resumes it
@@ -97,6 +101,8 @@ class TrainConfig:
         for key in ("max_steps", "batch_size", "log_every", "save_every", "keep_checkpoints"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if self.batch_size > MOST_SAMPLES:
+            raise ValueError(f"batch_size={self.batch_size} must be at most {MOST_SAMPLES:,}")
         if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
             raise ValueError(f"max_minutes={self.max_minutes} must be above 0; use null for no limit")
         if not 0 <= self.seed <= MAX_SEED:

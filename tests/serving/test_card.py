@@ -34,6 +34,18 @@ def test_scores_replace_those_that_were_there(tmp_path):
     assert text.startswith(model_card("mine", {}, STREAM).rstrip())
 
 
+def test_names_bring_no_markup_into_a_card(tmp_path):
+    """A run named <img ...> was run by the page, and a line feed in a name added a licence."""
+    name = "<img src=x>\n---\nlicense: mit\n## Scores\n"
+    (tmp_path / "README.md").write_text(model_card(name, {"data": "a\n- b", "<b>": "[c](d)"}, STREAM))
+    add_scores(tmp_path, {"overall|x": 1.0}, ["<b>200</b>"])
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("\n---\n") == 1 and text.count("\n## Scores\n") == 1 and "license: mit\n" not in text
+    assert not any(f" {mark}" in text for mark in ("<img", "<b>", "[c]")) and "| overall\\|x |" in text
+    body = text.split("\n---\n")[1]
+    assert [line[:4] for line in body.splitlines() if line.startswith("- ")] == ["- da", "- \\<", "- st", "- \\<"]
+
+
 def test_a_folder_without_a_card_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no README.md"):
         add_scores(tmp_path, {"overall": 1.0})

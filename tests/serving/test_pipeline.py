@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +177,53 @@ def test_an_interrupted_clip_ends_with_its_chunk_and_the_next_one_is_whole(pipe)
 
     assert torch.equal(clip(pipe, callback_on_step_end=stop), clip(pipe)[:, :9])
     assert clip(pipe).shape[1] == 21
+
+
+def test_an_interrupt_ends_the_call_of_its_callback_only(pipe):
+    """It was the pipeline's, and ended every clip under way, in other threads too."""
+    def stop(pipe, step, timestep, kwargs):
+        pipe._interrupt = True
+        assert pipe.interrupt
+        return kwargs
+
+    options = {**SHORT, "output_type": "pt"}
+    streams = [pipe.stream(PROMPT, **options, generator=seed, callback_on_step_end=stop if seed == 1 else None) for seed in range(3)]
+    taken = [[next(stream).shape[1]] for stream in streams]  # all are under way, in turns
+    for stream, frames in zip(streams, taken):
+        frames += [chunk.shape[1] for chunk in stream]
+    assert taken == [[9, 12], [9], [9, 12]] and not pipe.interrupt
+
+
+def test_calls_in_threads_are_interrupted_apart(pipe):
+    barrier = threading.Barrier(3)
+
+    def make(seed):
+        def callback(pipe, step, timestep, kwargs):
+            if step == 0:
+                barrier.wait(60)
+                pipe._interrupt = seed == 1
+                barrier.wait(60)
+            return kwargs
+
+        return clip(pipe, generator=seed, callback_on_step_end=callback).shape[1]
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(make, range(3))) == [21, 9, 21]
+
+
+def test_an_interrupt_from_elsewhere_ends_all_that_are_under_way(pipe):
+    streams = [pipe.stream(PROMPT, **SHORT, generator=0, output_type="pt") for _ in range(2)]
+    for stream in streams:
+        next(stream)
+    pipe._interrupt = True
+    assert [list(stream) for stream in streams] == [[], []] and clip(pipe).shape[1] == 21
+
+
+def test_a_callback_that_changes_the_shape_is_refused(pipe):
+    """It gave a clip of 25 frames for 81."""
+    for cut in (lambda x: x[:, :, :1], lambda x: x.cpu().numpy()):
+        with pytest.raises(ValueError, match=r"after_x0 gave .* for chunk 0, expected a tensor \[1, 16, 3, 2, 2\]"):
+            clip(pipe, callback_on_step_end=lambda pipe, step, t, kwargs: {"latents": cut(kwargs["latents"])})
 
 
 def test_a_callback_of_diffusers_brings_its_own_inputs(pipe):

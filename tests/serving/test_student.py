@@ -83,7 +83,7 @@ DAMAGES = {
     "unknown key": (lambda f: rewrite(f, lambda w: w.update({"extra": torch.zeros(3)})), "extra and 0 more"),
     "weights": (lambda f: (f / WEIGHTS).unlink(), "has no .safetensors file"),
     "config": (lambda f: (f / "transformer/config.json").unlink(), "has no config.json"),
-    "config text": (lambda f: (f / "transformer/config.json").write_text("{"), "cannot load"),
+    "config text": (lambda f: (f / "transformer/config.json").write_text("{"), "config.json is no JSON"),
     "stream": (lambda f: (f / "stream_config.json").unlink(), "has no stream_config.json"),
     "stream text": (lambda f: (f / "stream_config.json").write_text("{"), "stream_config.json: "),
     "stream key": (lambda f: (f / "stream_config.json").write_text('{"num_step": 1}'), "'num_steps'"),

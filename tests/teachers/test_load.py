@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from streamvid.codecs.text import PromptEncoder
+from streamvid.hub import resolve_checkpoint
 from streamvid.serving.student import TINY_TEACHER
 from streamvid.teachers.cogvideox import CogVideoXTeacher
-from streamvid.teachers.load import open_teacher, resolve_checkpoint
+from streamvid.teachers.load import open_teacher
 from streamvid.teachers.wan import WanTeacher
 from streamvid.training.run import TeacherConfig, build_teacher
 
