@@ -18,6 +18,8 @@ RANK = 3
 
 @pytest.fixture(scope="module")
 def codec():
+    """Of a pipeline, which needs peft for adapters."""
+    pytest.importorskip("peft")
     return open_codec(TINY_TEACHER)
 
 
