@@ -1,4 +1,4 @@
-# make quickstart | make test | make venv. PYTHON chooses the interpreter (3.10 to 3.12), TORCH the torch requirement.
+# make quickstart | make test | make test-slow | make venv. PYTHON chooses the interpreter (3.10 to 3.12), TORCH the torch requirement.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-.PHONY: venv quickstart test clean
+.PHONY: venv quickstart test test-slow clean
 
 venv: $(VENV)/.installed
 
@@ -41,6 +41,10 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest
+
+# What `make test` leaves out: above about 20 seconds a test.
+test-slow: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 clean:
 	rm -rf $(VENV) runs/quickstart
