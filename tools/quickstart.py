@@ -4,7 +4,8 @@
     python tools/quickstart.py --minutes 2 --prompts 24
 
 Writes runs/quickstart/: student/ (the distilled student), four streamed clips (.mp4), contact_sheet.png (teacher,
-student before, student after; same prompts, same seeds), report.json and report.md, and prints the table.
+student before, student after; same prompts, same seeds), report.json and report.md, and prints the table. Each time anew:
+what an earlier quickstart wrote is removed, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 CONFIG = Path(__file__).parents[1] / "configs" / "run" / "quickstart.yaml"
+WRITTEN = ["checkpoints", "student", "exported.json", "metrics.jsonl", "contact_sheet.png", "report.json", "report.md", "config.yaml"]
 NUM_FRAMES, LATENT_FRAMES, TEACHER_STEPS, GUIDANCE = 33, 9, 50, 2.0
 
 
@@ -32,23 +34,48 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
 def run(minutes: float, num_prompts: int, output_dir: Path) -> None:
-    from streamvid.serving.student import TINY_START
     from streamvid.training.run import build_trainer, load_run
 
+    if num_prompts < 1:
+        raise ValueError(f"--prompts={num_prompts}, expected at least 1")
+    config = load_run(CONFIG, [f"train.max_minutes={minutes}", f"train.output_dir={output_dir}"])
+    run_dir = output_dir / config.train.name
+    clear(run_dir)
     evaluation_s = 3 + num_prompts * 2.0
     print(f"Distilling for {minutes:g} minutes, then about {evaluation_s / 60:.0f} minutes of sampling and scoring.")
-    run_dir = output_dir / "quickstart"
-    shutil.rmtree(run_dir, ignore_errors=True)
     started = time.monotonic()
-    overrides = [f"train.max_minutes={minutes}", f"train.output_dir={output_dir}", f"student.path={TINY_START}"]
-    build_trainer(load_run(CONFIG, overrides)).train()
+    build_trainer(config).train()
     print(f"Trained in {time.monotonic() - started:.0f} s. Sampling {num_prompts} held-out prompts.")
     compare(run_dir, num_prompts)
     print(f"Everything is in {run_dir}/, after {(time.monotonic() - started) / 60:.1f} minutes.")
+
+
+def clear(run_dir: Path) -> None:
+    """Remove what an earlier quickstart wrote into its folder.
+
+    Raises:
+        ValueError: if the folder holds something and is no run, or one that is being trained; nothing is removed then.
+    """
+    from streamvid.training.launch import LOCK_FILE, RunLock
+
+    entries = {path.name for path in run_dir.iterdir()} - {LOCK_FILE} if run_dir.is_dir() else set()
+    if not entries:
+        return
+    if "config.yaml" not in entries:
+        raise ValueError(f"{run_dir} holds {min(entries)} and no config.yaml, so it is no run of quickstart; name another --output-dir")
+    lock = RunLock(run_dir)
+    for path in [run_dir / name for name in WRITTEN] + sorted(run_dir.glob("clip_[0-3].mp4")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    lock.release()
 
 
 def compare(run_dir: Path, num_prompts: int) -> None:

@@ -6,7 +6,9 @@
 
 A run writes runs/NAME/: config.yaml, metrics.jsonl, checkpoints/ and, at the end, student/. The same command
 resumes it. `--dry-run` prints the resolved configuration, and what the run will need: the memory of each network and
-of each turn at its peak, and floating-point operations a step; nothing is loaded or fetched for that.
+of each turn at its peak, floating-point operations a step, and room on the disk; nothing is loaded, fetched or written
+for that. One process, or one launch, trains a run at a time. Ctrl-C, SIGTERM and SIGHUP save and stop; the launcher's end
+does too.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from contextlib import suppress
 
 import yaml
 
-from streamvid.training.processes import launch_all_processes
+from streamvid.training.launch import launch_all_processes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,29 +29,47 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print what would run, then stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the run file's")
     args = parser.parse_intermixed_args(argv)
-    launch_all_processes()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        launch_all_processes()
+        return run(args.config, args.overrides, args.dry_run)
+    except (ValueError, OSError) as error:
+        return failed(error)
+    except KeyboardInterrupt:
+        print("stopped; the same command starts anew, or resumes from the last checkpoint", file=sys.stderr)
+        return 130
 
+
+def failed(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def run(path: str, overrides: list[str], dry_run: bool) -> int:
+    """Trains, or says what that would take; what can be refused at once is refused first."""
     from streamvid.config import to_plain
     from streamvid.serving.student import choose_device
     from streamvid.training.estimate import ensure_memory, estimate
-    from streamvid.training.run import build_trainer, load_run
+    from streamvid.training.room import ensure_room, room_of
+    from streamvid.training.run import build_trainer, check_run, load_run
     from streamvid.training.trainer import TrainingError
 
+    config = load_run(path, overrides)
+    check_run(config)
+    if dry_run:
+        needs = estimate(config).table(), room_of(config).line()
+        print(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True), *needs, sep="\n")
+        return 0
+    ensure_memory(config, choose_device())
+    ensure_room(config)
+    trainer = build_trainer(config)
     try:
-        config = load_run(args.config, args.overrides)
-        if args.dry_run:
-            print(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
-            print(estimate(config).table())
-            return 0
-        ensure_memory(config, choose_device())
-        trainer = build_trainer(config)
         run_dir = trainer.train()
-    except (ValueError, OSError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except TrainingError as error:
+        return failed(error)
     if trainer.is_main:
-        print(f"wrote {run_dir}/student")
+        with suppress(OSError):  # the terminal may be gone
+            print(f"wrote {run_dir}/student", flush=True)
     return 0
 
 

@@ -21,7 +21,7 @@ from streamvid.codecs.text import RECIPES, PromptEncoder
 from streamvid.files import atomic_folder
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import STREAM_CONFIG_FILE, StreamConfig
-from streamvid.weights import check_weights, load_strictly, read_json
+from streamvid.weights import check_weights, load_strictly, not_finite, read_json
 
 ASSETS = Path(__file__).parents[1] / "assets"
 TINY_TEACHER = ASSETS / "teacher"
@@ -31,6 +31,8 @@ TEXT_PARTS = ("text_encoder", "tokenizer")
 COMPONENTS = ("vae", *TEXT_PARTS)
 CARD_FILE = "README.md"
 INDEX_FILE = "model_index.json"
+OWN_ENTRIES = {"transformer", "lora", *COMPONENTS, STREAM_CONFIG_FILE, CARD_FILE, INDEX_FILE}
+"""Of a student folder: what a new student replaces."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -163,19 +165,53 @@ def save_student(
     Args:
         card: text of the folder's README.md: method, teacher, schedule, scores.
 
+    A student that is there already is replaced; what else its folder holds stays.
+
     Raises:
-        ValueError: if ``components`` lacks a part; nothing is written then.
+        ValueError: if ``components`` lacks a part, or a weight is not finite; nothing is written then.
     """
     for part in COMPONENTS if components else ():
         if not (Path(components) / part).is_dir():
             raise ValueError(f"{components} has no folder {part}/; expected vae/, text_encoder/ and tokenizer/")
+    check_finite(transformer)
     with atomic_folder(path) as temporary:
+        keep_others(Path(path), temporary)
         transformer.save_pretrained(temporary / "transformer")
         (temporary / STREAM_CONFIG_FILE).write_text(stream.to_json())
         (temporary / CARD_FILE).write_text(card or "A streamvid student; see stream_config.json.\n")
         for part in COMPONENTS if components else ():
             shutil.copytree(Path(components) / part, temporary / part)
         (temporary / INDEX_FILE).write_text(json.dumps(model_index(temporary), indent=2) + "\n")
+
+
+def save_teacher(path: str | Path, transformer: torch.nn.Module) -> None:
+    """Write ``path/transformer`` at once; what else a folder holds that is there already stays.
+
+    Raises:
+        ValueError: if a weight is not finite; nothing is written then.
+    """
+    check_finite(transformer)
+    with atomic_folder(path) as temporary:
+        keep_others(Path(path), temporary)
+        transformer.save_pretrained(temporary / "transformer")
+
+
+def check_finite(transformer: torch.nn.Module) -> None:
+    """Refuse weights that would make black clips of every prompt."""
+    bad = not_finite(transformer.state_dict())
+    if bad is not None:
+        raise ValueError(f"{bad} of the transformer is not finite (NaN or infinite); nothing was saved")
+
+
+def keep_others(old: Path, new: Path) -> None:
+    """Copy what a student folder holds besides a student, such as a user's notes, into the one that will replace it."""
+    for entry in old.iterdir() if old.is_dir() else ():
+        if entry.name in OWN_ENTRIES:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True)
+        else:
+            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
 
 
 def model_index(folder: Path) -> dict[str, object]:

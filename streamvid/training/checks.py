@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from streamvid.training.trainer import TrainConfig
 
 # What may change between the start of a run and its continuation.
-CHANGEABLE = {"max_steps", "max_minutes", "log_every", "save_every", "keep_checkpoints", "trackers"}
+CHANGEABLE = {"output_dir", "max_steps", "max_minutes", "log_every", "save_every", "keep_checkpoints", "trackers"}
+SHIPPED = "/streamvid/assets/"
+_MENDING = "if it is the same run, delete that file, it is written anew; else give this run another name"
 
 
 def check_names(config: TrainConfig, networks: dict[str, Module]) -> None:
@@ -60,6 +63,30 @@ def _place_of(config: TrainConfig, resolved: Any) -> str:
     return next((f"{f.name}." for f in fields(resolved) if getattr(resolved, f.name) is config), "")
 
 
+def _portable(value: Any) -> Any:
+    """A path into the package's assets without the place of the package, which may have moved; others as they are."""
+    _, shipped, rest = value.rpartition(SHIPPED) if isinstance(value, str) else ("", "", "")
+    return shipped.lstrip("/") + rest if shipped else value
+
+
+def _settings(config: TrainConfig, resolved: Any) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
+    """A run's configuration by dotted keys, its defaults, and the keys that may change."""
+    now = flatten(json.loads(json.dumps(to_plain(resolved))))
+    defaults = {key: _portable(value) for key, value in flat_defaults(resolved).items() if key in now}
+    free = {_place_of(config, resolved) + key for key in CHANGEABLE}
+    return {key: _portable(value) for key, value in now.items()}, defaults, free
+
+
+def fingerprint(config: TrainConfig, resolved: Any) -> str:
+    """Tells this run's checkpoints from those of runs with another configuration.
+
+    Only what differs from the defaults counts, so that a setting which comes with a later version changes nothing.
+    """
+    now, defaults, free = _settings(config, resolved)
+    own = {key: value for key, value in now.items() if key not in free and (key not in defaults or defaults[key] != value)}
+    return hashlib.blake2b(json.dumps(own, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
 def check_same_run(path: Path, config: TrainConfig, resolved: Any) -> None:
     """A run folder holds one run: all but the keys that are free to change must be as they were.
 
@@ -67,13 +94,17 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Any) -> None:
     """
     if not path.is_file():
         return
-    now = flatten(json.loads(json.dumps(to_plain(resolved))))
-    defaults = {key: value for key, value in flat_defaults(resolved).items() if key in now}
-    was = defaults | flatten(yaml.safe_load(path.read_text()) or {})
-    free = {_place_of(config, resolved) + key for key in CHANGEABLE}
+    now, defaults, free = _settings(config, resolved)
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is no YAML ({' '.join(str(error).split())[:120]}); {_MENDING}") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} holds a {type(saved).__name__}, expected `key: value` lines; {_MENDING}")
+    was = defaults | {key: _portable(value) for key, value in flatten(saved).items()}
     differing = [
         f"{key} was {was.get(key, 'not there')}, now {now.get(key, 'not there')}"
-        for key in sorted(was.keys() | now.keys())
+        for key in sorted(was.keys() | now.keys(), key=str)
         if key not in free and was.get(key) != now.get(key)
     ]
     if differing:

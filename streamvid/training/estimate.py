@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ from streamvid.models.lora import adapt, share_weights
 from streamvid.models.published import EXPERTS, PUBLISHED
 from streamvid.teachers.load import HUB_NAME
 from streamvid.teachers.wan import WanTeacher
+from streamvid.training.checks import check_names
+from streamvid.training.launch import launched_processes
 from streamvid.training.optimizers import OptimizerConfig, build_optimizer, optimizer_tensors
-from streamvid.training.processes import launched_processes
 from streamvid.training.run import (
     DTYPES,
     Geometry,
@@ -49,6 +51,7 @@ from streamvid.training.run import (
     build_student,
     needs_teacher,
     stands_on_teacher,
+    with_shipped,
 )
 from streamvid.training.sharding import held_networks
 from streamvid.training.trainer import switch_on
@@ -68,6 +71,8 @@ TEMPORAL_RATIO = 4  # pixel frames a latent frame, of all codecs here
 DEPTHS = (4, 6)  # at which deeper networks are measured
 EXAMPLE_PROCESSES = 8  # that a sharded run is shown for, if it is asked about in one process
 SAMPLED_STEPS = 64  # over which random exits are averaged
+COUNTED_STEPS = 2**14  # of longer runs, turns are counted in this many: windows all over the run
+WINDOW_STEPS = 256  # consecutive ones, longer than any cycle of turns that is in use
 
 
 class UnknownSizes(ValueError):
@@ -152,6 +157,7 @@ def estimate(config: RunConfig) -> Estimate:
     Raises:
         ValueError: one line, if a network's sizes can't be known, or for what the method refuses.
     """
+    config = with_shipped(config)
     method, roles = build_on_meta(config)
     depth = max((int(n.config.num_layers) for n in held_networks(method).values() if hasattr(n, "config")), default=0)
     sharing = {"sharded": config.train.shard == "full", "processes": launched_processes()}
@@ -170,7 +176,7 @@ def ensure_memory(config: RunConfig, device: torch.device) -> None:
         ValueError: one line, with what is needed and what is there.
     """
     try:
-        roles, sharded = build_on_meta(config)[1], config.train.shard == "full"
+        roles, sharded = build_on_meta(with_shipped(config))[1], config.train.shard == "full"
     except UnknownSizes:
         return
     needed, there = Estimate(roles, (), sharded, launched_processes()).state_bytes, memory_of(device)
@@ -207,6 +213,7 @@ def build_on_meta(config: RunConfig, depth: int | None = None) -> tuple[Method, 
     if teacher is not None:
         teacher.uncond = uncond
     method = build_method(_at_depth(config, student, depth), student, uncond, teacher, fake_score)
+    check_names(config.train, method.networks())
     for network in method.networks().values():
         network.to("meta").train()
     switch_on(method.networks(), replace(config.train, compile=False))
@@ -319,15 +326,25 @@ def _optimizer_bytes(parameters: dict[str, nn.Parameter], config: OptimizerConfi
 
 def turns_of(config: RunConfig, method: Method) -> tuple[Turn, ...]:
     """What each turn of a method on the meta device costs."""
-    counts = Counter(turn for step in range(config.train.max_steps) for turn in method.turns(step))
-    return tuple(
-        _turn(config, method, turn, count / config.train.max_steps) for turn, count in counts.items()
-    )
+    steps = list(counted_steps(config.train.max_steps))
+    counts = Counter(turn for step in steps for turn in method.turns(step))
+    return tuple(_turn(config, method, turn, count / len(steps)) for turn, count in counts.items())
+
+
+def counted_steps(max_steps: int) -> Iterator[int]:
+    """The steps of a run that its turns are counted in: all, or windows of a long run from its beginning to its end."""
+    if max_steps <= COUNTED_STEPS:
+        yield from range(max_steps)
+        return
+    last = COUNTED_STEPS // WINDOW_STEPS - 1
+    for window in range(last + 1):
+        start = (max_steps - WINDOW_STEPS) * window // last
+        yield from range(start, start + WINDOW_STEPS)
 
 
 def _turn(config: RunConfig, method: Method, turn: str, a_step: float) -> Turn:
     """The mean over the random choices of some steps; those that cost the same are measured once."""
-    steps = [step for step in range(config.train.max_steps) if turn in method.turns(step)][:SAMPLED_STEPS]
+    steps = islice((step for step in counted_steps(config.train.max_steps) if turn in method.turns(step)), SAMPLED_STEPS)
     measured: dict[Any, tuple[float, float]] = {}
     costs = []
     for step in steps:

@@ -49,13 +49,15 @@ def append_metrics(path: Path, line: dict[str, float]) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a metrics file up to the first that a crash left incomplete."""
+    """The lines of a metrics file; those that a crash or an editor has damaged are left out, and no others."""
     lines = []
-    for text in Path(path).read_text().splitlines():
+    for text in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 

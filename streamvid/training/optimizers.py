@@ -41,6 +41,9 @@ class OptimizerConfig:
     accumulate: int = 1  # batches a process averages before one update
 
     def __post_init__(self) -> None:
+        for key in ("lr", "weight_decay", "eps"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"{key}={getattr(self, key)} must be a finite number of at least 0")
         if self.lr <= 0:
             raise ValueError(f"lr={self.lr} must be above 0; leave a network out of `turns` to freeze it")
         if not all(0 <= beta < 1 for beta in self.betas):

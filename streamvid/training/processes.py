@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,54 +32,6 @@ def start_accelerator(mixed_precision: str, trackers: list[str], project_dir: st
     return Accelerator(
         cpu=cpu, mixed_precision=mixed_precision, log_with=trackers or None, project_dir=project_dir
     )
-
-
-def launch_all_processes() -> None:
-    """Makes `accelerate launch --cpu --num_processes N script.py` start N processes; does nothing otherwise.
-
-    accelerate 1.15 starts a single one there and says nothing. To be called first in a training script: it
-    replaces this process by `torchrun --nproc_per_node N script.py`.
-    """
-    count = _processes_missing()
-    if count <= 1:
-        return
-    port = os.environ.pop("MASTER_PORT")
-    os.environ.pop("MASTER_ADDR")
-    arguments = ["-m", "torch.distributed.run", "--nproc_per_node", str(count)]
-    arguments += ["--master_port", port] if port != "29500" else ["--standalone"]
-    os.execv(sys.executable, [sys.executable, *arguments, *sys.argv])
-
-
-def _processes_missing() -> int:
-    """How many processes `accelerate launch --cpu` was asked for, 0 if it did not start this one alone.
-
-    It leaves MASTER_PORT but no rank behind, and the number only on its own command line.
-    """
-    started_alone = "MASTER_PORT" in os.environ and "RANK" not in os.environ and "LOCAL_RANK" not in os.environ
-    if not started_alone or "ACCELERATE_MIXED_PRECISION" not in os.environ:
-        return 0
-    import psutil  # accelerate depends on it; these three serve this rare case only
-    from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
-
-    command = psutil.Process(os.getppid()).cmdline()  # accelerate launch | accelerate-launch | -m ....launch
-    launchers = [i for i, word in enumerate(command) if Path(word).stem in ("launch", "accelerate-launch")]
-    if not launchers:
-        raise ValueError(
-            "accelerate was asked for several CPU processes but started one; "
-            "start them with `torchrun --nproc_per_node N` instead"
-        )
-    arguments, _ = launch_command_parser().parse_known_args(command[launchers[0] + 1 :])
-    if arguments.num_machines not in (None, 1):
-        raise ValueError("accelerate launch --cpu starts one process a machine; use torchrun for several machines")
-    if arguments.num_processes is None and arguments.config_file is not None:
-        return load_config_from_file(arguments.config_file).num_processes
-    return arguments.num_processes or 0
-
-
-def launched_processes() -> int:
-    """How many processes `torchrun` or `accelerate launch` has started, also before they know each other."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
@@ -133,9 +83,10 @@ def agree_on_largest(values: list[float], device: torch.device) -> list[float]:
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM ask for a stop after the step that is under way; Ctrl-C again abandons the step.
+    """Ctrl-C, SIGTERM and SIGHUP ask for a stop after the step that is under way; Ctrl-C again abandons the step.
 
-    A launcher repeats a signal that the terminal has sent already, so that "again" means two seconds later.
+    A launcher repeats a signal that the terminal has sent already, so that "again" means two seconds later. Under
+    `nohup` the closed terminal goes on being ignored.
     """
 
     def __init__(self) -> None:
@@ -145,7 +96,10 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 

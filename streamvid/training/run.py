@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,21 +28,37 @@ from streamvid.data.clips import ClipFormat
 from streamvid.data.latents import LatentClips, WorldSet, world_clips, write_latents
 from streamvid.data.prompts import PromptBatches, read_prompts, world_prompts
 from streamvid.data.trajectories import Trajectories
-from streamvid.files import atomic_folder
+from streamvid.files import atomic_file
 from streamvid.methods.base import BatchSource, Method
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import LoraConfig, adapt, is_adapted, save_adapter, share_weights
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import key_to_seed
 from streamvid.serving.card import model_card
-from streamvid.serving.student import ASSETS, COMPONENTS, TINY_TEACHER, load_transformer, save_student
+from streamvid.serving.student import ASSETS, COMPONENTS, TINY_TEACHER, load_transformer, save_student, save_teacher
 from streamvid.teachers.base import Teacher, check_needs, check_width
 from streamvid.teachers.clip_folder import ClipFolder, encode_clips
 from streamvid.teachers.load import open_teacher, resolve_checkpoint
 from streamvid.teachers.wan import load_wan_transformer
+from streamvid.training.checks import check_same_run, check_trackers
+from streamvid.training.launch import RunLock, check_launcher, is_first_process
 from streamvid.training.trainer import TrainConfig, Trainer
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+SHIPPED = "streamvid/assets/"
+EXPORTED_FILE = "exported.json"  # of a run folder: the step that its export is of
+
+
+def shown(path: str | Path) -> str:
+    """A path as a card or a run file may show it: shipped folders without the place of the installation."""
+    path = Path(path).absolute()
+    return f"{SHIPPED}{path.relative_to(ASSETS)}" if path.is_relative_to(ASSETS) else path.name
+
+
+def located(path: str) -> str:
+    """Undoes `shown`: a shipped folder is found from any working folder, if that has none of this name."""
+    here = Path(path).exists() or not path.startswith(SHIPPED)
+    return path if here else str(ASSETS / path.removeprefix(SHIPPED))
 
 
 @dataclass
@@ -76,7 +93,7 @@ class StudentConfig:
 class TeacherConfig:
     """The teacher, loaded by methods that ask for its score."""
 
-    path: str = str(TINY_TEACHER)  # a folder, or a name on the hub; `components` has the same text encoder
+    path: str = shown(TINY_TEACHER)  # a folder, or a name on the hub; `components` has the same text encoder
     negative_prompt: str = ""
     dtype: Literal["float32", "bf16"] = "float32"  # of its weights, which are frozen
     offload: bool = False  # of two experts by noise level, keep the idle one on the CPU
@@ -133,7 +150,7 @@ class RunConfig:
     fake_score: FakeScoreConfig = field(default_factory=FakeScoreConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
-    components: str = str(TINY_TEACHER)  # the folder whose text_encoder/, tokenizer/ and vae/ are used
+    components: str = shown(TINY_TEACHER)  # the folder whose text_encoder/, tokenizer/ and vae/ are used
     prompt_cache: str | None = None  # a folder for prompt embeddings; null keeps them in memory, for small encoders
     latent_size: tuple[int, int] = (8, 8)  # height and width of a latent frame, for methods that roll out
 
@@ -311,7 +328,11 @@ def build_teacher(config: TeacherConfig, prompts: PromptEncoder) -> Teacher:
 
 
 def build_trainer(config: RunConfig, progress: bool = True) -> Trainer:
-    """Everything that a run needs, ready for `.train()`, which ends by exporting the network that was trained."""
+    """Everything that a run needs, ready for `.train()`, which ends by exporting the network that was trained.
+
+    What can be refused at once is, before anything is loaded; from then on no other process can train this run.
+    """
+    lock = open_run(config)
     asked, config = config, fetched(config)
     prompts = PromptEncoder.from_pretrained(config.components, cache_dir=config.prompt_cache)
     student = build_student(config.student, config.train.seed)
@@ -322,15 +343,44 @@ def build_trainer(config: RunConfig, progress: bool = True) -> Trainer:
     fake_score = build_fake_score(config, teacher)
     method = build_method(config, student, prompts.encode([config.teacher.negative_prompt])[0], teacher, fake_score)
     prompts.release()  # all prompts are encoded
-    trainer = Trainer(config.train, method, source, None, resolved=asked, progress=progress)
+    trainer = Trainer(config.train, method, source, None, resolved=asked, progress=progress, lock=lock)
     if "teacher" in vars(method):  # frozen: the trainer moves only what it trains
         method.teacher.to(trainer.accelerator.device)
     trainer.save_fn = lambda run_dir: export(trainer, run_dir, config)
     return trainer
 
 
+def check_run(config: RunConfig) -> Path:
+    """The run folder, if this run may be in it and the launcher asks for nothing else. Writes nothing.
+
+    Raises:
+        ValueError: one line, if it holds another run, or the launcher asks for what the run does not.
+    """
+    run_dir = Path(config.train.output_dir) / config.train.name
+    check_launcher(config.train.mixed_precision)
+    check_trackers(config.train.trackers)
+    check_same_run(run_dir / "config.yaml", config.train, config)
+    return run_dir
+
+
+def open_run(config: RunConfig) -> RunLock | None:
+    """Make the run folder this launch's own; the main process holds the lock for all."""
+    run_dir = check_run(config)
+    return RunLock(run_dir) if is_first_process() else None
+
+
+def with_shipped(config: RunConfig) -> RunConfig:
+    """The same run, with the places of the folders that ship with the package."""
+    student, fake_score = (
+        part if part.path is None else replace(part, path=located(part.path)) for part in (config.student, config.fake_score)
+    )
+    teacher = replace(config.teacher, path=located(config.teacher.path))
+    return replace(config, student=student, teacher=teacher, fake_score=fake_score, components=located(config.components))
+
+
 def fetched(config: RunConfig) -> RunConfig:
-    """The same run, with folders where it names checkpoints on the hub."""
+    """The same run, with folders where it names checkpoints on the hub or what ships with the package."""
+    config = with_shipped(config)
     student, fake_score = (
         part if part.path is None else replace(part, path=str(resolve_checkpoint(part.path)))
         for part in (config.student, config.fake_score)
@@ -344,9 +394,15 @@ def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
     """Write `run_dir/student`, with the averaged weights where there are any. Every process calls it, the main one writes.
 
     A causal student is complete in itself and can be streamed from there; of a teacher only transformer/ is written.
-    Adapters are merged into transformer/, and lie beside it in lora/.
+    Adapters are merged into transformer/, and lie beside it in lora/. An export of this step that is there already stays
+    as it is, with the scores that it was given since.
+
+    Raises:
+        ValueError: one line, if a weight is not finite; nothing is written then.
     """
     learner, target = trainer.learners["student"], run_dir / "student"
+    if exported_step(run_dir) == trainer.step and (target / "transformer" / "config.json").is_file():
+        return target
     weights = trainer.ema_weights("student") if learner.ema is not None else nullcontext()
     with weights:
         network = trainer.whole("student")
@@ -355,17 +411,20 @@ def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
         if config.student.kind == "causal":
             save_student(target, network, config.stream, config.components, card_of(trainer, config))
         else:
-            with atomic_folder(target) as temporary:
-                network.save_pretrained(temporary / "transformer")
+            save_teacher(target, network)
         if is_adapted(network):
             save_adapter(network, target / "lora")
+    with atomic_file(run_dir / EXPORTED_FILE) as temporary:
+        temporary.write_text(json.dumps({"step": trainer.step}) + "\n")
     return target
 
 
-def shown(path: str) -> str:
-    """A path as a card may show it: shipped folders without the place of the installation."""
-    path = Path(path).absolute()
-    return f"streamvid/assets/{path.relative_to(ASSETS)}" if path.is_relative_to(ASSETS) else path.name
+def exported_step(run_dir: Path) -> int | None:
+    """The step that the export of a run folder is of; None if there is none, or nothing says so."""
+    try:
+        return json.loads((run_dir / EXPORTED_FILE).read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def card_of(trainer: Trainer, config: RunConfig) -> str:

@@ -9,44 +9,43 @@ A run is a function of its configuration: batches and decisions are keyed, so th
 changes nothing, bit for bit. The exception is `max_minutes`, which ties learning rates and the end to the
 clock.
 
-The run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/step-0000123/` and what `save_fn` exports.
+The run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/step-0000123/` and what `save_fn` exports. One process, for
+all of its launch, holds the lock on it while it trains and exports.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import re
+import shutil
 import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object, send_to_device, set_seed
+from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from tqdm import tqdm
 
 from streamvid.config import flatten, save_config, to_plain
-from streamvid.files import remove_leftovers
+from streamvid.files import disk_full, remove_leftovers
 from streamvid.methods.base import BatchSource, Method
 from streamvid.training import checkpoint as ckpt
-from streamvid.training.checks import check_names, check_parameters, check_same_run, check_trackers
-from streamvid.training.ema import EMA, EMAConfig
+from streamvid.training.checks import check_names, check_same_run, check_trackers, fingerprint
+from streamvid.training.ema import EMAConfig
+from streamvid.training.launch import RunLock, check_launcher
+from streamvid.training.learner import Learner
 from streamvid.training.metrics import RunningMeans, append_metrics, trim_metrics
-from streamvid.training.optimizers import (
-    OptimizerConfig,
-    build_optimizer,
-    learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_learning_rate,
-)
+from streamvid.training.optimizers import OptimizerConfig, load_optimizer_tensors, optimizer_tensors
 from streamvid.training.processes import (
     StopSignals,
     agree_on_largest,
@@ -62,10 +61,15 @@ from streamvid.training.sharding import (
     is_sharded,
     shard_networks,
     whole_network,
-    whole_tensor,
 )
+from streamvid.weights import not_finite
 
 log = logging.getLogger(__name__)
+
+GIB = 2**30
+RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # names reach terminals, cards and shells
+MAX_SEED = 2**31 - 1  # so that each process may add its rank
+
 
 class TrainingError(RuntimeError):
     """Training can't go on, such as after a loss that is not a number. The message is one line for the user."""
@@ -94,45 +98,15 @@ class TrainConfig:
         for key in ("max_steps", "batch_size", "log_every", "save_every", "keep_checkpoints"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        if self.max_minutes is not None and self.max_minutes <= 0:
+        if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
             raise ValueError(f"max_minutes={self.max_minutes} must be above 0; use null for no limit")
-        if not self.name or "/" in self.name or self.name in (".", ".."):
-            raise ValueError(f"name={self.name!r} must be one folder name; choose the place with output_dir")
-
-
-class Learner:
-    """One network with what updates it."""
-
-    def __init__(
-        self, name: str, network: Module, optimizer: OptimizerConfig, ema: EMAConfig | None, fp16: bool
-    ) -> None:
-        self.network, self.config, self.updates = network, optimizer, 0
-        self.parameters = {key: p for key, p in network.named_parameters() if p.requires_grad}
-        check_parameters(name, self.parameters)
-        self.optimizer = build_optimizer(self.parameters, optimizer)
-        self.ema = EMA(self.parameters, ema) if ema is not None else None
-        device = next(iter(self.parameters.values())).device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-
-    @property
-    def names(self) -> dict[Parameter, str]:
-        return {parameter: name for name, parameter in self.parameters.items()}
-
-    def clip(self) -> float:
-        """Clips the gradient to `clip_norm` and returns the norm that it had."""
-        limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
-        return whole_tensor(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)).item()
-
-    def update(self, progress: float) -> float:
-        """One optimiser step, at the learning rate that is returned."""
-        lr = learning_rate(self.config, self.updates, progress)
-        set_learning_rate(self.optimizer, lr)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.updates += 1
-        if self.ema is not None:
-            self.ema.update()
-        return lr
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed={self.seed} must be from 0 to {MAX_SEED}")
+        if not RUN_NAME.fullmatch(self.name):
+            raise ValueError(
+                f"name={self.name!r} must be one folder name of at most 100 letters, digits and ._-, which begins with none "
+                "of .-; choose the place with output_dir"
+            )
 
 
 class Trainer:
@@ -143,6 +117,7 @@ class Trainer:
     resolved: the configuration to keep with the run and to compare on resume; `config`, or a dataclass with it
     in one of its fields.
     progress: whether a terminal gets a progress bar.
+    lock: of the run folder, where the main process holds it already; it is released when training has ended.
     """
 
     def __init__(
@@ -153,14 +128,16 @@ class Trainer:
         save_fn: Callable[[Path], None] | None = None,
         resolved: Any = None,
         progress: bool = True,
+        lock: RunLock | None = None,
     ) -> None:
-        self.config, self.method, self.source, self.save_fn = config, method, source, save_fn
+        self.config, self.method, self.source, self.save_fn, self.lock = config, method, source, save_fn, lock
         self.resolved = config if resolved is None else resolved
         self.run_dir = Path(config.output_dir) / config.name
         self.checkpoints = self.run_dir / "checkpoints"
         networks = method.networks()
         check_names(config, networks)
         check_trackers(config.trackers)
+        check_launcher(config.mixed_precision)
         self.accelerator = start_accelerator(config.mixed_precision, config.trackers, str(self.run_dir))
         self.sharded = config.shard == "full" and self.accelerator.num_processes > 1
         for network in networks.values():
@@ -181,6 +158,7 @@ class Trainer:
         }
         self.means, self.show_progress = RunningMeans(), progress
         self.step, self.samples, self.seconds = 0, 0, 0.0
+        self.resumed_from: Path | None = None
         for tensors in self._tensors().values():
             broadcast_tensors(tensor for tensor in tensors.values() if not is_sharded(tensor))
 
@@ -208,9 +186,26 @@ class Trainer:
     def train(self) -> Path:
         """Trains to the end, from the newest checkpoint of the run if there is one; returns the run folder.
 
-        Raises TrainingError when the loss or a gradient is not finite, ValueError when the run folder does not
-        fit, and SystemExit with 130 or 143 after Ctrl-C or SIGTERM.
+        Raises TrainingError when the loss, a gradient or a weight is not finite or the disk is full, ValueError when the
+        run folder does not fit or another process trains this run, and SystemExit with 130, 143 or 129 after Ctrl-C,
+        SIGTERM or SIGHUP.
         """
+        if self.is_main and self.lock is None:
+            self.lock = RunLock(self.run_dir)
+        try:
+            self._train_and_export()
+        except (OSError, SafetensorError) as error:
+            reason = disk_full(error)
+            if reason is None:
+                raise
+            raise TrainingError(self._no_room(reason)) from None
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+                self.lock = None
+        return self.run_dir
+
+    def _train_and_export(self) -> None:
         self._open_run_dir()
         self._resume()
         try:
@@ -224,7 +219,6 @@ class Trainer:
         if self.save_fn is not None:
             self.save_fn(self.run_dir)
         self.accelerator.end_training()
-        return self.run_dir
 
     # The loop
 
@@ -303,9 +297,18 @@ class Trainer:
     def _check_finite(self, what: str, value: float, turn: str) -> None:
         if math.isfinite(value):
             return
+        raise TrainingError(
+            f"{what} of turn '{turn}' is {value} in step {self.step + 1}; training stopped, {self._where_to_go_on()}"
+        )
+
+    def _where_to_go_on(self) -> str:
+        """After a number that is none. What a run was resumed from may be the cause, and would be so again."""
         newest = ckpt.list_checkpoints(self.checkpoints)
-        kept = f"the last good checkpoint is {newest[-1]}" if newest else "no checkpoint was written yet"
-        raise TrainingError(f"{what} of turn '{turn}' is {value} in step {self.step + 1}; training stopped, {kept}")
+        if not newest:
+            return "no checkpoint was written yet"
+        if newest[-1] == self.resumed_from:
+            return f"nothing was saved since it was resumed from {newest[-1]}; {ckpt.way_back(newest[-1])}"
+        return f"the last good checkpoint is {newest[-1]}"
 
     def _skip_overflow(self, learner: Learner, norm: float, turn: str) -> bool:
         """fp16 gradients overflow now and then: the scale goes down and the update is left out."""
@@ -348,13 +351,22 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if self.is_main:
-            print(f"{self.config.name}: {text}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # the terminal may be gone
+                print(f"{self.config.name}: {text}", file=sys.stderr, flush=True)
 
     def _how_to_resume(self) -> str:
         newest = ckpt.list_checkpoints(self.checkpoints)
         if not newest:
             return "no checkpoint was written yet, the same command starts anew"
         return f"the same command resumes from {newest[-1]}"
+
+    def _no_room(self, reason: str) -> str:
+        needed = sum(tensor.nbytes for tensors in self._tensors().values() for tensor in tensors.values()) / GIB
+        there = shutil.disk_usage(self.run_dir).free / GIB
+        return (
+            f"{reason} after step {self.step}, in {self.run_dir}: a checkpoint takes {needed:.2f} GiB, free are {there:.2f}; "
+            f"free {max(0.0, needed - there):.2f} GiB or more, then {self._how_to_resume()}"
+        )
 
     # The run folder
 
@@ -377,12 +389,22 @@ class Trainer:
         ranks = gather_object([own])
         tensors = {file: gathered(live, self.is_main) for file, live in self._tensors().items()}
         if self.is_main:
+            self._check_weights(tensors)
             snapshot = ckpt.Snapshot(self._counters(), tensors, ranks)
             ckpt.write_checkpoint(self.checkpoints, self.step, snapshot, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
+    def _check_weights(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """The checkpoints that are there are better than one that can't be resumed from."""
+        for file, named in tensors.items():
+            bad = not_finite(named)
+            if bad is not None:
+                what = f"{bad} of {file} is not finite after step {self.step}; it was not saved, training stopped"
+                raise TrainingError(f"{what}, {self._where_to_go_on()}")
+
     def _counters(self) -> dict[str, Any]:
         return {
+            "run": fingerprint(self.config, self.resolved),
             "step": self.step,
             "samples": self.samples,
             "seconds": self.seconds,
@@ -415,33 +437,43 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _load(self, path: Path) -> None:
-        live = self._tensors()
-        processes = self.accelerator.num_processes
-        counters = ckpt.read_counters(path)
-        if counters["num_processes"] != processes:
-            raise ValueError(
-                f"run {self.run_dir} was trained with {counters['num_processes']} processes, not {processes}, which "
-                "changes its batches; launch as many again, or give the run another name"
-            )
-        saved = ckpt.read_checkpoint(path, list(live), self.accelerator.process_index)
+        live, counters = self._tensors(), ckpt.read_counters(path)
+        self._check_of_this_run(path, counters)
+        saved = ckpt.read_checkpoint(path, list(live), self.accelerator.process_index, verify=self.is_main)
         for name, learner in self.learners.items():
-            optimizer = saved.tensors.pop(f"{name}.optimizer")
-            live.pop(f"{name}.optimizer")
-            try:
-                load_optimizer_tensors(learner.optimizer, learner.names, optimizer)
-            except ValueError as error:
-                raise ckpt.damaged(path, f"in {name}.optimizer.safetensors {error}") from None
-            learner.scaler.load_state_dict(saved.counters["scalers"][name])
-            learner.updates = saved.counters["updates"][name]
-            if learner.ema is not None:
-                learner.ema.updates = learner.updates
+            file = f"{name}.optimizer"
+            live.pop(file)
+            ckpt.check_finite(saved.tensors[file], path, file)
+            with ckpt.reading(path, f"{file}.safetensors"):
+                load_optimizer_tensors(learner.optimizer, learner.names, saved.tensors.pop(file))
         for name, tensors in live.items():
             ckpt.restore_tensors(tensors, saved.tensors[name], path, name)
-        self.step, self.samples = saved.counters["step"], saved.counters["samples"]
-        self.seconds = saved.counters["seconds"]
-        self.means.load_state_dict(saved.ranks[0]["means"])
-        self._say(f"resumed from {path}")
-        ckpt.restore_random_state(saved.ranks[0]["random"], self.accelerator.device)
+        with ckpt.reading(path, ckpt.COUNTERS_FILE):
+            self._set_counters(saved.counters)
+        with ckpt.reading(path, f"rank-{self.accelerator.process_index}.pt"):
+            self.means.load_state_dict(saved.ranks[0]["means"])
+            self.resumed_from = path
+            self._say(f"resumed from {path}")
+            ckpt.restore_random_state(saved.ranks[0]["random"], self.accelerator.device)
+
+    def _check_of_this_run(self, path: Path, counters: dict[str, Any]) -> None:
+        processes, before = self.accelerator.num_processes, counters.get("num_processes")
+        if counters.get("run") != fingerprint(self.config, self.resolved):
+            raise ckpt.damaged(path, "it is of a run with another configuration")
+        if before != processes:
+            raise ValueError(
+                f"run {self.run_dir} was trained with {before} processes, not {processes}, which changes its batches; "
+                "launch as many again, or give the run another name"
+            )
+
+    def _set_counters(self, counters: dict[str, Any]) -> None:
+        """Undoes `_counters`."""
+        self.step, self.samples, self.seconds = counters["step"], counters["samples"], counters["seconds"]
+        for name, learner in self.learners.items():
+            learner.scaler.load_state_dict(counters["scalers"][name])
+            learner.updates = counters["updates"][name]
+            if learner.ema is not None:
+                learner.ema.updates = learner.updates
 
 
 def switch_on(networks: dict[str, Module], config: TrainConfig) -> None:

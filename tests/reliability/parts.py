@@ -47,11 +47,11 @@ SIZES = dict(
 
 def make_parts(folder: Path) -> None:
     """teacher/, start/, student/ (complete), run.yaml, flow.yaml, latents.safetensors, done/ (a finished run), other/
-    (the same with another seed), prompts/ (a prompt cache), clips/ (two captioned clips), clip.mp4."""
+    (the same with another seed), prompts/ (a prompt cache), clips/ (two captioned clips)."""
     import torch
     from diffusers import WanTransformer3DModel
 
-    from streamvid.data.latents import WorldSet, world_clips
+    from streamvid.data.world import caption, render, sample_spec
     from streamvid.serving.student import TINY_STUDENT, TINY_TEACHER
     from streamvid.video import write_video
 
@@ -65,26 +65,23 @@ def make_parts(folder: Path) -> None:
         network.save_pretrained(folder / home / "transformer")
     (folder / "run.yaml").write_text(RUN.format(parts=folder))
     (folder / "flow.yaml").write_text(FLOW.format(parts=folder))
-    clips = list(world_clips(WorldSet(num_clips=2, num_frames=9)))
     (folder / "clips").mkdir()
-    for name, (frames, texts) in zip(("one", "two"), clips):
-        write_video(frames, folder / "clips" / f"{name}.mp4", 16)
-        (folder / "clips" / f"{name}.txt").write_text(texts[0])
-    _make_latents(folder, clips)
+    for seed, name in enumerate(("one", "two")):
+        spec = sample_spec(seed)
+        write_video(render(spec, 9), folder / "clips" / f"{name}.mp4", 16)
+        (folder / "clips" / f"{name}.txt").write_text(caption(spec, 0))
+    _make_latents(folder)
     _fill_prompt_cache(folder)
     _train(folder, "done")
     _train(folder, "other", "train.seed=1")
     shutil.copytree(folder / "done" / "student", folder / "student")
 
 
-def _make_latents(folder: Path, clips: list) -> None:
-    from streamvid.codecs.load import open_codec
-    from streamvid.codecs.text import PromptEncoder
-    from streamvid.data.latents import write_latents
-
-    encoder = PromptEncoder.from_pretrained(folder / "teacher")
-    codec = open_codec(folder / "teacher")
-    write_latents(folder / "latents.safetensors", iter(clips), len(clips), codec.encode_frames, encoder.encode)
+def _make_latents(folder: Path) -> None:
+    """As a run makes them of the verifiable world."""
+    world = ["data.kind=world", "data.world.num_clips=2", "data.world.num_frames=9", "data.world.paraphrases=1"]
+    _train(folder, "made", *world, file="flow.yaml", name_of_run="flow")
+    shutil.rmtree(folder / "made")
 
 
 def _fill_prompt_cache(folder: Path) -> None:
@@ -95,11 +92,11 @@ def _fill_prompt_cache(folder: Path) -> None:
     PromptEncoder.from_pretrained(folder / "teacher", cache_dir=folder / "prompts").encode(["", *world_prompts(2)])
 
 
-def _train(folder: Path, name: str, *overrides: str) -> None:
-    """A finished run `runs/run` of the working folder, whose folder is then `name`."""
+def _train(folder: Path, name: str, *overrides: str, file: str = "run.yaml", name_of_run: str = "run") -> None:
+    """A finished run of the working folder, whose folder is then `name`."""
     from streamvid.training.run import build_trainer, load_run
 
     os.chdir(folder)
-    build_trainer(load_run(folder / "run.yaml", list(overrides)), progress=False).train()
-    (folder / "runs" / "run").rename(folder / name)
+    build_trainer(load_run(folder / file, list(overrides)), progress=False).train()
+    (folder / "runs" / name_of_run).rename(folder / name)
     shutil.rmtree(folder / "runs")

@@ -243,3 +243,14 @@ def test_watch_counts_what_is_alive():
         assert watch.now == 4000 and watch.peak == 8000
         del a, c
         assert watch.now == 0
+
+
+def test_turns_of_a_run_without_end_are_counted_in_windows_of_it():
+    """max_steps=1e9, as one writes beside max_minutes, used to take a pass over all steps for each turn."""
+    assert list(est.counted_steps(1000)) == list(range(1000))
+    steps = list(est.counted_steps(10**9))
+    assert len(steps) == est.COUNTED_STEPS and steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] == 10**9 - 1
+    for cycle in (2, 5, 7, 10):
+        share = sum(step % cycle == cycle - 1 for step in steps) / len(steps)
+        assert share == pytest.approx(1 / cycle, rel=0.02)
+    assert sum(step >= 3e8 for step in steps) / len(steps) == pytest.approx(0.7, abs=0.02)

@@ -3,27 +3,38 @@
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import streamvid
 import torch
+from safetensors import SafetensorError
 from tiny_run import everything, make_trainer
 from torch import nn
 
+from streamvid.training import checkpoint as ckpt
 from streamvid.training import trainer as trainer_module
 from streamvid.training.checkpoint import list_checkpoints, read_checkpoint
+from streamvid.training.launch import RunLock
 from streamvid.training.metrics import read_metrics
+from streamvid.training.processes import StopSignals
 from streamvid.training.trainer import TrainConfig, Trainer, TrainingError
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
 ENVIRONMENT = {
     **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(streamvid.__file__).parents[1])
 }  # fmt: skip
+
+
+ACCELERATE = [str(Path(sys.executable).with_name("accelerate"))]
 
 
 def train(output_dir, *overrides, **options):
@@ -91,16 +102,66 @@ def test_metrics_beyond_the_checkpoint_are_dropped_and_torn_lines_too(tmp_path):
     assert_same_run(resumed, train(tmp_path / "whole", "train.log_every=1"))
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+SLOW = ["knobs.seconds_per_loss=0.05", "train.log_every=1", "train.save_every=1000"]
+
+
+def start(output_dir, *overrides, launcher=(), variables={}):
+    """A run in another process."""
+    command = [*(launcher or [sys.executable]), str(SCRIPT), str(output_dir), *overrides]
+    return subprocess.Popen(command, env={**ENVIRONMENT, **variables}, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(output_dir, count):
+    path = output_dir / "tiny" / "metrics.jsonl"
+    while not (path.is_file() and path.read_text().count("\n") >= count):
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_an_interrupted_process_saves_says_how_to_resume_and_resumes(tmp_path, number, code):
     often = ["train.log_every=1", "train.save_every=1000"]
-    environment = {**ENVIRONMENT, "SIGNAL_IN_STEP": f"{int(number)} 3"}
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "parts"), *often]
-    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    process = start(tmp_path / "parts", *often, variables={"SIGNAL_IN_STEP": f"{int(number)} 3"})
+    _, error = process.communicate()
     (saved,) = list_checkpoints(tmp_path / "parts" / "tiny" / "checkpoints")
-    assert done.returncode == code and saved.name == "step-0000004"
-    assert f"stopped by {number.name}; the same command resumes from {saved}" in done.stderr
+    assert process.returncode == code and saved.name == "step-0000004"
+    assert f"stopped by {number.name}; the same command resumes from {saved}" in error
     assert_same_run(train(tmp_path / "parts", *often), train(tmp_path / "whole", *often))
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(monkeypatch):
+    kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert not signals.received and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process is not told that its launcher has ended")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_stops_with_its_launcher_and_saves(tmp_path, number):
+    """A killed `accelerate launch --cpu` used to leave its process to train on to the end, unseen."""
+    slow = [*SLOW, "train.max_steps=1000"]
+    process = start(tmp_path, *slow, launcher=[*ACCELERATE, "launch", "--cpu"])
+    wait_for_steps(tmp_path, 2)
+    process.send_signal(number)
+    _, error = process.communicate()  # the run shares its end of the pipe
+    (saved,) = list_checkpoints(tmp_path / "tiny" / "checkpoints")
+    assert f"stopped by SIGTERM; the same command resumes from {saved}" in error
+    assert 2 <= int(saved.name[5:]) < 1000
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--mixed_precision", "bf16"], "--mixed_precision bf16, .* and the run for train.mixed_precision=no; set both"),
+    (["--gradient_accumulation_steps", "4"], "--gradient_accumulation_steps 4 does nothing here; .*NAME.accumulate=4"),
+    (["--dynamo_backend", "inductor"], "--dynamo_backend does nothing here; leave it out and set train.compile=true"),
+])  # fmt: skip
+def test_what_the_launcher_asks_is_not_ignored(tmp_path, options, message):
+    process = start(tmp_path, launcher=[*ACCELERATE, "launch", "--cpu", *options])
+    _, error = process.communicate()
+    assert process.returncode and re.search(f"ValueError: .*{message}", error), error[-2000:]
+    assert not list_checkpoints(tmp_path / "tiny" / "checkpoints")
 
 
 def test_a_finished_run_trains_no_more_and_exports_again(tmp_path):
@@ -142,7 +203,122 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
     run = train(tmp_path)
     file = list_checkpoints(run.checkpoints)[-1] / "student.optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="step-0000012 is damaged: student.optimizer.safetensors can't be read"):
+    message = "step-0000012 is damaged: student.optimizer.safetensors is not as it was .*; delete that folder to resume from"
+    with pytest.raises(ValueError, match=f"{message} step-0000008"):
+        train(tmp_path)
+    shutil.rmtree(file.parent)
+    assert_same_run(train(tmp_path), run)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    """Its files are whole and of the right shapes; every step after it would be of neither run."""
+    run, other = train(tmp_path / "a"), train(tmp_path / "b", "knobs.student_every=2")
+    own, foreign = (list_checkpoints(r.checkpoints)[-1] for r in (run, other))
+    kept = shutil.copytree(own, tmp_path / "kept")
+    shutil.copy(foreign / "student.safetensors", own / "student.safetensors")
+    with pytest.raises(ValueError, match="student.safetensors is not as it was written"):
+        train(tmp_path / "a")
+    shutil.rmtree(own)
+    shutil.copytree(foreign, own)
+    with pytest.raises(ValueError, match="step-0000012 is damaged: it is of a run with another configuration"):
+        train(tmp_path / "a")
+    shutil.rmtree(own)
+    shutil.copytree(kept, own)
+    assert_same_run(train(tmp_path / "a", "train.max_steps=12"), run)
+
+
+@pytest.mark.parametrize("change", [
+    lambda counters: counters.pop("scalers"), lambda counters: counters.pop("updates"),
+    lambda counters: counters["scalers"].pop("student"), lambda counters: counters.update(updates=[1, 2]),
+])  # fmt: skip
+def test_counters_that_lack_a_network_are_one_line(tmp_path, change):
+    run = train(tmp_path)
+    path = list_checkpoints(run.checkpoints)[-1]
+    counters = json.loads((path / "trainer.json").read_text())
+    del counters["checksum"]
+    change(counters)
+    (path / "trainer.json").write_text(json.dumps({**counters, "checksum": ckpt._checksum_of(counters)}))
+    with pytest.raises(ValueError, match="step-0000012 is damaged: trainer.json can't be read .*; delete that folder"):
+        train(tmp_path)
+
+
+def test_a_moved_checkout_and_a_moved_output_folder_are_the_same_run(tmp_path):
+    """What ships with the package has another path there, in the saved configuration and in the checkpoints."""
+    old, new = ("/home/a/streamvid/assets/start", "/opt/lib/python/site-packages/streamvid/assets/start")
+    run = train(tmp_path / "a", f"knobs.path={old}")
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    assert_same_run(train(tmp_path / "b", f"knobs.path={new}"), make_moved(run, tmp_path / "b"))
+    with pytest.raises(ValueError, match="knobs.path was streamvid/assets/start, now streamvid/assets/student"):
+        train(tmp_path / "b", "knobs.path=/home/a/streamvid/assets/student")
+
+
+def make_moved(run, output_dir):
+    run.run_dir = output_dir / "tiny"
+    return run
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "1", "a: [", "a: !!python/object:os.system x", "\x00"])
+def test_a_saved_configuration_that_is_none_is_one_line(tmp_path, text):
+    run = train(tmp_path, "train.max_steps=1")
+    (run.run_dir / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match="config.yaml .*; if it is the same run, delete that file") as error:
+        train(tmp_path, "train.max_steps=1")
+    assert "\n" not in str(error.value)
+
+
+# One run, one writer
+
+
+def test_a_run_is_trained_by_one_process(tmp_path):
+    """Two used to write into each other's metrics, and to remove each other's half-written checkpoints."""
+    often = ["train.log_every=1"]
+    process = start(tmp_path, *often, variables={"SIGNAL_IN_STEP": f"{int(signal.SIGSTOP)} 3"})  # it waits for its end
+    wait_for_steps(tmp_path, 3)
+    with pytest.raises(ValueError) as error:
+        train(tmp_path, *often)
+    process.kill()
+    process.communicate()
+    host = socket.gethostname()
+    assert f"{tmp_path / 'tiny'}: this run is being trained by process {process.pid} on {host}; " in str(error.value)
+    resumed = train(tmp_path, *often)  # the lock has gone with its holder
+    assert_same_run(resumed, train(tmp_path / "whole", *often))
+
+
+def test_the_lock_ends_with_the_training(tmp_path):
+    crash(tmp_path, 2)
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    lock = RunLock(trainer.run_dir)
+    with pytest.raises(ValueError, match=f"being trained by process {os.getpid()} on"):
+        train(tmp_path)
+    lock.release()
+    train(tmp_path)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing_that_was_saved(tmp_path, monkeypatch):
+    """safetensors tells it by an exception of its own, which used to end in a traceback."""
+    message = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+    def full(tensors, path):
+        raise SafetensorError(message)
+
+    crash(tmp_path, 5)
+    monkeypatch.setattr(ckpt, "save_file", full)
+    with pytest.raises(TrainingError) as error:
+        train(tmp_path)
+    monkeypatch.undo()
+    good = tmp_path / "tiny" / "checkpoints" / "step-0000004"
+    assert str(error.value).startswith(f"disk full after step 8, in {tmp_path / 'tiny'}: a checkpoint takes 0.00 GiB, free are")
+    assert str(error.value).endswith(f"then the same command resumes from {good}")
+    assert_same_run(train(tmp_path), train(tmp_path / "whole"))
+
+
+def test_another_error_of_the_disk_is_not_taken_for_a_full_one(tmp_path, monkeypatch):
+    def denied(tensors, path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(ckpt, "save_file", denied)
+    with pytest.raises(PermissionError):
         train(tmp_path)
 
 
@@ -264,6 +440,31 @@ def test_a_loss_that_is_not_a_number_stops_and_names_the_last_good_checkpoint(tm
         train(tmp_path / "other", "knobs.nan_at=0")
 
 
+def test_what_a_run_was_resumed_from_is_not_called_good_after_a_nan(tmp_path):
+    """The same command would resume from it and fail for ever; the message says how to get out."""
+    with pytest.raises(TrainingError, match="the last good checkpoint is"):
+        train(tmp_path, "knobs.nan_at=9")
+    newest = tmp_path / "tiny" / "checkpoints" / "step-0000008"
+    with pytest.raises(TrainingError) as error:
+        train(tmp_path, "knobs.nan_at=9")
+    way = f"nothing was saved since it was resumed from {newest}; delete that folder to resume from step-0000004"
+    assert str(error.value) == f"loss of turn 'student' is nan in step 10; training stopped, {way}"
+
+
+@pytest.mark.parametrize("file", ["student", "student.optimizer", "student.ema", "method"])
+def test_a_number_that_is_none_is_not_saved(tmp_path, file):
+    """A checkpoint with it would take the place of a good one."""
+    train(tmp_path)
+    resumed = make_trainer(tmp_path, "train.max_steps=13")
+    kept = list_checkpoints(resumed.checkpoints)
+    resumed.method.after_step = lambda turn, step: (
+        turn == "student" and next(iter(resumed._tensors()[file].values())).fill_(float("inf"))
+    )
+    with pytest.raises(TrainingError, match=f" of {file} is not finite after step 13; it was not saved"):
+        resumed.train()
+    assert list_checkpoints(resumed.checkpoints) == kept
+
+
 def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
     """The square root has an infinite slope at 0 while the loss is finite."""
     trainer = make_trainer(tmp_path)
@@ -286,6 +487,16 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
         ("train.trackers=[wandb]", "tracker 'wandb' is not installed"),
         ("train.trackers=[wanbd]", "tracker .wanbd. is unknown; known are aim, "),
         ("train.name=a/b", "must be one folder name"),
+        ("train.name=..", "must be one folder name"),
+        ("train.name='a b'", "must be one folder name"),
+        ("train.name=-rf", "must be one folder name"),
+        ("train.name='<img src=x>'", "must be one folder name"),
+        ("train.seed=-1", "seed=-1 must be from 0 to"),
+        ("train.seed=4294967296", "seed=4294967296 must be from 0 to"),
+        ("train.max_minutes=.inf", "max_minutes=inf must be above 0; use null"),
+        ("train.max_minutes=.nan", "max_minutes=nan must be above 0"),
+        ("train.optimizers.student.lr=1e400", "lr=inf must be a finite number"),
+        ("train.optimizers.student.weight_decay=.nan", "weight_decay=nan must be a finite number"),
         ("train.max_steps=0", "max_steps=0 must be at least 1"),
     ],
 )  # fmt: skip
@@ -318,7 +529,7 @@ def test_the_default_configuration_is_valid():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate launches CUDA processes itself")
 def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
     """`accelerate launch --cpu --num_processes 2` used to start one process; decisions and weights agree."""
-    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cpu", "--num_processes", "2"]
+    launcher = [*ACCELERATE, "launch", "--cpu", "--num_processes", "2"]
     command = [*launcher, str(SCRIPT), str(tmp_path / "two"), "train.batch_size=1"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -16,7 +16,7 @@ from streamvid.config import load_config
 from streamvid.seeding import keyed_generator, keyed_normal
 from streamvid.training.ema import EMAConfig
 from streamvid.training.optimizers import OptimizerConfig
-from streamvid.training.processes import launch_all_processes
+from streamvid.training.launch import launch_all_processes
 from streamvid.training.trainer import TrainConfig, Trainer, TrainingError
 
 
@@ -28,6 +28,7 @@ class Knobs:
     seconds_per_loss: float = 0.0
     nan_at: int = -1  # the step whose student loss is not a number
     global_noise: bool = False  # draw from torch's global generator as well
+    path: str = ""  # of something that a run reads
 
 
 @dataclass

@@ -159,7 +159,7 @@ GOOD_METRICS = {
     "a line without step": (lines(lambda had: [*had, '{"loss": 1}']), [1, 2, 3, 4, 5, 6]),
     "a step that is a text": (lines(lambda had: ['{"step": "two"}', *had]), [1, 2, 3, 4, 5, 6]),
     "a torn last line": (lines(lambda had: [*had, '{"step": 5, "st']), [1, 2, 3, 4, 5, 6]),
-    "bytes that are no text": (lines(lambda had: [*had[:2], "\udcff\udcfe\udc00", *had[2:]]), [1, 2, 3, 4, 5, 6]),
+    "bytes that are no text": (lines(lambda had: [*had[:2], "\udcff\udcfe\udc80", *had[2:]]), [1, 2, 3, 4, 5, 6]),
     "lines beyond the checkpoint": (lines(lambda had: [*had, '{"step": 5}', '{"step": 9}']), [1, 2, 3, 4, 5, 6]),
     "nothing": (lines(lambda had: []), [5, 6]),
 }
