@@ -48,8 +48,8 @@ def gif(file: Path, width: int, height: int, frames: int) -> None:
     """Frames of one colour, so that the file is small."""
     from PIL import Image
 
-    images = [Image.new("P", (width, height), i % 2) for i in range(frames)]
-    images[0].save(file, save_all=True, append_images=images[1:], duration=60)
+    black, white = (Image.new("L", (width, height), level) for level in (0, 255))
+    black.save(file, save_all=True, append_images=[(white, black)[i % 2] for i in range(frames - 1)], duration=60)
     file.with_suffix(".txt").write_text("a red circle")
 
 
@@ -204,9 +204,8 @@ EITHER: dict[str, Make] = {
     "an escape in a name": renamed("\x1b[31mred"),
     "a new line in a name": renamed("a\nerror: all is lost"),
     "a folder linked to itself": linked_round,
-    "a gif bomb, 4000 x 4000 x 40": as_gif(4000, 4000, 40),
-    "a gif bomb, 2000 x 2000 x 100": as_gif(2000, 2000, 100),
-    "a gif of 30,000 x 30,000": as_gif(30_000, 30_000, 1),
+    "a gif bomb, 4000 x 4000 x 60": as_gif(4000, 4000, 60),
+    "a gif of 20,000 x 20,000": as_gif(20_000, 20_000, 1),
     "a gif of 5,000 frames": as_gif(16, 16, 5000),
     "a clip of 2160 x 3840": lambda folder, place: video(folder / "three.mp4", 2160, 3840, frames=6),
     "another container than the name says": content("three.avi", lambda own: own),

@@ -32,10 +32,10 @@ REFUSED: tuple[str, ...] = (
     "make_trajectories --out t --teacher nowhere", "make_trajectories --out t --teacher ''", "make_trajectories --out t --device cuda",
     "make_trajectories --out t --device tpu", "make_trajectories --out t --num 1 --latent-size 7 7", "make_trajectories --out t --num 1 --latent-size 0 0",
     "make_trajectories --out t --num 1 --steps 0", "make_trajectories --out t --num 1 --student-steps 0", "make_trajectories --out t --num 1 --shift -1",
-    "make_trajectories --out t --num 1 --times 1,x", "make_trajectories --out t --num 1 --times 0.5,0.9", "make_trajectories --out t --num 1 --guidance nan",
+    "make_trajectories --out t --num 1 --times 1,x", "make_trajectories --out t --num 1 --times 0.5,0.9", "make_trajectories --teacher TEACHER --out t --num 1 --guidance nan",
     "make_trajectories --out t --num 1 --prompts nowhere.txt", "make_trajectories --out t --num 1 --latent-frames 0", "make_trajectories --out t --num 1 --batch-size 0",
     "quickstart --minutes 0 --output-dir out", "quickstart --minutes -1 --output-dir out", "quickstart --minutes nan --output-dir out",
-    "quickstart --prompts 0 --output-dir out", "quickstart --prompts -1 --output-dir out", "quickstart --minutes 0.001 --prompts 1 --output-dir FILE",
+    "quickstart --minutes 0.001 --prompts 0 --output-dir out", "quickstart --minutes 0.001 --prompts -1 --output-dir out", "quickstart --minutes 0.001 --prompts 1 --output-dir FILE",
     "quickstart --minutes 0.001 --prompts 1 --output-dir /proc/x", "quickstart --minutes x",
 )  # fmt: skip
 HELPED = ("train", "sample", "evaluate", "bench", "convert", "make_trajectories", "quickstart")
