@@ -31,7 +31,7 @@ TEXT_PARTS = ("text_encoder", "tokenizer")
 COMPONENTS = ("vae", *TEXT_PARTS)
 CARD_FILE = "README.md"
 INDEX_FILE = "model_index.json"
-OWN_ENTRIES = {"transformer", "lora", *COMPONENTS, STREAM_CONFIG_FILE, CARD_FILE, INDEX_FILE}
+OWN_ENTRIES = {"transformer", "scheduler", "lora", *COMPONENTS, STREAM_CONFIG_FILE, CARD_FILE, INDEX_FILE}
 """Of a student folder: what a new student replaces."""
 
 

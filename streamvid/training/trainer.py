@@ -363,9 +363,10 @@ class Trainer:
     def _no_room(self, reason: str) -> str:
         needed = sum(tensor.nbytes for tensors in self._tensors().values() for tensor in tensors.values()) / GIB
         there = shutil.disk_usage(self.run_dir).free / GIB
+        remedy = f"free {needed - there:.2f} GiB or more" if needed > there else "make room or raise the limit"
         return (
             f"{reason} after step {self.step}, in {self.run_dir}: a checkpoint takes {needed:.2f} GiB, free are {there:.2f}; "
-            f"free {max(0.0, needed - there):.2f} GiB or more, then {self._how_to_resume()}"
+            f"{remedy}, then {self._how_to_resume()}"
         )
 
     # The run folder
