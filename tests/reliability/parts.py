@@ -85,11 +85,9 @@ def _make_latents(folder: Path) -> None:
 
 
 def _fill_prompt_cache(folder: Path) -> None:
-    """The embeddings that a run of `run.yaml` asks for."""
-    from streamvid.codecs.text import PromptEncoder
-    from streamvid.data.prompts import world_prompts
-
-    PromptEncoder.from_pretrained(folder / "teacher", cache_dir=folder / "prompts").encode(["", *world_prompts(2)])
+    """As a run fills it."""
+    _train(folder, "made", "prompt_cache=prompts")
+    shutil.rmtree(folder / "made")
 
 
 def _train(folder: Path, name: str, *overrides: str, file: str = "run.yaml", name_of_run: str = "run") -> None:
