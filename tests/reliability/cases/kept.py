@@ -36,17 +36,16 @@ CACHES: dict[str, Callable[[Path], None]] = {
 
 
 def with_cache(place: Place, damage: Callable[[Path], None]) -> None:
-    """The damaged embedding is refused by its file, or made anew: the clip then depends on no bit of it."""
+    """The damaged embedding is refused by its file, or made anew; in no case does it stay."""
     cache = place.part("prompts")
-    before = {file.name: file.read_bytes() for file in cache.glob("*.safetensors")}
     for file in sorted(cache.glob("*.safetensors")):
         damage(file)
+    damaged = {file.name: file.read_bytes() for file in cache.glob("*.safetensors")}
     outcome = place.run("train", "--config", place.parts / "run.yaml", "prompt_cache=prompts", "train.max_steps=1")
     if outcome.code == 2:
         return refused(outcome, "prompts/")
     worked(outcome)
-    after = {file.name: file.read_bytes() for file in cache.glob("*.safetensors")}
-    if any(after[name] != content for name, content in before.items() if name in after):
+    if any((cache / name).is_file() and (cache / name).read_bytes() == content for name, content in damaged.items()):
         raise NotHeld("a damaged embedding is taken silently")
 
 
