@@ -64,7 +64,8 @@ def retensored(file: Path, change: str) -> None:
     if change.startswith("to "):
         tensors = {key: tensor.to(getattr(torch, change[3:])) for key, tensor in tensors.items()}
     elif change in ("nan", "inf"):
-        tensors[first].view(-1)[0] = float(change)
+        for tensor in tensors.values():
+            tensor.view(-1)[:1] = float(change)
     elif change == "missing":
         del tensors[first]
     elif change == "unknown":

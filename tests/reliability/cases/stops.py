@@ -77,7 +77,8 @@ def signalled(place: Place, number: signal.Signals, moment: str) -> None:
     decent(first)
     if first.code == 0 and "export" in moment:
         return same_run(place, place.folder / "runs" / "run", undisturbed(place))
-    if first.code != 128 + number and not (first.code == -number and moment == "load" and number != signal.SIGINT):
+    at_once = moment in ("load", "the export's codec") and number != signal.SIGINT  # there is nothing to save: it may just end
+    if first.code != 128 + number and not (at_once and first.code == -number):
         raise NotHeld(f"expected exit {128 + number}, got {first.said()}")
     saved = sorted(path.name for path in (place.folder / "runs" / "run" / "checkpoints").glob("step-*"))
     if moment in ("first step", "a step after a checkpoint") and not saved:
