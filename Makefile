@@ -1,5 +1,5 @@
-# make quickstart | make test | make test-lowest | make venv. PYTHON chooses the interpreter (3.10 to 3.13), TORCH the
-# torch requirement.
+# make quickstart | make test | make test-slow | make test-lowest | make venv. PYTHON chooses the interpreter (3.10 to 3.13),
+# TORCH the torch requirement.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-.PHONY: venv quickstart test test-lowest clean
+.PHONY: venv quickstart test test-slow test-lowest clean
 
 venv: $(VENV)/.installed
 
@@ -42,6 +42,10 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest
+
+# What `make test` leaves out: above about 20 seconds a test.
+test-slow: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 # The tests with the lowest version of everything that pyproject.toml allows; several gigabytes: such a torch is a CUDA build
 # where only PyPI is reached. TESTS narrows it: make test-lowest TESTS=tests/codecs

@@ -71,14 +71,13 @@ def test_there_is_a_recipe_for_each_method():
     assert methods == {"trajectory", "dmd", "asd", "diagonal", "afd"}
 
 
-@pytest.mark.timeout(280)
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_recipe_trains_in_two_processes(name, places, wan, tmp_path, capsys):
     """Two steps in bf16 with checkpointing, joined; the export opens with diffusers, its weights have moved, and it streams."""
     command = [*LAUNCH, str(ROOT / "tools" / "train.py"), "--config", str(RECIPES / f"{name}.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     settings = settings_of(name, places, wan)
-    done = subprocess.run([*command, *settings], env=environment, capture_output=True, text=True, timeout=250)
+    done = subprocess.run([*command, *settings], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     run = places / "runs" / name
     assert json.loads((run / "checkpoints" / "step-0000002" / "trainer.json").read_text())["num_processes"] == 2

@@ -55,6 +55,7 @@ def test_a_study_runs_goes_on_and_reports(small, tmp_path, capsys):
     assert json.loads((tmp_path / "runs" / "report.json").read_text())["rows"] == report["rows"]
 
 
+@pytest.mark.slow
 def test_the_study_of_methods_is_wired(tmp_path, capsys):
     assert study.main(["--suite", "methods", "--quick", "--only", "diagonal_noised_context", "--jobs", "1", "--folder", str(tmp_path)]) == 0
     printed = capsys.readouterr()
@@ -62,6 +63,7 @@ def test_the_study_of_methods_is_wired(tmp_path, capsys):
     assert json.loads((tmp_path / "quick" / "diagonal_noised_context-0.json").read_text())["steps"] == 2
 
 
+@pytest.mark.slow
 def test_a_training_may_start_from_anothers_student(small, tmp_path, capsys):
     small.write_text(f"""{small.read_text()}
   more:
@@ -75,6 +77,7 @@ def test_a_training_may_start_from_anothers_student(small, tmp_path, capsys):
     assert "dmd-0/student" in (tmp_path / "runs" / "runs" / "more-0" / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_two_at_once_have_processes_of_their_own(small, tmp_path, capsys):
     study.main([*arguments_of(small, tmp_path, "--only", "start"), "--jobs", "2"])
     assert (tmp_path / "runs" / "start-0.json").exists() and "[2/2]" in capsys.readouterr().err

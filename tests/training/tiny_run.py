@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -112,10 +113,23 @@ def everything(trainer):
     return {f"{file}/{key}": t.clone() for file, ts in trainer._tensors().items() for key, t in ts.items()}
 
 
+def signal_itself(method, number, step):
+    """Sends the signal `number` to this process in the student's loss of a step, so that no test need be in time for it."""
+    loss = method.loss
+
+    def signalling(turn, batch, at):
+        if at == step and turn == "student":
+            os.kill(os.getpid(), number)
+        return loss(turn, batch, at)
+
+    method.loss = signalling
+
+
 def main():
     launch_all_processes()
     torch.set_num_threads(1)
     trainer = make_trainer(*sys.argv[1:])
+    signal_itself(trainer.method, *map(int, os.environ.get("SIGNAL_IN_STEP", "0 -1").split()))
     try:
         trainer.train()
     except TrainingError as error:
