@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import signal
 import sys
 import threading
@@ -42,6 +43,8 @@ class Parser(argparse.ArgumentParser):
 
     def _checked(self, args: argparse.Namespace) -> argparse.Namespace:
         for name, value in vars(args).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                self.error(f"--{name.replace('_', '-')} {value}, expected a finite number")
             texts = value if isinstance(value, (list, tuple)) else [value]
             if name in self.may_be_empty or value == self.get_default(name):
                 continue

@@ -42,6 +42,21 @@ def disk_full(error: Exception) -> str | None:
     return FULL.get(number)
 
 
+@contextmanager
+def _errors_of_the_system() -> Iterator[None]:
+    """Inside, an error of the disk that a library hands on as a text of its own exception is an ``OSError`` again."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = disk_full(error)
+        if reason is None:
+            raise
+        number = next(number for number, words in FULL.items() if words == reason)
+        raise OSError(number, f"{reason} ({os.strerror(number)})") from error
+
+
 @cache
 def _machine() -> str:
     """Where numbers of processes mean what they mean here: this host, and this container of it."""
@@ -126,7 +141,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     temporary = _hidden_sibling(path)
     mode = _usual_mode(temporary)
     try:
-        yield temporary
+        with _errors_of_the_system():
+            yield temporary
         _set_mode(temporary, mode)
         _flush_to_disk(temporary)
         os.replace(temporary, path)
@@ -148,7 +164,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     mode = stat.S_IMODE(temporary.stat().st_mode)
     try:
-        yield temporary
+        with _errors_of_the_system():
+            yield temporary
         for file in temporary.rglob("*"):
             if file.is_symlink():
                 continue

@@ -83,6 +83,17 @@ def clip_starts(path: str | Path, until: float) -> list[float]:
         return sorted(starts)
 
 
+def count_frames(path: str | Path) -> int:
+    """Frames of a video file, by its packets, of which none is decoded; 0 if it can't be opened."""
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+    except (av.error.FFmpegError, IndexError):
+        return 0
+
+
 def unreadable(path: Path, reason: object) -> ValueError:
     """The error of a file that is no clip, in one line."""
     reason = " ".join(str(getattr(reason, "strerror", None) or reason).split())[-160:]

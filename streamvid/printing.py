@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+LONGEST = 1000  # characters of an error line
 _MARKS = re.compile(r"([\\`*\[\]<>|&])")
 
 
@@ -22,5 +23,6 @@ def markdown_text(text: object) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, its lines folded into one."""
-    return printable(" ".join(str(error).split()))
+    """What an error says, its lines folded into one, and no more of it than can be read."""
+    text = printable(" ".join(str(error).split()))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 3 :]}"

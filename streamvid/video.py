@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from streamvid.files import atomic_file, atomic_folder
-from streamvid.frames import clip_frames, is_large
+from streamvid.frames import clip_frames, count_frames, is_large
 
 CODECS = {".mp4": "libx264", ".webm": "libvpx-vp9"}
 SUFFIXES = (*CODECS, ".gif", "")
@@ -165,7 +165,24 @@ class VideoWriter:
             empty = ValueError(f"{self.path}: no frames came, nothing is written")
             self._stack.__exit__(ValueError, empty, None)
             raise empty
+        if kind is None and self.suffix in CODECS:
+            try:
+                self._finish()
+            except BaseException as fault:
+                self._stack.__exit__(type(fault), fault, fault.__traceback__)
+                raise
         self._stack.__exit__(kind, error, trace)
+
+    def _finish(self) -> None:
+        """End the file; ffmpeg, a process of its own, does not say that its disk was full.
+
+        Raises:
+            OSError: if what it wrote does not hold all frames.
+        """
+        self._writer.close()
+        written = count_frames(self._target)
+        if written < self.num_frames:
+            raise OSError(f"{self.path} could not be written: {written} of {self.num_frames} frames arrived; is the disk full?")
 
 
 def write_video(frames: Tensor, path: str | Path, fps: float) -> None:

@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import pickle
+import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 Model = TypeVar("Model", bound=nn.Module)
 TORCH_SUFFIXES = (".pth", ".pt")
 TENSOR_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+_LOADING = threading.Lock()  # transformers changes torch's own initialisers while it loads, for all threads
 MOST = 1_000_000
 """Of any size in the configuration of a diffusers model; the largest are widths of some 10,000."""
 MOST_NESTED = 20  # containers in containers of a published file; they have about three
@@ -104,7 +106,8 @@ def load_strictly(cls: type[Model], folder: Path, dtype: torch.dtype = torch.flo
     check_weights(folder)
     check_kinds(cls, folder / "config.json")
     try:
-        model, info = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
+        with _LOADING:
+            model, info = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
     except Exception as error:  # diffusers raises many kinds for a folder that does not fit
         raise ValueError(f"cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
     wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])

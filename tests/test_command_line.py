@@ -89,3 +89,13 @@ def test_a_logged_name_stays_in_its_line(capsys, monkeypatch):
     log_to_stderr()
     logging.info("reading %s", "a\nerror: \x1b[31m.mp4")
     assert capsys.readouterr().err == "reading a\\nerror: \\x1b[31m.mp4\n"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999"])
+def test_a_number_is_finite(capsys, value):
+    parser = Parser("A tool.")
+    parser.add_argument("--guidance", type=float, default=4.0)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(["--guidance", value])
+    assert stopped.value.code == 2 and "--guidance" in capsys.readouterr().err
+    assert parser.parse_args([]).guidance == 4.0

@@ -103,3 +103,15 @@ def test_a_long_name_can_be_written(tmp_path):
 ])  # fmt: skip
 def test_a_full_disk_is_told_from_other_errors(error, words):
     assert (disk_full(error) or "").startswith(words or "") and (disk_full(error) is None) == (words is None)
+
+
+@pytest.mark.parametrize("place", [atomic_file, atomic_folder])
+def test_a_full_disk_is_an_error_of_the_system_whoever_says_it(tmp_path, place):
+    """safetensors says it as a text of an error of its own, which was a traceback wherever a set was written."""
+    with pytest.raises(OSError, match="disk full") as caught:
+        with place(tmp_path / "x"):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+    with pytest.raises(SafetensorError, match="header"):
+        with place(tmp_path / "x"):
+            raise SafetensorError("invalid header")

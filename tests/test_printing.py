@@ -28,3 +28,8 @@ def test_markdown_shows_a_text_and_no_markup(text, shown):
 
 def test_an_error_of_several_lines_is_folded():
     assert one_line(ValueError("no\n  clip \x1b[2J")) == r"no clip \x1b[2J"
+
+
+def test_an_error_of_any_length_can_be_read():
+    text = one_line(ValueError("unknown key " + "x" * 100_000 + "; the nearest is 'lr'"))
+    assert len(text) < 1000 and text.startswith("unknown key x") and text.endswith("the nearest is 'lr'")

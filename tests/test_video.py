@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from streamvid import video
 from streamvid.data.world import render, sample_spec
 from streamvid.video import VideoWriter, contact_sheet, ensure_writable, read_video, write_video
 
@@ -139,3 +140,17 @@ def test_contact_sheet_has_a_row_a_clip_beside_its_label(tmp_path, frames):
     assert height == 18 + 2 * 132 and margin > 60
     first = sheet[0, :, 18 : 18 + 128, margin : margin + 128]
     assert torch.equal(first[:, ::2, ::2], (frames[0] * 255).round() / 255)
+
+
+def test_a_file_that_lost_frames_is_an_error_and_is_not_there(tmp_path, monkeypatch):
+    """ffmpeg does not say that its disk was full: a broken file of 1,024 bytes was called written."""
+    frames = torch.rand(5, 3, 16, 16)
+    for suffix in (".mp4", ".webm"):
+        write_video(frames, tmp_path / f"whole{suffix}", 16)
+        assert video.count_frames(tmp_path / f"whole{suffix}") == 5
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:200])
+    assert video.count_frames(tmp_path / "cut.mp4") == 0
+    monkeypatch.setattr(video, "count_frames", lambda path: 3)
+    with pytest.raises(OSError, match="3 of 5 frames arrived"):
+        write_video(frames, tmp_path / "lost.mp4", 16)
+    assert not (tmp_path / "lost.mp4").exists() and len(list(tmp_path.iterdir())) == 3

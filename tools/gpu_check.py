@@ -15,10 +15,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from streamvid.command_line import Parser, run_tool
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
+    parser = Parser(__doc__)
     parser.add_argument("--parts", help="comma-separated; by default all")
     parser.add_argument("--minutes", type=float, default=7.0, help="for all; parts that find no time are skipped (default 7)")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on the CPU")
@@ -29,11 +30,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        return check(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_tool(lambda: check(args))
 
 
 def check(args: argparse.Namespace) -> int:

@@ -10,12 +10,13 @@ what an earlier quickstart wrote is removed, and nothing else.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import shutil
 import sys
 import time
 from pathlib import Path
+
+from streamvid.command_line import Parser, log_to_stderr, tell
+from streamvid.printing import one_line
 
 CONFIG = Path(__file__).parents[1] / "configs" / "run" / "quickstart.yaml"
 REPORTS = ["contact_sheet.png", "report.json", "report.md"]
@@ -24,16 +25,16 @@ NUM_FRAMES, LATENT_FRAMES, TEACHER_STEPS, GUIDANCE = 33, 9, 50, 2.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--minutes", type=float, default=4.0, help="of training (default 4)")
     parser.add_argument("--prompts", type=int, default=48, help="held-out prompts to score (default 48)")
     parser.add_argument("--output-dir", type=Path, default=Path("runs"))
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_stderr()
     try:
         run(args.minutes, args.prompts, args.output_dir)
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        tell(f"error: {one_line(error)}")
         return 2
     except KeyboardInterrupt:
         return 130

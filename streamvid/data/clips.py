@@ -11,7 +11,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -48,8 +49,8 @@ class ClipFormat:
         for name in ("num_frames", "height", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
-        if not self.fps > 0:
-            raise ValueError(f"fps={self.fps}, expected a positive number of frames a second")
+        if not 0 < self.fps < math.inf:
+            raise ValueError(f"fps={self.fps}, expected a positive number of frames per second")
 
 
 # ---- captions -----------------------------------------------------------------------------------------
@@ -77,8 +78,10 @@ def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
 
 
 def _sidecar_captions(folder: Path) -> list[tuple[Path, str]]:
-    inner = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    files = [folder / path for path in inner if not any(part.startswith(".") for part in path.parts)]
+    inner = [path.relative_to(folder) for path in folder.rglob("*")]
+    entries = [folder / path for path in inner if not any(part.startswith(".") for part in path.parts)]
+    _ensure_files(entry for entry in entries if entry.suffix.lower() in CLIP_SUFFIXES)
+    files = [entry for entry in entries if entry.is_file()]
     clips = [file for file in files if file.suffix.lower() in CLIP_SUFFIXES]
     _ensure_no_other_clips(files, clips)
     for clip in clips:
@@ -88,6 +91,13 @@ def _sidecar_captions(folder: Path) -> list[tuple[Path, str]]:
                 f"metadata.jsonl with the fields {' and '.join(FIELDS)}"
             )
     return [(clip, _read_text(clip.with_suffix(".txt"))) for clip in clips]
+
+
+def _ensure_files(clips: Iterable[Path]) -> None:
+    """A ValueError if what has a clip's name is no file, such as a folder, a pipe or a link to nothing."""
+    for clip in clips:
+        if not clip.is_file():
+            raise ValueError(f"{clip} is named like a clip but is no file, or a link to none; remove it")
 
 
 def _ensure_no_other_clips(files: list[Path], clips: list[Path]) -> None:

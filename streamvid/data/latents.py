@@ -342,7 +342,9 @@ def _fault(latents: Tensor, embeddings: Tensor, captions: Any) -> str | None:
             return f"{name} are {tensor.dtype}, expected float16 or float32"
         if not all(clip.isfinite().all() for clip in tensor):
             return f"{name} are not all finite"
-    if not isinstance(captions, list) or len({len(latents), len(embeddings), len(captions)}) != 1:
+    if not isinstance(captions, list):
+        return f"captions are {str(captions)[:60]}, expected a list for each clip"
+    if len({len(latents), len(embeddings), len(captions)}) != 1:
         return f"{len(latents)} latents, {len(embeddings)} embeddings and {len(captions)} captions, expected as many of each"
     for texts in captions:
         if not isinstance(texts, list) or len(texts) != embeddings.shape[1] or not all(isinstance(t, str) for t in texts):

@@ -11,7 +11,6 @@ of 256: 2 bytes a weight in place of 8.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 

@@ -155,6 +155,10 @@ class DataConfig:
     first_share: float = 0.5
     """Share of the cuts that start at the beginning all the same."""
 
+    def __post_init__(self) -> None:
+        if self.num_prompts < 1:
+            raise ValueError(f"data.num_prompts={self.num_prompts}, expected at least 1")
+
 
 @dataclass
 class RunConfig:
@@ -493,8 +497,14 @@ def check_run(config: RunConfig) -> Path:
 
 
 def open_run(config: RunConfig) -> RunLock | None:
-    """Make the run folder this launch's own; the main process holds the lock for all."""
-    run_dir = check_run(config)
+    """Make the run folder this launch's own; the main process holds the lock for all.
+
+    Raises:
+        ValueError: one line; see ``check_run``, and if there is no data to read.
+    """
+    run_dir, data = check_run(config), config.data
+    if data.kind != "world" and data.path is not None and not Path(data.path).exists():
+        raise ValueError(f"data.path={data.path} is not there, expected {data.kind} to read")
     return RunLock(run_dir) if is_first_process() else None
 
 

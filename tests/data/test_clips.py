@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from functools import partial
 
 import imageio.v2 as imageio
@@ -157,6 +158,17 @@ def test_every_kind_of_clip_is_taken(folder, name):
     for text in ("a.txt", "c.txt", "inner/b.txt"):
         (folder / text).write_text("x")
     assert folder / name in [path for path, _ in read_captions(folder)]
+
+
+@pytest.mark.parametrize("make", [
+    lambda path: path.mkdir(), os.mkfifo, lambda path: path.symlink_to("nowhere.mp4"), lambda path: path.symlink_to(path.name),
+])  # fmt: skip
+def test_what_is_named_like_a_clip_and_is_none_is_not_left_out_in_silence(folder, make):
+    for name in ("a.txt", "inner/b.txt", "one.txt"):
+        (folder / name).write_text("x")
+    make(folder / "one.mp4")
+    with pytest.raises(ValueError, match="one.mp4 is named like a clip but is no file"):
+        read_captions(folder)
 
 
 def test_a_caption_of_what_is_no_clip_is_named(folder):

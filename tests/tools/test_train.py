@@ -83,9 +83,10 @@ def test_a_finished_run_started_again_leaves_its_export_alone(finished, monkeypa
     ("train.optimizers.studnet.lr=1", "error: optimizers.studnet is for no network of the method; did you mean"),
     ("train.ema.discriminator.decay=0.9", "error: ema.discriminator is for no network of the method"),
     ("train.optimizers.student.kind=adamm", "error: train.optimizers.student.kind: expected one of"),
-    ("train.optimizers.student.lr=1e400", "error: lr=inf must be a finite number"),
+    ("train.optimizers.student.lr=1e400", "error: train.optimizers.student.lr: expected float, got float inf"),
     ("train.name=<b>", "error: name='<b>' must be one folder name"),
     ("train.trackers=[wanbd]", "error: tracker 'wanbd' is unknown"),
+    ("data.num_prompts=-1", "error: data.num_prompts=-1, expected at least 1"),
 ])  # fmt: skip
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_what_can_be_refused_at_once_is(finished, monkeypatch, capsys, nothing_loads, override, message, dry):
@@ -95,6 +96,15 @@ def test_what_can_be_refused_at_once_is(finished, monkeypatch, capsys, nothing_l
     assert tool.main([*arguments, *name, *dry, override]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(message) and captured.err.count("\n") == 1 and captured.out == ""
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == ["tiny_dmd"]
+
+
+@pytest.mark.parametrize("kind", ["prompts", "clips", "latents", "trajectories"])
+def test_data_that_is_not_there_is_refused_before_anything_is_loaded(finished, monkeypatch, capsys, nothing_loads, kind):
+    folder, arguments = finished
+    monkeypatch.chdir(folder)
+    assert tool.main([*arguments, "train.name=other", f"data.kind={kind}", "data.path=nowhere"]) == 2
+    assert capsys.readouterr().err == f"error: data.path=nowhere is not there, expected {kind} to read\n"
     assert sorted(path.name for path in (folder / "runs").iterdir()) == ["tiny_dmd"]
 
 
