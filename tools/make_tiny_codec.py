@@ -74,11 +74,11 @@ def train(codec: AutoencoderTinyVideo, clips: Tensor, minutes: float, batch_size
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the folder that gets vae/")
+    parser.add_argument("--out", required=True, help="the folder that gets vae/")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clips", type=int, default=1500)
     args = parser.parse_args(argv)
-    return run_tool(lambda: make(args.out, args.minutes, args.clips))
+    return run_tool(lambda: make(Path(args.out), args.minutes, args.clips))
 
 
 def make(out: Path, minutes: float, num_clips: int) -> None:

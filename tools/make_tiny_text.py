@@ -68,10 +68,10 @@ def class_counts() -> list[int]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", required=True)
     parser.add_argument("--steps", type=int, default=2500)
     args = parser.parse_args(argv)
-    return run_tool(lambda: make(args.out, args.steps))
+    return run_tool(lambda: make(Path(args.out), args.steps))
 
 
 def make(out: Path, num_steps: int) -> None:
