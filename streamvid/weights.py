@@ -10,9 +10,11 @@ import inspect
 import json
 import math
 import pickle
+import sys
 import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,14 +38,35 @@ def read_json(file: Path) -> dict:
     if not file.is_file():
         raise ValueError(f"no file {file}")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{file} is nested too deeply; copy it again") from None
+        config = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds a {type(config).__name__}, expected a JSON object")
     return config
+
+
+def parse_json(text: str) -> Any:
+    """What a text of somebody else's says; a ``ValueError`` for whatever it can't be read for."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, transformers does not print its coloured reports of what did not fit; the error says it."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        yield
+        return
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def check_weights(folder: Path) -> None:
@@ -106,7 +129,7 @@ def load_strictly(cls: type[Model], folder: Path, dtype: torch.dtype = torch.flo
     check_weights(folder)
     check_kinds(cls, folder / "config.json")
     try:
-        with _LOADING:
+        with _LOADING, quiet():
             model, info = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
     except Exception as error:  # diffusers raises many kinds for a folder that does not fit
         raise ValueError(f"cannot load {folder}: {' '.join(str(error).split())[:300]}") from error

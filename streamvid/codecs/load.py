@@ -48,6 +48,6 @@ def _open_folder(folder: Path) -> nn.Module:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json; expected a diffusers folder with vae/")
     name = read_json(folder / "config.json").get("_class_name")
-    if name not in CODECS:
+    if not isinstance(name, str) or name not in CODECS:
         raise ValueError(f"{folder} is a {name}; expected one of {', '.join(CODECS)}")
     return load_strictly(CODECS[name], folder)

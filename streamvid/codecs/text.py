@@ -128,7 +128,9 @@ class PromptEncoder:
             self._source, self._encoder = None, text_encoder.requires_grad_(False).eval()
             self.recipe = _recipe(text_encoder.config.model_type, type(text_encoder).__name__)
             self.embedding_dim = text_encoder.config.d_model
-        self.max_length = max_length or min(tokenizer.model_max_length, self.recipe.max_length)
+        self.max_length = max_length or tokenizer.model_max_length
+        if isinstance(self.max_length, (int, float)) and not max_length:
+            self.max_length = min(self.max_length, self.recipe.max_length)
         if type(self.max_length) is not int or self.max_length < 1:
             raise ValueError(f"the tokenizer's model_max_length is {self.max_length!r}, expected a number of tokens, at least 1")
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None

@@ -28,6 +28,7 @@ from streamvid.data.parts import WAIT_S, claimed, make_all_parts
 from streamvid.data.world import SIZE, caption, render, sample_spec
 from streamvid.files import atomic_file
 from streamvid.seeding import key_to_seed, keyed_generator
+from streamvid.weights import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def _save_part(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) ->
 
 def _read_captions(part: Path) -> list[list[str]]:
     with safe_open(part, "pt") as file:
-        return json.loads(file.metadata()["captions"])
+        return parse_json(file.metadata()["captions"])
 
 
 def _join(path: Path, folder: Path, latents: list[Path], texts: list[Path], settings: dict[str, Any]) -> None:
@@ -236,7 +237,7 @@ def ensure_made_of(path: str | Path, was: dict[str, Any], now: dict[str, Any], o
 def _settings_of(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata().get("settings", "{}"))
+            return parse_json(file.metadata().get("settings", "{}"))
     except Exception as error:  # safetensors has its own kind
         raise _damaged(path, error) from error
 
@@ -269,7 +270,7 @@ class LatentClips:
         self.settings = _settings_of(path)
         try:
             with safe_open(path, "pt") as file:
-                self.captions: list[list[str]] = json.loads(file.metadata()["captions"])
+                self.captions: list[list[str]] = parse_json(file.metadata()["captions"])
                 self.latents = file.get_tensor("latents")
                 self.embeddings = file.get_tensor("embeddings")
         except Exception as error:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from streamvid.data.parts import make_parts
 from streamvid.files import atomic_file
 from streamvid.seeding import key_to_seed, keyed_generator
+from streamvid.weights import parse_json
 
 SAME_TIME = 1e-6  # times closer than this are one time
 WHICH_CLIPS = {"first_seed", "clips_per_part", "num_clips", "prompts"}  # settings in which joined sets may differ
@@ -229,7 +230,7 @@ def _open_part(path: Path) -> tuple[Any, dict[str, Any]]:
     """A part, whose tensors are read later, and what it is about; a file cut short does not open."""
     try:
         part = safe_open(path, "pt")
-        about = json.loads(part.metadata()["about"])
+        about = parse_json(part.metadata()["about"])
         states, embeddings = part.get_slice("states"), part.get_slice("embeddings")
         expected = [len(about["captions"]), len(about["times"])]
         if states.get_shape()[:2] != expected or embeddings.get_shape()[:1] != expected[:1] or "settings" not in about:

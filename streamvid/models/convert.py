@@ -13,7 +13,6 @@ calls norm3 (before the attention to text) is norm2 in diffusers, and the other 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -26,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
-from streamvid.weights import TORCH_SUFFIXES, check_weights, read_json, read_pickled, read_shard_names, read_tensors
+from streamvid.weights import TORCH_SUFFIXES, check_weights, parse_json, read_json, read_pickled, read_shard_names, read_tensors
 
 HEAD_DIM = 128
 """Size of a head in every published Wan; a checkpoint's shapes say only how wide all heads are together."""
@@ -433,7 +432,7 @@ def _adapter_alpha(file: Path) -> float | None:
     elif file.suffix == ".safetensors":
         place = file
         with safe_open(file, "pt") as opened:
-            saved = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            saved = parse_json((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         config = {key.removeprefix("transformer."): value for key, value in saved.items()}
     for option in ("use_rslora", "use_dora", "alpha_pattern"):
         if config.get(option):

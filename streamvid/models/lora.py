@@ -13,7 +13,6 @@ what shares its weights moves along. ``save_pretrained`` writes an ordinary fold
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from streamvid.files import atomic_folder
 from streamvid.seeding import key_to_seed
-from streamvid.weights import read_tensors
+from streamvid.weights import parse_json, read_tensors
 
 Network = TypeVar("Network", bound=nn.Module)
 ADAPTER = "default"  # a role has one adapter, and its own modules
@@ -267,7 +266,7 @@ def _check_alpha(file: Path, alpha: float) -> None:
     header = {}
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:
-            header = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            header = parse_json((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
     saved = header.get("transformer.lora_alpha", alpha)
     if saved != alpha:
         raise ValueError(f"{file} was trained with alpha {saved:g}, not {alpha:g}; set lora.alpha={saved:g}")

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from streamvid.core.times import step_times
+from streamvid.weights import parse_json
 
 Times = Sequence[float]
 Commit = Literal["clean", "reuse", "none"]
@@ -334,7 +335,7 @@ class StreamConfig:
         Raises:
             ValueError: on text that is no JSON object, an unknown key, or what the constructor refuses.
         """
-        values = json.loads(text)  # a JSONDecodeError is a ValueError with line and column
+        values = parse_json(text)  # a JSONDecodeError is a ValueError with line and column
         if not isinstance(values, dict):
             raise ValueError(f"a stream configuration is a JSON object, not a {type(values).__name__}")
         known = [field.name for field in fields(cls)]

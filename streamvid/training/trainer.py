@@ -472,7 +472,7 @@ class Trainer:
         if counters.get("run") != fingerprint(self.config, self.resolved):
             raise ckpt.damaged(path, "it is of a run with another configuration")
         was, now = counters.get("data"), getattr(self.source, "fingerprint", None)
-        if was != now:
+        if was and now and was != now:
             raise ValueError(
                 f"the data of run {self.run_dir} has changed since it was saved (prompts, captions or clips); put it back, or "
                 "give the run another name"

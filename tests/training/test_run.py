@@ -37,7 +37,7 @@ def test_every_shipped_run_file_can_be_read(path):
     ("train.output_dir=", "train.output_dir: expected str, got an empty text"),
     ("train.output_dir=null", "train.output_dir: expected str, got null"),
     ("train.name=null", "train.name: expected str, got null"),
-    ("train.name=a\x1b[31mb", "characters that print"),
+    ("train.name=a\x1b[31mb", "must be one folder name"),
     ("train.batch_size=1e12", "at most 65,536"),
     ("latent_size=[0,0]", "latent_size=.0, 0., expected a height and a width of 1 to 1024"),
     ("latent_size=[-8,8]", "latent_size=.-8, 8."),

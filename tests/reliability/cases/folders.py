@@ -197,7 +197,6 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
     "model_max_length -5": {"model_max_length": -5},
     "model_max_length 0": {"model_max_length": 0},
     "model_max_length a text": {"model_max_length": "many"},
-    "tokenizer_class unknown": {"tokenizer_class": "NoSuchTokenizer"},
 }
 TEXT_ENCODERS: dict[str, dict[str, Any]] = {
     "d_model a text": {"d_model": "64"},

@@ -41,11 +41,11 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "student.geometry.num_layers": ("x", "-1", "1.5"),
     "teacher.path": ("", "null", "nowhere"),
     "teacher.dtype": ("fp8", ""),
-    "components": ("", "null", "nowhere"),
+    "components": ("", "null"),
     "prompt_cache": ("",),
     "data.kind": ("", "video", "null"),
     "data.num_prompts": ("0", "-1", "x", "1e999"),
-    "data.path": ("", "nowhere.txt"),
+    "data.path": ("",),
     "latent_size": ("[0, 0]", "[-8, 8]", "8", "[8]", "[8, 8, 8]", "[1e999, 8]", "[3, 3]"),
     "options.num_chunks": ("0", "-1", "x", "1e999"),
     "options.guidance_scale": ("nan", "x", "1e999"),
@@ -54,7 +54,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "stream.num_steps": ("0", "-1", "null", "x", "1e999"),
     "stream.shift": ("0", "-1", "nan", "inf"),
     "stream.chunk_frames": ("0", "-1", "x"),
-    "stream.window_frames": ("0", "-1"),
+    "stream.window_frames": ("0", "-1", "null"),
     "stream.step_table": ("[[0.1, 0.9]]", "[[2]]", "x"),
     "stream.order": ("backwards",),
 }
@@ -62,9 +62,10 @@ FORMS = ("", "=", "=1", ".=1", "train..seed=1", "train.seed", "train=1", "train.
          "train.seed=[1", "train.seed=${nowhere}", "train.name=${train.name}", "a" * 100_000 + "=1", "\x1b[31m=1", "train.seed=" + "9" * 5000,
          "train.name=" + "n" * 300)  # fmt: skip
 DRY_RUN_WORKS = ("train.max_steps=1e9", "train.name=007", "data.path=null", "prompt_cache=null", "train.max_minutes=null", "train.seed=1e3",
-                 "train.mixed_precision=no", "stream.window_frames=null")  # fmt: skip
+                 "train.mixed_precision=no", "data.path=nowhere.txt")  # fmt: skip
 # Refused before any network is loaded or prompt encoded: the same as in a dry run.
-EARLY = ("train.seed=-1", "train.output_dir=/proc/x", "train.name=a/b", "train.batch_size=1e12", "latent_size=[0, 0]", "student.path=")
+EARLY = ("train.seed=-1", "train.output_dir=/proc/x", "train.name=a/b", "train.batch_size=1e12", "latent_size=[0, 0]", "student.path=",
+         "components=nowhere", "data.path=nowhere.txt")  # fmt: skip
 
 
 def dry_run(place: Place, override: str) -> None:
