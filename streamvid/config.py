@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import sys
 import types
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
@@ -34,6 +35,8 @@ MISSING = dataclasses.MISSING
 MOST_DEPTH = 50
 """Of keys within keys on the command line."""
 LARGEST = sys.float_info.max
+_SIXTIES = re.compile(r"[-+]?([1-9][0-9_]*(:[0-5]?[0-9])+|[0-9][0-9_]*(:[0-5]?[0-9])+\.[0-9_]*)")
+"""What YAML reads as a number in sixties, 1:30 as 90, which nobody means who writes it; 0:30 is a text."""
 
 
 class _Typed(str):
@@ -131,9 +134,14 @@ def read_mapping(path: str | Path) -> dict:
     """The `key: value` lines of a YAML file as they are, without its bases.
 
     Raises:
-        ValueError: one line, if it is no YAML or holds anything but a mapping.
+        ValueError: one line, if it is no YAML, holds anything but a mapping, or has a number such as 1:30.
     """
     try:
+        with open(path, encoding="utf-8") as file:
+            number = _number_in_sixties(file)
+        if number is not None:
+            raise ValueError(f"config file {path}: YAML reads {number} as a number in sixties; write it as one number, or, as a "
+                             "text, in quotes")
         loaded = OmegaConf.to_container(OmegaConf.load(path)) or {}
     except RecursionError:
         raise ValueError(f"config file {path} is nested too deeply; no setting is so deep") from None
@@ -142,6 +150,14 @@ def read_mapping(path: str | Path) -> dict:
     if not isinstance(loaded, dict):
         raise ValueError(f"config file {path} must hold `key: value` lines, it holds {_show(loaded)}")
     return loaded
+
+
+def _number_in_sixties(text: str | TextIO) -> str | None:
+    """The first such number of a YAML text, with its line; None if there is none."""
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _SIXTIES.fullmatch(event.value):
+            return f"{event.value} in line {event.start_mark.line + 1}"
+    return None
 
 
 def _parse_overrides(overrides: list[str]) -> dict:
@@ -168,8 +184,10 @@ def _as_yaml(typed: Any) -> Any:
 
 
 def _read_value(text: _Typed) -> Any:
-    """A command line value read as YAML; what is no YAML is a plain text."""
+    """A command line value read as YAML; what is no YAML, or has a number in sixties, is a plain text."""
     try:
+        if _number_in_sixties(f"value: {text}") is not None:
+            return str(text)
         return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]
     except (yaml.YAMLError, OmegaConfBaseException, KeyError, RecursionError):
         return str(text)
@@ -222,7 +240,7 @@ def _coerce(kind: Any, value: Any, base: Any, key: str, root: type) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _coerce_union(args, value, base, key, root, kind)
     if isinstance(value, _Typed):
-        value = _read_text(value) if kind in (str, Path) else _read_number(value, kind, key)
+        value = _read_text(value) if kind in (str, Path) else _read_value(value)
         _check_not_empty(value, kind, base, key)  # without its quotes
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _build(kind, value, base if isinstance(base, kind) else None, f"{key}.", root)
@@ -274,13 +292,6 @@ def _read_text(text: _Typed) -> str | None:
 
 def _is_null(value: Any) -> bool:
     return value is None or isinstance(value, _Typed) and value.strip() == "null"
-
-
-def _read_number(text: _Typed, kind: Any, key: str) -> Any:
-    """A value that is no text; YAML reads 1:30 as 90, which nobody means who writes it."""
-    if kind in (int, float) and ":" in text:
-        raise ValueError(f"{key}: expected {_describe(kind)}, got {_show(str(text))}")
-    return _read_value(text)
 
 
 def _coerce_union(args: tuple, value: Any, base: Any, key: str, root: type, kind: Any) -> Any:

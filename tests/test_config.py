@@ -125,6 +125,8 @@ def test_null_and_unions():
         ("method.lr_scale=1e400", "method.lr_scale: expected float, got float inf"),
         ("method.lr_scale=.nan", "method.lr_scale: expected float, got float nan"),
         ("method.lr_scale=1:30", "method.lr_scale: expected float, got str '1:30'"),
+        ("method.times=[1,1:30]", "method.times: expected a list of float, got str '[1,1:30]'"),
+        ("method.optimizer.clip_norm=1:30.5", "method.optimizer.clip_norm: expected float, got str '1:30.5'"),
         (f"method.{'a.' * 2000}b=1", "2002 keys deep"),
         (f"method.times={'[' * 400}{']' * 400}", "method.times"),
     ],
@@ -142,6 +144,16 @@ def test_a_text_may_be_empty_where_its_default_is():
         build_config(Config, {"name": "x", "note": ""})  # as a file has it
     with pytest.raises(ValueError, match=r"tags\[1\]: expected str, got an empty text"):
         load("tags=[a,'']")
+
+
+def test_a_text_may_look_like_a_time(tmp_path):
+    """In a file it needs quotes, on the command line none."""
+    (tmp_path / "run.yaml").write_text("title: '1:30'\nnote: at 1:30\n")
+    assert (load(path=tmp_path / "run.yaml").title, load("title=1:30").title) == ("1:30", "1:30")
+    assert load(path=tmp_path / "run.yaml").note == "at 1:30"
+    for text in ("1:30", "0:30", "-1_0:5", "0:30.5", "1:75", "007:08"):
+        save_config(load(f"title={text}"), tmp_path / "saved.yaml")
+        assert load_config(Config, tmp_path / "saved.yaml").title == text
 
 
 def test_an_interpolation_to_nothing_sets_nothing(monkeypatch):
@@ -173,6 +185,7 @@ def test_bases_are_relative_and_later_ones_win(tmp_path):
     [(None, "does not exist"), ("a: [1", "is not valid YAML"), ("- 1", "must hold"), ("a: 1\na: 2", "not valid"),
      ("base: no.yaml", "named as a base in"), ("base: 5", "base: expected a file or a list of files, got int 5"),
      ("base: [5]", "got int 5"), ("base: ''", "got str ''"), ("base: {a: b}", "got dict"),
+     ("a: 1\nb: 1:30", "YAML reads 1:30 in line 2 as a number in sixties"), ("a: [1, -1:30:00.5]", "reads -1:30:00.5 in line 1"),
      (f"a: {'[' * 400}{']' * 400}", "nested too deeply"), ("a: !!python/object:os.system {}", "is not valid YAML")],
 )  # fmt: skip
 def test_a_file_that_is_missing_or_no_yaml_is_one_line(tmp_path, text, message):

@@ -1,8 +1,9 @@
-"""Make a student folder of a published checkpoint in the original Wan naming.
+"""Make a student folder of a published checkpoint, in the original Wan naming or in diffusers'.
 
     python tools/convert.py --from self-forcing self_forcing_dmd.pt --to students/self_forcing
     python tools/convert.py --from longlive longlive_base.pt --lora lora.pt --to students/longlive
     python tools/convert.py --from krea krea-realtime-video-14b.safetensors --components Wan2.1-T2V-14B-Diffusers --to krea
+    python tools/convert.py --from self-forcing SFWan2.1-T2V-1.3B-Diffusers/ --to students/fastvideo  # diffusers' layout
     python tools/convert.py --from wan Wan2.1-T2V-1.3B/ --to students/wan   # bidirectional, to begin a training with
 
 The file says nothing about how a student is streamed: --from does. Code in a checkpoint is never run. A student
@@ -43,7 +44,8 @@ STREAMS: dict[str, dict] = {
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("checkpoint", help="a .pt, .pth or .safetensors file, its .safetensors.index.json, or a folder")
+    parser.add_argument("checkpoint", help="a .pt, .pth or .safetensors file, its .safetensors.index.json, or a folder, "
+                        "which may be in diffusers' layout")
     parser.add_argument("--from", dest="family", required=True, choices=STREAMS, help="what was published")
     parser.add_argument("--to", required=True, help="the student folder to write")
     parser.add_argument("--which", help="the weights in a file with several; by default generator_ema, or else generator")

@@ -1,10 +1,11 @@
-"""Checkpoints in the original Wan naming, as the published causal students come: names, containers, LoRA.
+"""Checkpoints as the published causal students come, mostly in the original Wan naming: names, containers, LoRA.
 
 The original Wan repository and what descends from it (CausVid, Self-Forcing, Causal-Forcing, LongLive, DiagDistill,
 Krea realtime) name the same tensors otherwise than diffusers does, and save them in the wrapping of their trainer: a
 `generator` and a `generator_ema` in one pickled dictionary, names with a `model.` before them, and pieces of FSDP,
 activation checkpointing or `torch.compile` inside them. `open_original` unwraps, renames, merges a LoRA and checks
-that every tensor of the model is there, in its shape, and no other.
+that every tensor of the model is there, in its shape, and no other. Names that are diffusers' already, as FastVideo
+publishes its students, stay.
 
 The table of names is that of `scripts/convert_wan_to_diffusers.py` in huggingface/diffusers; its trap is that what Wan
 calls norm3 (before the attention to text) is norm2 in diffusers, and the other way round.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,24 +115,27 @@ def _renamed(name: str, outside: Mapping[str, str], in_block: Mapping[str, str])
 def open_original(
     path: str | Path, which: str | None = None, lora: str | Path | None = None
 ) -> CausalWanTransformer3DModel:
-    """A student of a checkpoint in the original naming, in the precision that the file has, on the CPU.
+    """A student of a checkpoint in the original or in diffusers' naming, in the precision that the file has, on the CPU.
 
     Weights stay in the file (memory-mapped) until they are used; those that a LoRA changes are read.
 
     Args:
-        path: a .pt, .pth or .safetensors file, a .safetensors.index.json, or a folder with .safetensors.
+        path: a .pt, .pth or .safetensors file, a .safetensors.index.json, or a folder with .safetensors, in it or in its
+            transformer/.
         which: the container of the file to take; None is the first of ``CONTAINERS`` that is there.
         lora: a file of low-rank updates to merge.
 
     Raises:
-        ValueError: one line, if a file is missing, damaged or holds code, or if a name is missing, unknown or of
-            another shape.
+        ValueError: one line, if a file is missing, damaged or holds code, if a name is missing, unknown or of another
+            shape, or if the weights are of an image-to-video model.
     """
-    tensors, unknown = _read_renamed(Path(path), which)
-    config = geometry(tensors, str(path), _head_dim(Path(path)))
+    path = _weights_place(Path(path))
+    tensors, unknown, shown = _read_renamed(path, which)
+    config = geometry(tensors, str(path), _head_dim(path, in_diffusers_naming=shown is str), shown)
+    _check_text_to_video(str(path), config)
     with torch.device("meta"):
         model = CausalWanTransformer3DModel(**config)
-    _check_strictly(str(path), tensors, unknown, model.state_dict())
+    _check_strictly(str(path), tensors, unknown, model.state_dict(), shown)
     if lora is not None:
         tensors = merge_lora(tensors, read_lora(lora), str(lora))
     model.load_state_dict(tensors, assign=True)
@@ -146,36 +150,47 @@ def read_checkpoint(path: str | Path, which: str | None = None) -> dict[str, Ten
     Raises:
         ValueError: see ``open_original``.
     """
-    path = Path(path)
+    path = _weights_place(Path(path))
     if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
         return _unpacked(_read_shards(path), CONTAINERS, which, path)
     table = read_pickled(path) if path.suffix in TORCH_SUFFIXES else read_tensors(path)
     return _unpacked(table, CONTAINERS, which, path)
 
 
-def _read_renamed(path: Path, which: str | None) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors by diffusers' names, and the original names that have none."""
+def _weights_place(path: Path) -> Path:
+    """Where the transformer's files are: of a whole diffusers folder its transformer/, else the path itself.
+
+    Raises:
+        ValueError: for a folder of two experts, half of which would be lost.
+    """
+    if not (path / "transformer").is_dir():
+        return path
+    if (path / "transformer_2").is_dir():
+        raise ValueError(f"{path} has two experts, a student is one; name {path / 'transformer'} or {path / 'transformer_2'}")
+    return path / "transformer"
+
+
+def _read_renamed(path: Path, which: str | None) -> tuple[dict[str, Tensor], list[str], Callable[[str], str | None]]:
+    """Tensors by diffusers' names, the file's own names that have none, and how diffusers' names are called in the file."""
     tensors: dict[str, Tensor] = {}
     unknown = []
-    for wrapped, tensor in read_checkpoint(path, which).items():
-        old = bare_name(wrapped)
-        new = diffusers_name(old)
+    table = read_checkpoint(path, which)
+    names = {wrapped: bare_name(wrapped) for wrapped in table}
+    in_diffusers = any(name.startswith("condition_embedder.") for name in names.values())
+    for wrapped, old in names.items():
+        new = diffusers_name(old) if not in_diffusers else old if original_name(old) else None
         if new is None:
             unknown.append(old)
         elif new in tensors:
             raise ValueError(f"{path} has {old} twice, the second time as {wrapped}; expected each tensor once")
         else:
-            tensors[new] = tensor
-    if any(name.startswith("condition_embedder.") for name in unknown):
-        raise ValueError(f"{path} is in diffusers' naming already; put it in a diffusers folder with its config.json")
-    return tensors, unknown
+            tensors[new] = table[wrapped]
+    return tensors, unknown, str if in_diffusers else original_name
 
 
 def _read_shards(path: Path) -> dict[str, Tensor]:
     """All tensors of a folder of .safetensors, or of those that an index names."""
     folder = path if path.is_dir() else path.parent
-    if (folder / "transformer").is_dir():
-        raise ValueError(f"{folder} is in diffusers' layout already (it has transformer/); nothing is left to convert")
     check_weights(folder)
     indices = [path] if path != folder else sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     if len(indices) == 1:
@@ -220,18 +235,22 @@ def _roles(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 # ---- geometry -----------------------------------------------------------------------------------------
 
 
-def geometry(tensors: Mapping[str, Tensor], source: str, head_dim: int = HEAD_DIM) -> dict[str, Any]:
+def geometry(
+    tensors: Mapping[str, Tensor], source: str, head_dim: int = HEAD_DIM,
+    shown: Callable[[str], str | None] = original_name,
+) -> dict[str, Any]:
     """The configuration that a model of these tensors, by diffusers' names, has where it differs from the class's defaults.
 
     Args:
         source: what an error calls them.
         head_dim: the size of a head, which no shape shows.
+        shown: what an error calls a tensor, by its name in diffusers.
 
     Raises:
         ValueError: if the tensors that tell it are missing, or of impossible shapes.
     """
     told = {
-        name: _shape(tensors, name, dimensions, source)
+        name: _shape(tensors, name, dimensions, source, shown)
         for name, dimensions in {
             "patch_embedding.weight": 5,
             "condition_embedder.text_embedder.linear_1.weight": 2,
@@ -265,21 +284,32 @@ def _count_blocks(tensors: Mapping[str, Tensor], source: str) -> int:
     return gap
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int, source: str) -> tuple[int, ...]:
+def _shape(
+    tensors: Mapping[str, Tensor], name: str, dimensions: int, source: str, shown: Callable[[str], str | None]
+) -> tuple[int, ...]:
     if name not in tensors:
-        raise ValueError(f"{source} has no {original_name(name)}; expected a checkpoint in Wan's original naming")
+        raise ValueError(f"{source} has no {shown(name)}; expected a checkpoint in Wan's original naming or in diffusers'")
     if tensors[name].ndim != dimensions:
         shape = tuple(tensors[name].shape)
-        raise ValueError(f"{source}: {original_name(name)} is {shape}, expected {dimensions} dimensions")
+        raise ValueError(f"{source}: {shown(name)} is {shape}, expected {dimensions} dimensions")
     return tuple(tensors[name].shape)
 
 
-def _head_dim(path: Path) -> int:
-    """What an original Wan folder's own config.json says, or that of the published models."""
+def _head_dim(path: Path, in_diffusers_naming: bool) -> int:
+    """What the config.json of the weights says, or that of the published models.
+
+    One beside a single file in the original naming may be of anything, and does not count.
+    """
     file = (path if path.is_dir() else path.parent) / "config.json"
-    if not (path.is_dir() or path.name.endswith(INDEX_SUFFIX)) or not file.is_file():
+    whole = path.is_dir() or path.name.endswith(INDEX_SUFFIX)
+    if not (whole or in_diffusers_naming) or not file.is_file():
         return HEAD_DIM
     config = read_json(file)
+    if in_diffusers_naming:
+        size = config.get("attention_head_dim", HEAD_DIM)
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{file} has attention_head_dim={size!r}, expected the size of a head, such as {HEAD_DIM}")
+        return size
     if not {"dim", "num_heads"} <= config.keys():
         return HEAD_DIM
     dim, heads = config["dim"], config["num_heads"]
@@ -288,19 +318,33 @@ def _head_dim(path: Path) -> int:
     return dim // heads
 
 
-def _check_strictly(source: str, tensors: Mapping[str, Tensor], unknown: list[str], expected: Mapping[str, Tensor]) -> None:
+def _check_text_to_video(source: str, config: Mapping[str, Any]) -> None:
+    """A ValueError for a model that sees more than the latents that it makes: an image and its mask beside them."""
+    sees, makes = config["in_channels"], config["out_channels"]
+    if sees != makes:
+        raise ValueError(
+            f"{source} takes {sees} channels and makes {makes}: it holds image-to-video weights, which see an image beside "
+            "the latents; take text-to-video ones"
+        )
+
+
+def _check_strictly(
+    source: str, tensors: Mapping[str, Tensor], unknown: list[str], expected: Mapping[str, Tensor],
+    shown: Callable[[str], str | None],
+) -> None:
     """A ValueError of one line with everything that is missing, unknown or of another shape or kind of number."""
-    missing = [original_name(name) for name in expected if name not in tensors]
-    unknown = unknown + [original_name(name) for name in tensors if name not in expected]
+    missing = [shown(name) for name in expected if name not in tensors]
+    unknown = unknown + [shown(name) for name in tensors if name not in expected]
     wrong = [
-        f"{original_name(name)} {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
+        f"{shown(name)} {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
         for name in expected if name in tensors and tensors[name].shape != expected[name].shape
     ]
-    numbers = [f"{original_name(name)} {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
+    numbers = [f"{shown(name)} {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
     kinds = {"missing": missing, "unknown": unknown, "of another shape": wrong, "no 16- or 32-bit floats": numbers}
     faults = [f"{len(names)} {kind}: {_few(names)}" for kind, names in kinds.items() if names]
     if faults:
-        image = "; it is an image-to-video model, take a text-to-video one" if any("img" in name for name in unknown) else ""
+        seen = any("img" in name or "image_embedder" in name for name in unknown)
+        image = "; it is an image-to-video model, take a text-to-video one" if seen else ""
         raise ValueError(f"{source} is no Wan text-to-video transformer: {'; '.join(faults)}{image}")
 
 

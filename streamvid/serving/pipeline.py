@@ -169,6 +169,30 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
         return cls(**{**own, **parts}, stream_config=student.stream, card=text)
 
+    @classmethod
+    def from_pipe(
+        cls, pipeline: StreamVidPipeline, *, dtype: torch.dtype | None = None, torch_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> StreamVidPipeline:
+        """A pipeline of another one's own parts, not of copies, that makes the same clips.
+
+        Args:
+            dtype: of the transformer, in both pipelines; None leaves it, where diffusers would make it float32.
+            torch_dtype: diffusers' former name of ``dtype``.
+            options: any of the constructor's arguments, in place of the other pipeline's.
+
+        Raises:
+            ValueError: one line, for a pipeline of another class or an unknown option.
+        """
+        if not isinstance(pipeline, StreamVidPipeline):
+            raise ValueError(f"from_pipe takes a StreamVidPipeline, got {type(pipeline).__name__}; use from_pretrained")
+        own = {**pipeline.components, "stream_config": pipeline.stream_config, "card": pipeline.card}
+        for name in sorted(options.keys() - own.keys()):
+            raise ValueError(f"from_pipe has no option {name}; it takes dtype, {', '.join(own)}")
+        made = cls(**{**own, **options})
+        dtype = dtype or torch_dtype
+        return made if dtype is None else made.to(dtype)
+
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write a folder that ``from_pretrained``, ``load_student`` and ``tools/sample.py`` open, at once.
 

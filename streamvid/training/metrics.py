@@ -12,8 +12,16 @@ from accelerate.utils import gather_object
 from streamvid.files import atomic_file
 
 
+MAXIMUM = "_max"
+"""How the name of a number ends that is a maximum, such as `latent_max`."""
+
+
 class RunningMeans:
-    """The mean of each named number since the last log line, over steps and processes."""
+    """The mean of each named number since the last log line, over steps and processes; of one whose name ends in
+    ``MAXIMUM`` the largest, which batches of other sizes, passes or processes don't change.
+
+    A maximum is kept in ``sums`` too, with the count 1.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
@@ -21,24 +29,32 @@ class RunningMeans:
 
     def add(self, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
-            self.counts[name] = self.counts.get(name, 0) + 1
+            self._join(self.sums, self.counts, name, float(value), 1)
 
     def take(self) -> dict[str, float]:
         """The means over all processes; starts anew. To be called in every process."""
         sums, counts = {}, {}
         for state in gather_object([self.state_dict()]):
             for name, total in state["sums"].items():
-                sums[name] = sums.get(name, 0.0) + total
-                counts[name] = counts.get(name, 0) + state["counts"][name]
+                self._join(sums, counts, name, total, state["counts"][name])
         self.load_state_dict({"sums": {}, "counts": {}})
         return {name: sums[name] / counts[name] for name in sums}
+
+    @staticmethod
+    def _join(sums: dict[str, float], counts: dict[str, int], name: str, value: float, count: int) -> None:
+        """Adds a number, the sum of ``count``, or keeps it if it is the largest."""
+        if not name.endswith(MAXIMUM):
+            sums[name], counts[name] = sums.get(name, 0.0) + value, counts.get(name, 0) + count
+        elif name not in sums or math.isnan(value) or value > sums[name]:
+            sums[name], counts[name] = value, 1
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": dict(self.sums), "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+        for name in (name for name in self.sums if name.endswith(MAXIMUM)):  # of checkpoints from before: a sum of several
+            self.sums[name], self.counts[name] = self.sums[name] / self.counts[name], 1
 
 
 def append_metrics(path: Path, line: dict[str, float]) -> None:

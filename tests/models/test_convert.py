@@ -330,12 +330,44 @@ def test_an_image_to_video_model_is_called_so(original, tmp_path):
     refused(original | {"img_emb.proj.0.weight": torch.zeros(4)}, tmp_path, "img_emb.*it is an image-to-video model")
 
 
-def test_the_layout_of_diffusers_is_called_so(model, tmp_path):
-    model.save_pretrained(tmp_path / "wan" / "transformer")
-    with pytest.raises(ValueError, match="in diffusers' layout already"):
+@pytest.mark.parametrize("named", [True, False])
+def test_weights_that_see_an_image_are_called_so_by_their_channels(original, tmp_path, named):
+    """Wan 2.1's have layers for the image besides, Wan 2.2's only more channels."""
+    original["patch_embedding.weight"] = torch.zeros(256, 36, 1, 2, 2)
+    clip = {"img_emb.proj.0.weight": torch.zeros(4)} if named else {}
+    refused(original | clip, tmp_path, "takes 36 channels and makes 4: it holds image-to-video weights")
+
+
+def test_the_layout_of_diffusers_opens_as_it_is(tmp_path):
+    """The whole folder, its transformer/ and its file; heads of 32, which only config.json tells."""
+    torch.manual_seed(1)
+    model = CausalWanTransformer3DModel(**{**TINY, "num_attention_heads": 8, "attention_head_dim": 32})
+    home = tmp_path / "wan" / "transformer"
+    model.save_pretrained(home)
+    for path in (home.parent, home, home / "diffusion_pytorch_model.safetensors"):
+        opened = open_original(path)
+        assert_same_weights(opened, model)
+        assert (opened.config.num_attention_heads, opened.config.attention_head_dim) == (8, 32)
+
+
+def test_what_is_wrong_in_the_layout_of_diffusers_is_named_as_there(model, tmp_path):
+    home = tmp_path / "wan" / "transformer"
+    model.save_pretrained(home)
+    whole, file = model.state_dict(), home / "diffusion_pytorch_model.safetensors"
+    part = {name: tensor for name, tensor in whole.items() if name != "blocks.1.norm2.weight"}
+    save_file({**part, "condition_embedder.image_embedder.a": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=r"1 missing: blocks.1.norm2.weight; 1 unknown: .*it is an image-to-video model"):
+        open_original(home)
+    save_file({**whole, "patch_embedding.weight": torch.zeros(256, 36, 1, 2, 2)}, file)
+    with pytest.raises(ValueError, match="takes 36 channels"):
+        open_original(home)
+    save_file(whole, file)
+    (home / "config.json").write_text(json.dumps({"attention_head_dim": 0}))
+    with pytest.raises(ValueError, match="attention_head_dim=0"):
+        open_original(home)
+    (tmp_path / "wan" / "transformer_2").mkdir()
+    with pytest.raises(ValueError, match="has two experts"):
         open_original(tmp_path / "wan")
-    with pytest.raises(ValueError, match="in diffusers' naming already"):
-        open_original(tmp_path / "wan" / "transformer")
 
 
 # ---- LoRA ---------------------------------------------------------------------------------------------

@@ -102,6 +102,21 @@ def test_a_stream_joined_is_the_clip(pipe):
     assert [next(endless).shape[1] for _ in range(4)] == [9, 12, 12, 12]
 
 
+def test_a_pipeline_from_a_pipe_makes_its_clips_with_its_parts(pipe):
+    """Also in bfloat16, which diffusers' own would silently widen in both, and with the schedule, which it would lose."""
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = clip(pipe.to(dtype))
+        second = StreamVidPipeline.from_pipe(pipe)
+        assert torch.equal(clip(second), expected) and second.transformer is pipe.transformer
+        assert second.transformer.dtype is dtype and (second.stream_config, second.card) == (STREAM, pipe.card)
+    other = StreamVidPipeline.from_pipe(pipe, stream_config=StreamConfig(num_steps=1), torch_dtype=torch.float32)
+    assert other.stream_config.num_steps == 1 and other.transformer.dtype is torch.float32
+    with pytest.raises(ValueError, match="no option scheduler; it takes dtype, "):
+        StreamVidPipeline.from_pipe(pipe, scheduler=None)
+    with pytest.raises(ValueError, match="takes a StreamVidPipeline, got str"):
+        StreamVidPipeline.from_pipe("folder")
+
+
 def test_output_types_show_the_same_clip(pipe):
     frames, array = clip(pipe), clip(pipe, output_type="np")
     assert array.shape == (1, 21, 16, 16, 3) and np.array_equal(array, frames.permute(0, 1, 3, 4, 2).numpy())

@@ -54,6 +54,15 @@ def test_a_published_file_becomes_a_student_that_diffusers_opens(model, checkpoi
     assert "published.pt (self-forcing)" in (tmp_path / "student" / "README.md").read_text()
 
 
+def test_a_student_in_diffusers_layout_gets_the_schedule_of_its_kind(model, tmp_path, capsys):
+    """As FastVideo publishes them, without a stream_config.json."""
+    model.save_pretrained(tmp_path / "published" / "transformer")
+    code, *_ = run(capsys, "--from", "self-forcing", tmp_path / "published", "--to", tmp_path / "student")
+    assert code == 0 and load_stream_config(tmp_path / "student") == stream_of("self-forcing")
+    weights = load_transformer(tmp_path / "student").state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_with_components_it_is_complete(checkpoint, tmp_path, capsys):
     code, *_ = run(capsys, "--from", "krea", checkpoint, "--components", TINY_TEACHER, "--to", tmp_path / "student")
     assert code == 0 and {"vae", "text_encoder", "tokenizer"} <= {part.name for part in (tmp_path / "student").iterdir()}
@@ -145,7 +154,11 @@ def test_mistakes_are_one_line_and_nothing_is_written(checkpoint, tmp_path, caps
     torch.save({"generator": Code()}, tmp_path / "code.pt")
     torch.save({"generator": {"model.patch_embedding.weight": torch.zeros(8, 4, 1, 2, 2)}}, tmp_path / "part.pt")
     torch.save({"a.lora_A.weight": torch.zeros(1, 2), "a.lora_B.weight": torch.zeros(2, 1)}, tmp_path / "lora.pt")
+    seeing = {**torch.load(checkpoint)["generator"], "model.patch_embedding.weight": torch.zeros(128, 36, 1, 2, 2)}
+    torch.save(seeing, tmp_path / "i2v.pt")
     (tmp_path / "text.pt").write_text("no checkpoint")
+    refused(capsys, tmp_path, "takes 36 channels and makes 16: it holds image-to-video weights", "--from", "self-forcing",
+            tmp_path / "i2v.pt")
     refused(capsys, tmp_path, "is no checkpoint, is damaged", "--from", "wan", tmp_path / "text.pt")
     refused(capsys, tmp_path, "holds code", "--from", "wan", tmp_path / "code.pt")
     refused(capsys, tmp_path, "no file", "--from", "wan", tmp_path / "absent.pt")

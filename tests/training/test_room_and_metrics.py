@@ -2,13 +2,14 @@
 
 import json
 import logging
+import math
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
-from streamvid.training import room
-from streamvid.training.metrics import append_metrics, read_metrics, trim_metrics
+from streamvid.training import metrics, room
+from streamvid.training.metrics import RunningMeans, append_metrics, read_metrics, trim_metrics
 from streamvid.training.run import build_trainer, load_run
 
 TINY = Path(__file__).parents[2] / "configs" / "run" / "tiny_dmd.yaml"
@@ -95,3 +96,32 @@ def test_a_damaged_line_of_metrics_is_dropped_alone(tmp_path):
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 4, 5, 6]
     trim_metrics(path, 5)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 4, 5]
+
+
+def test_a_maximum_is_one_over_steps_passes_and_processes_however_they_are_divided(monkeypatch):
+    """Other numbers are means. The second process is a resumed one: its state went through a file."""
+    values = [3.0, 9.0, 1.0, 2.0, 7.0, 2.0]
+    for cut in range(len(values) + 1):
+        one, two = RunningMeans(), RunningMeans()
+        for means, share in ((one, values[:cut]), (two, values[cut:])):
+            for value in share:
+                means.add({"student/latent_max": -value, "student/latent_rms": value})
+        resumed = RunningMeans()
+        resumed.load_state_dict(json.loads(json.dumps(two.state_dict())))
+        monkeypatch.setattr(metrics, "gather_object", lambda own: [*own, resumed.state_dict()])
+        assert one.take() == {"student/latent_max": -1.0, "student/latent_rms": 4.0}
+        monkeypatch.setattr(metrics, "gather_object", list)
+        assert one.take() == {}
+
+
+def test_a_maximum_that_was_none_once_stays_none():
+    means = RunningMeans()
+    for value in (1.0, math.nan, 2.0):
+        means.add({"latent_max": value})
+    assert math.isnan(means.take()["latent_max"])
+
+
+def test_the_sum_of_maxima_in_a_checkpoint_of_before_gives_their_mean():
+    means = RunningMeans()
+    means.load_state_dict({"sums": {"latent_max": 6.0}, "counts": {"latent_max": 3}})
+    assert means.take() == {"latent_max": 2.0}
