@@ -93,7 +93,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "steps 0": {"steps": 0},
     "steps -1": {"steps": -1},
     "steps 10^9": {"steps": 10**9},
-    "steps of a rolling schedule that need more frames than were trained": {"steps": 4, "schedule": "rolling"},
     "schedule unknown": {"schedule": "backwards"},
     "schedule empty": {"schedule": ""},
     "schedule a folder": {"schedule": "."},
