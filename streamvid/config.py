@@ -140,8 +140,9 @@ def read_mapping(path: str | Path) -> dict:
         with open(path, encoding="utf-8") as file:
             number = _number_in_sixties(file)
         if number is not None:
-            raise ValueError(f"config file {path}: YAML reads {number} as a number in sixties; write it as one number, or, as a "
-                             "text, in quotes")
+            raise ValueError(
+                f"config file {path}: YAML reads {number} as a number in sixties; write one number, or quotes around a text"
+            )
         loaded = OmegaConf.to_container(OmegaConf.load(path)) or {}
     except RecursionError:
         raise ValueError(f"config file {path} is nested too deeply; no setting is so deep") from None

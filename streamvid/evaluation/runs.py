@@ -89,7 +89,7 @@ def reconstructed_clips(
 def make_clips(
     runner: Runner, codec: VideoCodec, embeddings: Tensor, seeds: Sequence[int], num_frames: int, batch_size: int = 16
 ) -> Tensor:
-    """Clips ``[B, T, 3, H, W]`` of the prompts, on the CPU, made in batches; up to rounding, a clip does not depend on its batch."""
+    """Clips ``[B, T, 3, H, W]`` of the prompts, on the CPU, made in batches, on which a clip depends up to rounding only."""
     clips = []
     for start in tqdm(range(0, len(seeds), batch_size), desc=runner.label, unit="batch", leave=False):
         rows = slice(start, start + batch_size)

@@ -26,7 +26,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
-from streamvid.weights import TORCH_SUFFIXES, check_weights, parse_json, read_json, read_pickled, read_shard_names, read_tensors
+from streamvid.weights import (
+    TORCH_SUFFIXES,
+    check_kinds,
+    check_weights,
+    parse_json,
+    read_json,
+    read_pickled,
+    read_shard_names,
+    read_tensors,
+)
 
 HEAD_DIM = 128
 """Size of a head in every published Wan; a checkpoint's shapes say only how wide all heads are together."""
@@ -41,6 +50,7 @@ _WRAPPINGS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod
 _PREFIX = re.compile(r"^(?:(?:model|module|base_model|diffusion_model|transformer)\.)+")
 _BLOCK = re.compile(r"^(blocks\.\d+\.)(.*)$")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_UNSEEN = ("attention_head_dim", "eps", "rope_max_seq_len")  # of a configuration, what no shape shows
 _SHOWN = 3  # names of a kind that an error shows
 
 # original module or parameter -> diffusers'
@@ -131,7 +141,8 @@ def open_original(
     """
     path = _weights_place(Path(path))
     tensors, unknown, shown = _read_renamed(path, which)
-    config = geometry(tensors, str(path), _head_dim(path, in_diffusers_naming=shown is str), shown)
+    said = _diffusers_config(path) if shown is str else {"attention_head_dim": _head_dim(path)}
+    config = {**said, **geometry(tensors, str(path), said["attention_head_dim"], shown)}
     _check_text_to_video(str(path), config)
     with torch.device("meta"):
         model = CausalWanTransformer3DModel(**config)
@@ -171,14 +182,16 @@ def _weights_place(path: Path) -> Path:
 
 
 def _read_renamed(path: Path, which: str | None) -> tuple[dict[str, Tensor], list[str], Callable[[str], str | None]]:
-    """Tensors by diffusers' names, the file's own names that have none, and how diffusers' names are called in the file."""
+    """Tensors by diffusers' names, the file's own names that have none, and what the file calls a name of diffusers."""
     tensors: dict[str, Tensor] = {}
     unknown = []
     table = read_checkpoint(path, which)
     names = {wrapped: bare_name(wrapped) for wrapped in table}
     in_diffusers = any(name.startswith("condition_embedder.") for name in names.values())
     for wrapped, old in names.items():
-        new = diffusers_name(old) if not in_diffusers else old if original_name(old) else None
+        new = diffusers_name(old)
+        if in_diffusers:
+            new = old if original_name(old) else None
         if new is None:
             unknown.append(old)
         elif new in tensors:
@@ -295,21 +308,24 @@ def _shape(
     return tuple(tensors[name].shape)
 
 
-def _head_dim(path: Path, in_diffusers_naming: bool) -> int:
-    """What the config.json of the weights says, or that of the published models.
-
-    One beside a single file in the original naming may be of anything, and does not count.
-    """
+def _diffusers_config(path: Path) -> dict[str, Any]:
+    """What a diffusers config.json beside the weights says that no shape shows."""
     file = (path if path.is_dir() else path.parent) / "config.json"
-    whole = path.is_dir() or path.name.endswith(INDEX_SUFFIX)
-    if not (whole or in_diffusers_naming) or not file.is_file():
+    if not file.is_file():
+        return {"attention_head_dim": HEAD_DIM}
+    check_kinds(CausalWanTransformer3DModel, file)
+    config = {"attention_head_dim": HEAD_DIM, **read_json(file)}
+    if not config["attention_head_dim"]:
+        raise ValueError(f"{file} has attention_head_dim={config['attention_head_dim']}, expected such as {HEAD_DIM}")
+    return {name: config[name] for name in _UNSEEN if config.get(name) is not None}
+
+
+def _head_dim(path: Path) -> int:
+    """What an original Wan folder's own config.json says, or that of the published models."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not (path.is_dir() or path.name.endswith(INDEX_SUFFIX)) or not file.is_file():
         return HEAD_DIM
     config = read_json(file)
-    if in_diffusers_naming:
-        size = config.get("attention_head_dim", HEAD_DIM)
-        if type(size) is not int or size < 1:
-            raise ValueError(f"{file} has attention_head_dim={size!r}, expected the size of a head, such as {HEAD_DIM}")
-        return size
     if not {"dim", "num_heads"} <= config.keys():
         return HEAD_DIM
     dim, heads = config["dim"], config["num_heads"]

@@ -11,7 +11,6 @@ from accelerate.utils import gather_object
 
 from streamvid.files import atomic_file
 
-
 MAXIMUM = "_max"
 """How the name of a number ends that is a maximum, such as `latent_max`."""
 

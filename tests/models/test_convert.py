@@ -339,15 +339,15 @@ def test_weights_that_see_an_image_are_called_so_by_their_channels(original, tmp
 
 
 def test_the_layout_of_diffusers_opens_as_it_is(tmp_path):
-    """The whole folder, its transformer/ and its file; heads of 32, which only config.json tells."""
+    """The whole folder, its transformer/ and its file; heads of 32 and another eps, which only config.json tells."""
     torch.manual_seed(1)
-    model = CausalWanTransformer3DModel(**{**TINY, "num_attention_heads": 8, "attention_head_dim": 32})
+    model = CausalWanTransformer3DModel(**{**TINY, "num_attention_heads": 8, "attention_head_dim": 32, "eps": 1e-3})
     home = tmp_path / "wan" / "transformer"
     model.save_pretrained(home)
     for path in (home.parent, home, home / "diffusion_pytorch_model.safetensors"):
         opened = open_original(path)
         assert_same_weights(opened, model)
-        assert (opened.config.num_attention_heads, opened.config.attention_head_dim) == (8, 32)
+        assert (opened.config.num_attention_heads, opened.config.attention_head_dim, opened.config.eps) == (8, 32, 1e-3)
 
 
 def test_what_is_wrong_in_the_layout_of_diffusers_is_named_as_there(model, tmp_path):
