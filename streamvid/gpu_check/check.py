@@ -136,7 +136,8 @@ class Child:
         result = Result(self.part.name, status, round(time.monotonic() - started, 1))
         self._read_into(result)
         if result.status != "ok":
-            result.log = self.log.read_text(errors="replace").strip().splitlines()[-LOG_LINES:]
+            text = self.log.read_text(errors="replace").replace(f"{ROOT}{os.sep}", "")  # where it lies is nobody's business
+            result.log = text.strip().splitlines()[-LOG_LINES:]
         return result
 
     def _read_into(self, result: Result) -> None:
