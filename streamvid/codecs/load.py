@@ -12,7 +12,7 @@ from streamvid.codecs.taehv import AutoencoderTAEHV
 from streamvid.codecs.tiny_vae import AutoencoderTinyVideo
 from streamvid.codecs.wan_vae import StreamingAutoencoderKLWan
 from streamvid.hub import resolve_checkpoint
-from streamvid.weights import TENSOR_SUFFIXES, load_strictly, read_json
+from streamvid.weights import TENSOR_SUFFIXES, load_strictly, not_finite, read_json
 
 CODECS: dict[str, type[nn.Module]] = {
     "AutoencoderTinyVideo": AutoencoderTinyVideo,
@@ -39,9 +39,9 @@ def open_codec(path: str | Path, device: torch.device | str | None = None) -> Vi
 
 def _check_finite(path: Path, codec: nn.Module) -> None:
     """Refuse weights that would make black or white frames; decoders end in a clamp, behind which they can't be told."""
-    for name, tensor in codec.state_dict().items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: the codec's {name} is not finite (NaN or infinite); it is damaged, copy it again")
+    bad = not_finite(codec.state_dict())
+    if bad is not None:
+        raise ValueError(f"{path}: the codec's {bad} is not finite (NaN or infinite); it is damaged, copy it again")
 
 
 def _open_folder(folder: Path) -> nn.Module:

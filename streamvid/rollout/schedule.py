@@ -10,7 +10,8 @@ order. For two steps a chunk, at times 1 and .8 (a row is a chunk, a column an e
               1 .8             1 .8          1 .8
 
 Self-forcing is ``autoregressive`` (arXiv 2506.08009) and its random exit ``move_tap``, or ``truncate`` where the exit
-ends the chunk; first-frame enhancement gives chunk 0 its own ``first_times`` (arXiv 2511.01419); diagonal denoising is a ``table``
+ends the chunk; first-frame enhancement gives chunk 0 its own ``first_times`` (arXiv 2511.01419); diagonal denoising is a
+``table``
 (arXiv 2603.09488); rolling forcing is ``rolling`` (arXiv 2509.25161); a bidirectional teacher samples a
 ``full_sequence``. Times are continuous in (0, 1], after the shift, and fall along a list; a chunk begins as
 pure noise at the first time of its list, and its last step goes to 0.
