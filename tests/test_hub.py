@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from streamvid.codecs.load import open_codec
-from streamvid.serving.pipeline import StreamVidPipeline
-from streamvid.serving.student import TINY_STUDENT, TINY_TEACHER, load_student, save_student
+from streamvid.students.pipeline import StreamVidPipeline
+from streamvid.students.folder import TINY_STUDENT, TINY_TEACHER, load_student, save_student
 from streamvid.teachers.wan import WanTeacher
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
-from streamvid.serving.student import TINY_START, load_transformer
+from streamvid.students.folder import TINY_START, load_transformer
 from streamvid.weights import check_weights, load_strictly, read_json, read_pickled
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"

@@ -46,7 +46,7 @@ def bench(args: argparse.Namespace) -> None:
     import torch
 
     from streamvid.evaluation import bench_suites, report
-    from streamvid.serving.student import choose_device
+    from streamvid.students.folder import choose_device
     from streamvid.video import ensure_place
 
     if not args.out.endswith(".json"):
@@ -62,7 +62,7 @@ def bench(args: argparse.Namespace) -> None:
     if args.suite == "losses":
         rows = bench_suites.losses((1, *args.size), device, args.repeats)
     else:
-        from streamvid.serving.student import TINY_STUDENT, load_student
+        from streamvid.students.folder import TINY_STUDENT, load_student
 
         student = load_student(args.student or TINY_STUDENT, args.components, device, getattr(torch, args.dtype))
         steps = [student.stream.num_steps] if args.steps is None else read_steps(args.steps)

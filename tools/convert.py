@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 def convert(args: argparse.Namespace) -> None:
     from streamvid.models.convert import open_original, read_lora
     from streamvid.rollout.schedule import StreamConfig
-    from streamvid.serving.card import model_card, streamed
-    from streamvid.serving.student import save_student
+    from streamvid.students.card import model_card, streamed
+    from streamvid.students.folder import save_student
 
     check_target(Path(args.to))
     stream = StreamConfig(**STREAMS[args.family])

@@ -68,8 +68,8 @@ def evaluate(args: argparse.Namespace) -> None:
     from streamvid.codecs.load import open_codec
     from streamvid.evaluation import report, runs
     from streamvid.evaluation.world_score import mean_scores
-    from streamvid.serving.card import add_scores
-    from streamvid.serving.student import TINY_START, TINY_STUDENT, TINY_TEACHER, choose_device, load_student
+    from streamvid.students.card import add_scores
+    from streamvid.students.folder import TINY_START, TINY_STUDENT, TINY_TEACHER, choose_device, load_student
     from streamvid.teachers.load import open_teacher
     from streamvid.video import contact_sheet
 

@@ -59,7 +59,7 @@ def make(args: argparse.Namespace) -> None:
     from streamvid.data.trajectories import check_falling, write_trajectories
     from streamvid.hub import resolve_checkpoint
     from streamvid.methods.trajectory import grid_through, solve_trajectories
-    from streamvid.serving.student import choose_device
+    from streamvid.students.folder import choose_device
     from streamvid.teachers.wan import WanTeacher
     from streamvid.video import ensure_place
 

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(minutes: float, num_prompts: int, output_dir: Path) -> None:
-    from streamvid.training.run import build_trainer, load_run
+    from streamvid.experiment.build import build_trainer, load_run
 
     if num_prompts < 1:
         raise ValueError(f"--prompts={num_prompts}, expected at least 1")
@@ -86,7 +86,7 @@ def compare(run_dir: Path, num_prompts: int) -> None:
     from streamvid.evaluation.report import result_row, table, write_report
     from streamvid.evaluation.runs import held_out_prompts, make_clips, measure_cost, score_clips, student_runner, teacher_runner
     from streamvid.evaluation.world_score import mean_scores
-    from streamvid.serving.student import TINY_START, TINY_TEACHER, load_student
+    from streamvid.students.folder import TINY_START, TINY_TEACHER, load_student
     from streamvid.teachers.wan import WanTeacher
     from streamvid.video import contact_sheet, write_video
 

@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def sample(args: argparse.Namespace) -> None:
     from streamvid.data.prompts import read_prompts
-    from streamvid.serving.export import export_clip, name_outs
-    from streamvid.serving.student import choose_device
+    from streamvid.students.clips import export_clip, name_outs
+    from streamvid.students.folder import choose_device
     from streamvid.video import ensure_writable
 
     prompts = read_prompts(args.prompts) if args.prompts else [args.prompt]
@@ -88,7 +88,7 @@ def build_runner(args: argparse.Namespace, device):
     from streamvid.codecs.base import latent_frames_of
     from streamvid.codecs.load import open_codec
     from streamvid.evaluation.runs import student_runner, teacher_runner
-    from streamvid.serving.student import TINY_STUDENT, deployed, load_student
+    from streamvid.students.folder import TINY_STUDENT, deployed, load_student
     from streamvid.teachers.load import open_teacher
 
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32

@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def study(args: argparse.Namespace) -> int:
-    from streamvid.training.study import TEACHER, all_jobs, forecast, load_study, still_to_do
-    from streamvid.training.study_report import restore_results, write_report
+    from streamvid.studies.study import TEACHER, all_jobs, forecast, load_study, still_to_do
+    from streamvid.studies.report import restore_results, write_report
     from streamvid.video import ensure_place
 
     path = Path(args.suite) if args.suite.endswith((".yaml", ".yml")) else SUITES / f"{args.suite}.yaml"
@@ -93,7 +93,7 @@ def done(jobs: list, num_at_once: int):
     """A line about each run, as it ends; several at once have a process and a thread each."""
     import torch
 
-    from streamvid.training.study import do
+    from streamvid.studies.study import do
 
     if num_at_once == 1:
         yield from map(do, jobs)

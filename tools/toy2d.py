@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace) -> None:
-    from streamvid.presets import all_presets
-    from streamvid.toy2d import report
-    from streamvid.toy2d.distil import QUICK, Effort, baselines, load_start, read_result, result_file, run_job
-    from streamvid.toy2d.targets import COVERAGE, TARGETS
+    from streamvid.objectives import all_presets
+    from streamvid.studies import plane_report as report
+    from streamvid.studies.plane import QUICK, Effort, baselines, load_start, read_result, result_file, run_job
+    from streamvid.settings.targets import COVERAGE, TARGETS
     from streamvid.video import ensure_place
 
     known = all_presets()

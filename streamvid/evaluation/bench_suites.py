@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamvid.core.adversary import discriminator_loss, euler_pair, generator_loss
-from streamvid.core.critic import flow_matching_loss, loss_weight
+from streamvid.core.fitting import flow_matching_loss, loss_weight
 from streamvid.core.flowmap import (
     adaptive,
     arc_displacement,

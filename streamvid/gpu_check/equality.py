@@ -24,14 +24,14 @@ from streamvid.gpu_check.measure import (
     random_prompt,
     student_sizes,
 )
-from streamvid.methods.base import Method
+from streamvid.training.method import Method
 from streamvid.models.attention import attention, flash_attn_func
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.sampler import generate
 from streamvid.seeding import keyed_normal
-from streamvid.serving.student import TINY_STUDENT, TINY_TEACHER, load_stream_config, load_transformer
+from streamvid.students.folder import TINY_STUDENT, TINY_TEACHER, load_stream_config, load_transformer
 from streamvid.teachers.wan import WanTeacher
-from streamvid.training.run import build_method, load_run
+from streamvid.experiment.build import build_method, load_run
 from streamvid.training.trainer import switch_on
 
 CPU = torch.device("cpu")

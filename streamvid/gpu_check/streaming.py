@@ -35,7 +35,7 @@ from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import StreamChunk, new_cache, stream, stream_latents
 from streamvid.rollout.schedule import StreamConfig
-from streamvid.training.estimate import Watch
+from streamvid.experiment.estimate import Watch
 
 CHUNK_FRAMES, WINDOW_FRAMES, SINK_FRAMES = 3, 12, 3
 PIXEL_FRAMES = 4 * CHUNK_FRAMES  # a chunk, after the first

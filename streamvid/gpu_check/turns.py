@@ -19,8 +19,8 @@ from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import adapt
 from streamvid.seeding import keyed_normal
 from streamvid.teachers.wan import WanTeacher
-from streamvid.training.estimate import GIB, estimate, sizes_of, text_tokens_of
-from streamvid.training.run import DTYPES, RunConfig, build_fake_score, build_method, load_run, share_teacher
+from streamvid.experiment.estimate import GIB, estimate, sizes_of, text_tokens_of
+from streamvid.experiment.build import DTYPES, RunConfig, build_fake_score, build_method, load_run, share_teacher
 from streamvid.training.trainer import Trainer
 
 PUBLISHED_NAME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"

@@ -58,7 +58,7 @@ from streamvid.core.adversary import approximate_penalty, discriminator_loss, ge
 from streamvid.core.policy import group_advantage, nft_loss, optimality
 from streamvid.core.process import add_noise, v_from_x0, velocity
 from streamvid.core.times import TimeLaw, choose_times, sample_times
-from streamvid.methods.base import as_floats
+from streamvid.training.method import as_floats
 from streamvid.models.video_discriminator import VideoDiscriminator
 from streamvid.rollout.loop import ChunkResult, rollout, unwrapped
 from streamvid.rollout.noise import KeyedNoise, Noise

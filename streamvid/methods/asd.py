@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from streamvid.core.adversary import approximate_penalty, discriminator_loss, generator_loss
 from streamvid.core.process import add_noise
 from streamvid.core.times import sample_times
-from streamvid.methods.base import as_floats
+from streamvid.training.method import as_floats
 from streamvid.methods.matching import LAST, Decision, DistributionMatching, Judged, MatchingConfig
 from streamvid.models.discriminators import TrunkHeads
 from streamvid.rollout.schedule import StreamConfig

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from streamvid.core.inject import dmd_gradient, surrogate, temporal_difference
-from streamvid.methods.base import as_floats
+from streamvid.training.method import as_floats
 from streamvid.methods.matching import Decision, DistributionMatching, Judged, MatchingConfig
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.teachers.base import Teacher

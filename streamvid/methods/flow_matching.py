@@ -21,10 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from streamvid.core.critic import flow_matching_loss
+from streamvid.core.fitting import flow_matching_loss
 from streamvid.core.process import add_noise
 from streamvid.core.times import TimeLaw, sample_times
-from streamvid.methods.base import as_floats
+from streamvid.training.method import as_floats
 from streamvid.seeding import keyed_generator, keyed_normal
 
 

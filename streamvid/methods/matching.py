@@ -43,11 +43,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from streamvid.core.critic import flow_matching_loss
+from streamvid.core.fitting import flow_matching_loss
 from streamvid.core.inject import dmd_gradient, surrogate
 from streamvid.core.process import add_noise, x0_from_v
 from streamvid.core.times import TimeLaw, sample_times
-from streamvid.methods.base import as_floats
+from streamvid.training.method import as_floats
 from streamvid.models.step_labels import add_step_labels, labelled
 from streamvid.rollout.loop import rollout, unwrapped
 from streamvid.rollout.noise import KeyedNoise

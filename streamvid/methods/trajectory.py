@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from streamvid.core.process import expand_time, x0_from_v
 from streamvid.data.trajectories import SAME_TIME, check_falling, time_indices
-from streamvid.methods.base import as_floats
+from streamvid.training.method import as_floats
 from streamvid.rollout.sampler import GuidedModel, stream_latents
 from streamvid.rollout.schedule import StreamConfig, build_schedule
 from streamvid.seeding import keyed_generator

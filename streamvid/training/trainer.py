@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from streamvid.config import flatten, save_config, to_plain
 from streamvid.files import disk_full, remove_leftovers
-from streamvid.methods.base import BatchSource, Method, loss_parts
+from streamvid.training.method import BatchSource, Method, loss_parts
 from streamvid.training import checkpoint as ckpt
 from streamvid.training.checks import check_names, check_same_run, check_trackers, fingerprint
 from streamvid.training.ema import EMAConfig

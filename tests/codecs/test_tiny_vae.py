@@ -10,7 +10,7 @@ from streamvid.codecs.load import open_codec
 from streamvid.codecs.tiny_vae import AutoencoderTinyVideo, reconstruction_loss
 from streamvid.data.world import caption, render, sample_spec
 from streamvid.evaluation.world_score import mean_scores, score
-from streamvid.serving.student import TINY_TEACHER
+from streamvid.students.folder import TINY_TEACHER
 
 
 @pytest.fixture(scope="module")

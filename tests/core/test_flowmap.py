@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from streamvid.core.critic import flow_matching_loss
+from streamvid.core.fitting import flow_matching_loss
 from streamvid.core.flowmap import (
     adaptive,
     arc_displacement,

@@ -52,7 +52,7 @@ def test_every_term_of_the_loss_core_is_measured():
 
 def test_a_stream_is_measured(tmp_path):
     from streamvid.evaluation.report import write_bench
-    from streamvid.serving.student import TINY_STUDENT, load_student
+    from streamvid.students.folder import TINY_STUDENT, load_student
 
     rows = bench_suites.streams(load_student(TINY_STUDENT), [1, 4], 33, (64, 64), CPU, 1)
     assert [row[""] for row in rows] == ["1 steps a chunk", "4 steps a chunk"]
@@ -62,7 +62,7 @@ def test_a_stream_is_measured(tmp_path):
 
 
 def test_one_chunk_is_no_stream():
-    from streamvid.serving.student import TINY_STUDENT, load_student
+    from streamvid.students.folder import TINY_STUDENT, load_student
 
     with pytest.raises(ValueError, match="--num-frames 129"):
         bench_suites.streams(load_student(TINY_STUDENT), [1], 9, (64, 64), CPU, 1)

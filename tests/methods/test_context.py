@@ -12,7 +12,6 @@ import torch
 from method_fakes import Ar1Student, ScoreOf, ar1_teacher, noise, prompt_batch
 
 from streamvid.methods import afd, asd, diagonal, dmd
-from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import generate_latents
 from streamvid.rollout.schedule import StreamConfig, cost_of
 from streamvid.seeding import key_to_seed

@@ -21,8 +21,8 @@ from streamvid.models.lora import (
     share_weights,
 )
 from streamvid.models.video_discriminator import VideoDiscriminator
-from streamvid.serving.student import TINY_TEACHER, load_student, load_transformer
-from streamvid.training.run import build_trainer, load_run
+from streamvid.students.folder import TINY_TEACHER, load_student, load_transformer
+from streamvid.experiment.build import build_trainer, load_run
 
 pytest.importorskip("peft")
 

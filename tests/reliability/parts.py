@@ -52,7 +52,7 @@ def make_parts(folder: Path) -> None:
     from diffusers import WanTransformer3DModel
 
     from streamvid.data.world import caption, render, sample_spec
-    from streamvid.serving.student import TINY_STUDENT, TINY_TEACHER
+    from streamvid.students.folder import TINY_STUDENT, TINY_TEACHER
     from streamvid.video import write_video
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def _fill_prompt_cache(folder: Path) -> None:
 
 def _train(folder: Path, name: str, *overrides: str, file: str = "run.yaml", name_of_run: str = "run") -> None:
     """A finished run of the working folder, whose folder is then `name`."""
-    from streamvid.training.run import build_trainer, load_run
+    from streamvid.experiment.build import build_trainer, load_run
 
     os.chdir(folder)
     build_trainer(load_run(folder / file, list(overrides)), progress=False).train()

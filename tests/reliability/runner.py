@@ -247,7 +247,7 @@ def import_everything() -> None:
     for name in ("diffusers", "transformers", "accelerate", "imageio.v2", "scipy.ndimage", *TOOLS):
         importlib.import_module(name)
     for module in (
-        "streamvid.training.run", "streamvid.training.estimate", "streamvid.serving.export", "streamvid.teachers.load",
+        "streamvid.experiment.build", "streamvid.experiment.estimate", "streamvid.students.clips", "streamvid.teachers.load",
         "streamvid.evaluation.runs", "streamvid.evaluation.report", "streamvid.evaluation.bench_suites",
         "streamvid.models.convert", "streamvid.data.trajectories", "streamvid.methods.dmd", "streamvid.methods.trajectory",
     ):  # fmt: skip

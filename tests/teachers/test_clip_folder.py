@@ -10,7 +10,7 @@ from streamvid.codecs.text import PromptEncoder
 from streamvid.data.clips import ClipFormat
 from streamvid.data.latents import LatentClips
 from streamvid.data.world import caption, render, sample_spec
-from streamvid.serving.student import TINY_TEACHER
+from streamvid.students.folder import TINY_TEACHER
 from streamvid.teachers.clip_folder import ClipFolder, ClipRenderer, encode_clips
 from streamvid.video import write_video
 

@@ -9,11 +9,11 @@ import torch
 
 from streamvid.codecs.text import PromptEncoder
 from streamvid.hub import resolve_checkpoint
-from streamvid.serving.student import TINY_TEACHER
+from streamvid.students.folder import TINY_TEACHER
 from streamvid.teachers.cogvideox import CogVideoXTeacher
 from streamvid.teachers.load import open_teacher
 from streamvid.teachers.wan import WanTeacher
-from streamvid.training.run import TeacherConfig, build_teacher
+from streamvid.experiment.build import TeacherConfig, build_teacher
 
 
 def test_the_family_is_that_of_the_transformer(wan, cogvideox):

@@ -14,8 +14,8 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from streamvid.config import read_config
-from streamvid.serving.student import load_student
-from streamvid.training.run import load_run
+from streamvid.students.folder import load_student
+from streamvid.experiment.build import load_run
 from streamvid.video import VideoWriter
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import make_tiny_text
 import make_trajectories
 import pytest
 
-from streamvid.serving.student import TINY_TEACHER
+from streamvid.students.folder import TINY_TEACHER
 
 LOSSES = ("--suite", "losses", "--out", "b.json", "--repeats", "1")
 
@@ -73,7 +73,7 @@ def test_ctrl_c_is_one_line(tool, argv, capsys, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("streamvid.serving.student.choose_device", interrupt)
+    monkeypatch.setattr("streamvid.students.folder.choose_device", interrupt)
     assert tool.main(list(argv)) == 130 and list(tmp_path.iterdir()) == []
     assert (error := capsys.readouterr().err).startswith("error: interrupted") and error.count("\n") == 1
 

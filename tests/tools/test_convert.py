@@ -11,7 +11,7 @@ from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.convert import original_state_dict
 from streamvid.rollout.sampler import stream_latents
 from streamvid.rollout.schedule import StreamConfig, build_schedule, cost_of
-from streamvid.serving.student import TINY_TEACHER, load_stream_config, load_student, load_transformer
+from streamvid.students.folder import TINY_TEACHER, load_stream_config, load_student, load_transformer
 
 LISTS = {4: (1.0, 0.9375, 0.83333, 0.625), 2: (1.0, 0.83333), 1: (1.0,)}
 """What Self-Forcing's nominal 1000, 750, 500, 250 and 1000, 500 and 1000 are at shift 5."""

@@ -7,7 +7,7 @@ import evaluate
 import pytest
 import quickstart
 
-from streamvid.serving.student import TINY_START, load_student
+from streamvid.students.folder import TINY_START, load_student
 
 
 def test_a_report_has_a_row_a_model_and_a_picture(tmp_path, capsys):

@@ -10,7 +10,7 @@ from streamvid.training.launch import RunLock
 def ran(monkeypatch):
     """The folders of the runs that would have been trained and compared."""
     calls = []
-    monkeypatch.setattr("streamvid.training.run.build_trainer", lambda config: calls.append(config) or Nothing())
+    monkeypatch.setattr("streamvid.experiment.build.build_trainer", lambda config: calls.append(config) or Nothing())
     monkeypatch.setattr(tool, "compare", lambda run_dir, num_prompts: calls.append(run_dir))
     return calls
 

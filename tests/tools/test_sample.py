@@ -12,8 +12,8 @@ import sample
 import torch
 from safetensors.torch import load_file, save_file
 
-from streamvid.serving import export
-from streamvid.serving.student import TINY_STUDENT, TINY_TEACHER, deployed, load_student
+from streamvid.students import clips as export
+from streamvid.students.folder import TINY_STUDENT, TINY_TEACHER, deployed, load_student
 from streamvid.video import read_video
 
 

@@ -12,8 +12,8 @@ import torch
 import train as tool
 
 import streamvid
-from streamvid.serving.student import load_student
-from streamvid.training import run as training_run
+from streamvid.students.folder import load_student
+from streamvid.experiment import build as training_run
 
 ROOT = Path(streamvid.__file__).parents[1]
 CONFIG = ROOT / "configs" / "run" / "tiny_dmd.yaml"
@@ -162,6 +162,6 @@ def test_an_export_that_is_not_finite_is_refused_in_one_line(tmp_path, monkeypat
 def test_a_dry_run_says_what_room_is_needed_and_writes_nothing(tmp_path, monkeypatch, capsys):
     """At a number of steps that stands for no limit it ends as fast as at another."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("streamvid.training.estimate.SAMPLED_STEPS", 2)
+    monkeypatch.setattr("streamvid.experiment.estimate.SAMPLED_STEPS", 2)
     assert tool.main(["--config", str(CONFIG), "--dry-run", *SMALL, "train.max_steps=1000000000"]) == 0
     assert "on disk: 0.3" in capsys.readouterr().out and list(tmp_path.iterdir()) == []

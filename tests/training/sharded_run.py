@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from streamvid.seeding import keyed_normal
-from streamvid.training.run import build_method, build_student, build_trainer, load_run
+from streamvid.experiment.build import build_method, build_student, build_trainer, load_run
 from streamvid.training.trainer import Trainer
 
 RUNS = Path(__file__).parents[2] / "configs" / "run"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from streamvid.training import metrics, room
+from streamvid.experiment import room
+from streamvid.training import metrics
 from streamvid.training.metrics import RunningMeans, append_metrics, read_metrics, trim_metrics
-from streamvid.training.run import build_trainer, load_run
+from streamvid.experiment.build import build_trainer, load_run
 
 TINY = Path(__file__).parents[2] / "configs" / "run" / "tiny_dmd.yaml"
 Usage = namedtuple("Usage", "total used free")

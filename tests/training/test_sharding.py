@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from sharded_run import afd, dmd
 from torch import nn
 
-from streamvid.serving.student import TINY_TEACHER
+from streamvid.students.folder import TINY_TEACHER
 from streamvid.training.checkpoint import list_checkpoints
 from streamvid.training.metrics import read_metrics
 from streamvid.training.sharding import check_shardable, held_networks

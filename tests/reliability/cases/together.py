@@ -94,7 +94,7 @@ def read_while_replaced(place: Place) -> None:
         return 0
 
     def open_often() -> int:
-        from streamvid.serving.student import load_student
+        from streamvid.students.folder import load_student
 
         missing = 0
         for _ in range(30):
@@ -206,7 +206,7 @@ def two_models_at_once(place: Place) -> int:
 
 
 def _pipeline(place: Place):  # noqa: ANN202
-    from streamvid.serving.pipeline import StreamVidPipeline
+    from streamvid.students.pipeline import StreamVidPipeline
 
     pipe = StreamVidPipeline.from_pretrained(place.parts / "student")
     pipe.set_progress_bar_config(disable=True)
