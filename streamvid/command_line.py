@@ -1,8 +1,8 @@
-"""What the command lines of tools/ share: what an option may be, how a mistake is told, and how an interruption ends.
+"""What the command lines of tools/ share: what an option may be, how a mistake is told, and how an
+interruption ends.
 
-A mistake of the user's is one line on stderr and the exit code 2, an interruption one line and 128 + the signal. Other
-errors are ours, and keep their traceback.
-"""
+A mistake of the user's is one line on stderr and the exit code 2, an interruption one line and 128
++ the signal. Other errors are ours, and keep their traceback."""
 
 from __future__ import annotations
 
@@ -24,18 +24,22 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         doc: the tool's docstring, shown as it is by ``--help``.
-        may_be_empty: destinations for which an empty text means something; for all others it is an error, as what an
-            unset variable of a shell leaves, unless it is the default.
+        may_be_empty: destinations for which an empty text means something; for all others it is an
+            error, as what an unset variable of a shell leaves, unless it is the default.
     """
 
     def __init__(self, doc: str | None, may_be_empty: Iterable[str] = ()):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.may_be_empty = set(may_be_empty)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
         return self._checked(super().parse_args(args, namespace))
 
-    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_intermixed_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
         return self._checked(super().parse_intermixed_args(args, namespace))
 
     def error(self, message: str) -> NoReturn:
@@ -49,8 +53,10 @@ class Parser(argparse.ArgumentParser):
             if name in self.may_be_empty or value == self.get_default(name):
                 continue
             if any(isinstance(text, str) and not text.strip() for text in texts):
-                self.error(f"--{name.replace('_', '-')} is an empty text; is a variable of the shell not set? Leave the option "
-                           "out for its default")
+                self.error(
+                    f"--{name.replace('_', '-')} is an empty text; is a variable of the shell not"
+                    " set? Leave the option out for its default"
+                )
         return args
 
 
@@ -79,7 +85,9 @@ def run_tool(job: Callable[[], int | None], interrupted: str = "interrupted") ->
         if not _is_out_of_memory(error):
             raise
         reason = one_line(error)[:200]
-        tell(f"error: there is not enough memory ({reason}); ask for a smaller size, batch or length")
+        tell(
+            f"error: there is not enough memory ({reason}); ask for a smaller size, batch or length"
+        )
         return 2
     except KeyboardInterrupt as stop:
         tell(f"error: {interrupted}")
@@ -88,7 +96,11 @@ def run_tool(job: Callable[[], int | None], interrupted: str = "interrupted") ->
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Torch has a class of its own for that on a GPU, and says it in words on a CPU."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "allocate memory" in str(error)
+    )
 
 
 def tell(text: str) -> None:

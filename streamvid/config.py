@@ -1,17 +1,17 @@
-"""Configuration: dataclasses hold defaults and types, YAML overrides them, `key=value` overrides that.
+"""Configuration: dataclasses hold defaults and types, YAML overrides them, `key=value` overrides
+that.
 
-The dataclass lives next to the code that it configures. Files are read and interpolated by OmegaConf; the
-merge into dataclasses is ours, because OmegaConf's structured configs know neither `Literal` nor tuples nor
-unions of dataclasses, and because an error has to name the key, what was expected, what came, and the
-nearest key that exists.
+The dataclass lives next to the code that it configures. Files are read and interpolated by
+OmegaConf; the merge into dataclasses is ours, because OmegaConf's structured configs know neither
+`Literal` nor tuples nor unions of dataclasses, and because an error has to name the key, what was
+expected, what came, and the nearest key that exists.
 
-An empty text, such as an unset variable of a shell leaves it, sets nothing: it is an error wherever the default is not
-empty itself. None is the word `null`, where the type allows it.
+An empty text, such as an unset variable of a shell leaves it, sets nothing: it is an error wherever
+the default is not empty itself. None is the word `null`, where the type allows it.
 
-A YAML file may start from others: `base: ../method/dmd.yaml`, or a list of them, later ones winning; paths
-are relative to the file that names them. A mapping is merged into its default key by key, a list replaces
-its default, and `key: null` removes an entry of a dictionary.
-"""
+A YAML file may start from others: `base: ../method/dmd.yaml`, or a list of them, later ones
+winning; paths are relative to the file that names them. A mapping is merged into its default key by
+key, a list replaces its default, and `key: null` removes an entry of a dictionary."""
 
 from __future__ import annotations
 
@@ -36,21 +36,26 @@ MOST_DEPTH = 50
 """Of keys within keys on the command line."""
 LARGEST = sys.float_info.max
 _SIXTIES = re.compile(r"[-+]?([1-9][0-9_]*(:[0-5]?[0-9])+|[0-9][0-9_]*(:[0-5]?[0-9])+\.[0-9_]*)")
-"""What YAML reads as a number in sixties, 1:30 as 90, which nobody means who writes it; 0:30 is a text."""
+"""What YAML reads as a number in sixties, 1:30 as 90, which nobody means who writes it; 0:30 is a
+text."""
 
 
 class _Typed(str):
-    """The text of a command line value, kept until the type that is expected says how to read it."""
+    """The text of a command line value, kept until the type that is expected says how to read
+    it."""
 
 
 def load_config(
-    cls: type[T], path: str | Path | None = None, overrides: list[str] | None = None, default: T | None = None
+    cls: type[T],
+    path: str | Path | None = None,
+    overrides: list[str] | None = None,
+    default: T | None = None,
 ) -> T:
-    """An instance of the dataclass `cls` from its defaults, the YAML file and then the `key=value` texts.
+    """An instance of the dataclass `cls` from its defaults, the YAML file and then the `key=value`
+    texts.
 
-    default: an instance whose values stand in for the defaults of `cls`.
-    Raises ValueError with one line for a file that is not there, an unknown key or a value of a wrong type.
-    """
+    default: an instance whose values stand in for the defaults of `cls`. Raises ValueError with one
+    line for a file that is not there, an unknown key or a value of a wrong type."""
     return build_config(cls, read_config(path, overrides), default)
 
 
@@ -81,14 +86,19 @@ def flatten(plain: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def flat_defaults(config: Any, prefix: str = "") -> dict[str, Any]:
-    """What a dataclass and those within it have where nothing sets it, by dotted keys as of `flatten`."""
+    """What a dataclass and those within it have where nothing sets it, by dotted keys as of
+    `flatten`."""
     flat = {}
     for f in dataclasses.fields(config):
         value, default = getattr(config, f.name), _default_of(f)
         inner = value if isinstance(value, dict) else {"": value}
         for name, part in inner.items():
             if dataclasses.is_dataclass(part):
-                flat.update(flat_defaults(part, f"{prefix}{f.name}.{name}." if name else f"{prefix}{f.name}."))
+                flat.update(
+                    flat_defaults(
+                        part, f"{prefix}{f.name}.{name}." if name else f"{prefix}{f.name}."
+                    )
+                )
         if default is not MISSING:
             flat.update(flatten({f.name: to_plain(default)}, prefix))
     return flat
@@ -98,7 +108,8 @@ def flat_defaults(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def read_config(path: str | Path | None = None, overrides: list[str] | None = None) -> dict:
-    """The YAML file with its bases and the overrides as one dictionary that no dataclass has checked yet.
+    """The YAML file with its bases and the overrides as one dictionary that no dataclass has
+    checked yet.
 
     For who must look at a key, such as `method`, to know which dataclass to build.
     """
@@ -125,7 +136,9 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict:
     merged: dict = {}
     for base in bases:
         if not isinstance(base, str) or not base.strip():
-            raise ValueError(f"config file {path}: base: expected a file or a list of files, got {_show(base)}")
+            raise ValueError(
+                f"config file {path}: base: expected a file or a list of files, got {_show(base)}"
+            )
         merged = _merge(merged, _read_yaml(path.parent / base, (*seen, path)))
     return _merge(merged, loaded)
 
@@ -134,29 +147,39 @@ def read_mapping(path: str | Path) -> dict:
     """The `key: value` lines of a YAML file as they are, without its bases.
 
     Raises:
-        ValueError: one line, if it is no YAML, holds anything but a mapping, or has a number such as 1:30.
+        ValueError: one line, if it is no YAML, holds anything but a mapping, or has a number such
+            as 1:30.
     """
     try:
         with open(path, encoding="utf-8") as file:
             number = _number_in_sixties(file)
         if number is not None:
             raise ValueError(
-                f"config file {path}: YAML reads {number} as a number in sixties; write one number, or quotes around a text"
+                f"config file {path}: YAML reads {number} as a number in sixties; write one number,"
+                " or quotes around a text"
             )
         loaded = OmegaConf.to_container(OmegaConf.load(path)) or {}
     except RecursionError:
-        raise ValueError(f"config file {path} is nested too deeply; no setting is so deep") from None
+        raise ValueError(
+            f"config file {path} is nested too deeply; no setting is so deep"
+        ) from None
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"config file {path} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(loaded, dict):
-        raise ValueError(f"config file {path} must hold `key: value` lines, it holds {_show(loaded)}")
+        raise ValueError(
+            f"config file {path} must hold `key: value` lines, it holds {_show(loaded)}"
+        )
     return loaded
 
 
 def _number_in_sixties(text: str | TextIO) -> str | None:
     """The first such number of a YAML text, with its line; None if there is none."""
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _SIXTIES.fullmatch(event.value):
+        if (
+            isinstance(event, yaml.ScalarEvent)
+            and event.implicit[0]
+            and _SIXTIES.fullmatch(event.value)
+        ):
             return f"{event.value} in line {event.start_mark.line + 1}"
     return None
 
@@ -167,9 +190,14 @@ def _parse_overrides(overrides: list[str]) -> dict:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
-            raise ValueError(f"override {_short(override)} is not of the form key=value, such as train.seed=1")
+            raise ValueError(
+                f"override {_short(override)} is not of the form key=value, such as train.seed=1"
+            )
         if key.count(".") > MOST_DEPTH:
-            raise ValueError(f"override {_short(override)} is {key.count('.') + 1} keys deep; no setting is so deep")
+            raise ValueError(
+                f"override {_short(override)} is {key.count('.') + 1} keys deep; no setting is so"
+                " deep"
+            )
         entry: Any = _Typed(text)
         for part in reversed(key.split(".")):
             entry = {part: entry}
@@ -185,7 +213,8 @@ def _as_yaml(typed: Any) -> Any:
 
 
 def _read_value(text: _Typed) -> Any:
-    """A command line value read as YAML; what is no YAML, or has a number in sixties, is a plain text."""
+    """A command line value read as YAML; what is no YAML, or has a number in sixties, is a plain
+    text."""
     try:
         if _number_in_sixties(f"value: {text}") is not None:
             return str(text)
@@ -208,7 +237,8 @@ def _merge(below: dict, above: dict) -> dict:
 
 
 def build_config(cls: type[T], plain: dict, default: T | None = None) -> T:
-    """An instance of the dataclass `cls` from `plain`, a nested dictionary, over the values of `default`."""
+    """An instance of the dataclass `cls` from `plain`, a nested dictionary, over the values of
+    `default`."""
     return _build(cls, plain, default, "", cls)
 
 
@@ -226,7 +256,9 @@ def _build(cls: type, plain: dict, default: Any, prefix: str, root: type) -> Any
         elif base is not MISSING:
             values[name] = base
         else:
-            raise ValueError(f"{prefix}{name} has no default: set it, it is {_describe(hints[name])}")
+            raise ValueError(
+                f"{prefix}{name} has no default: set it, it is {_describe(hints[name])}"
+            )
     return cls(**values)
 
 
@@ -264,7 +296,8 @@ def _check_not_empty(value: Any, kind: Any, base: Any, key: str) -> None:
 
 
 def _is_plain(kind: Any, value: Any) -> bool:
-    """Whether `value` is an exact instance of a kind without parts; 1 is a float and 1e5 an int, true is neither."""
+    """Whether `value` is an exact instance of a kind without parts; 1 is a float and 1e5 an int,
+    true is neither."""
     if kind is Any or kind in (bool, dict, list):
         return kind is Any or isinstance(value, kind)
     if isinstance(value, bool):
@@ -278,13 +311,19 @@ def _is_plain(kind: Any, value: Any) -> bool:
 
 
 def _unquoted_word(value: Any, choices: tuple) -> Any:
-    """YAML reads the bare words no and off as false; where they are choices, they were meant as words."""
-    words = {False: ("no", "off"), True: ("yes", "on")}.get(value, ()) if isinstance(value, bool) else ()
+    """YAML reads the bare words no and off as false; where they are choices, they were meant as
+    words."""
+    words = (
+        {False: ("no", "off"), True: ("yes", "on")}.get(value, ())
+        if isinstance(value, bool)
+        else ()
+    )
     return next((word for word in words if word in choices), value)
 
 
 def _read_text(text: _Typed) -> str | None:
-    """A text needs no quotes on the command line, `name=007`; a pair that is there is taken off. `null` is none."""
+    """A text needs no quotes on the command line, `name=007`; a pair that is there is taken off.
+    `null` is none."""
     if _is_null(text):
         return None
     quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
@@ -318,7 +357,9 @@ def _coerce_dict(args: tuple, value: dict, base: dict, key: str, root: type) -> 
         item = None if _is_null(item) else item
         name = int(name) if key_kind is int and str(name).isdigit() else name
         if not _is_plain(key_kind, name):
-            raise ValueError(f"{key}: expected keys of type {_describe(key_kind)}, got {_show(name)}")
+            raise ValueError(
+                f"{key}: expected keys of type {_describe(key_kind)}, got {_show(name)}"
+            )
         if item is None and type(None) not in typing.get_args(kind):
             merged.pop(name, None)
         else:
@@ -370,7 +411,8 @@ def _short(value: Any) -> str:
 
 
 def _unknown_key(key: str, value: Any, siblings: list[str], prefix: str, root: type) -> str:
-    """One line that names the whole key and the nearest one: a sibling first, else one of the same last name."""
+    """One line that names the whole key and the nearest one: a sibling first, else one of the same
+    last name."""
     rest = "".join(f".{part}" for part in _first_leaf(value))
     message = f"unknown key '{prefix}{key}{rest}'; "
     near = difflib.get_close_matches(str(key), siblings, n=1, cutoff=0.6)
@@ -393,7 +435,8 @@ def _first_leaf(value: Any) -> list[str]:
 
 
 def _known_keys(cls: type, prefix: str = "") -> list[str]:
-    """All dotted keys of a dataclass; the entries of a dictionary of dataclasses are written <name>."""
+    """All dotted keys of a dataclass; the entries of a dictionary of dataclasses are written
+    <name>."""
     keys = []
     for name, kind in typing.get_type_hints(cls).items():
         keys.append(f"{prefix}{name}")

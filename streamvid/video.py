@@ -1,9 +1,8 @@
 """Reading and writing clips: frames ``[T, 3, H, W]`` in [0, 1] to and from files.
 
-Written: .mp4 and .webm (H.264 and VP9, by imageio's ffmpeg), .gif, or a folder of numbered PNGs (a path without a
-suffix, or one that ends with a slash). A file or folder appears under its name when it is complete. Read: what
-``streamvid.frames`` reads, and folders of PNGs.
-"""
+Written: .mp4 and .webm (H.264 and VP9, by imageio's ffmpeg), .gif, or a folder of numbered PNGs (a
+path without a suffix, or one that ends with a slash). A file or folder appears under its name when
+it is complete. Read: what ``streamvid.frames`` reads, and folders of PNGs."""
 
 from __future__ import annotations
 
@@ -27,15 +26,31 @@ from streamvid.frames import clip_frames, count_frames, is_large
 CODECS = {".mp4": "libx264", ".webm": "libvpx-vp9"}
 SUFFIXES = (*CODECS, ".gif", "")
 LARGE = (  # players take large pictures for BT.709, ffmpeg makes BT.601 of any size
-    "-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709",
-    "-color_trc", "bt709", "-color_range", "tv",
-)  # fmt: skip
-OWN_PNG = re.compile(r"\d{6}\.png|\.\d{6}\.tmp-\w+\.png")  # what a writer of PNGs, or its crash, leaves in its folder
+    "-vf",
+    "scale=out_color_matrix=bt709:out_range=tv",
+    "-colorspace",
+    "bt709",
+    "-color_primaries",
+    "bt709",
+    "-color_trc",
+    "bt709",
+    "-color_range",
+    "tv",
+)
+# what a writer of PNGs, or its crash, leaves in its folder
+OWN_PNG = re.compile(r"\d{6}\.png|\.\d{6}\.tmp-\w+\.png")
 
 
 def to_uint8(frames: Tensor) -> np.ndarray:
     """Frames ``[T, 3, H, W]`` in [0, 1] to ``[T, H, W, 3]`` bytes, rounded."""
-    return (frames.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return (
+        (frames.detach().float().clamp(0, 1) * 255)
+        .round()
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        .cpu()
+        .numpy()
+    )
 
 
 def suffix_of(path: str | Path) -> str:
@@ -44,7 +59,8 @@ def suffix_of(path: str | Path) -> str:
 
 
 def ensure_place(path: str | Path) -> None:
-    """Check that something can be written beside ``path``, by writing; folders that are not there yet are not made.
+    """Check that something can be written beside ``path``, by writing; folders that are not there
+    yet are not made.
 
     Raises:
         ValueError: with the reason.
@@ -53,18 +69,21 @@ def ensure_place(path: str | Path) -> None:
     while not place.exists():
         place = place.parent
     try:
-        with tempfile.TemporaryFile(dir=place):  # asking for permission is not enough: root may do all, /proc nothing
+        # asking for permission is not enough: root may do all, /proc nothing
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {place}: {(error.strerror or str(error)).lower()}") from error
+        raise ValueError(
+            f"cannot write {path}: {place}: {(error.strerror or str(error)).lower()}"
+        ) from error
 
 
 def ensure_writable(path: str | Path) -> Path:
     """Check a clip's path before anything is computed for it.
 
     Raises:
-        ValueError: if the suffix is unknown, the place can't be written to, or a folder of PNGs would replace one
-            that holds anything else.
+        ValueError: if the suffix is unknown, the place can't be written to, or a folder of PNGs
+            would replace one that holds anything else.
     """
     suffix, place = suffix_of(path), Path(path)
     if suffix not in SUFFIXES:
@@ -83,9 +102,15 @@ def _ensure_folder_of_pngs(folder: Path) -> None:
         raise ValueError(f"{folder}: name a new folder for the PNGs")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; a path without a suffix names a folder of PNGs")
-    others = [file.name for file in folder.iterdir() if not OWN_PNG.fullmatch(file.name)] if folder.exists() else []
+    others = (
+        [file.name for file in folder.iterdir() if not OWN_PNG.fullmatch(file.name)]
+        if folder.exists()
+        else []
+    )
     if others:
-        raise ValueError(f"{folder} holds {others[0]}, which writing PNGs there would remove; name a new folder")
+        raise ValueError(
+            f"{folder} holds {others[0]}, which writing PNGs there would remove; name a new folder"
+        )
 
 
 class VideoWriter:
@@ -94,11 +119,12 @@ class VideoWriter:
     Args:
         path: see ``ensure_writable``.
         fps: frames a second.
-        live: a folder of PNGs is there from the start and each PNG as soon as it is complete; they stay on an error.
+        live: a folder of PNGs is there from the start and each PNG as soon as it is complete; they
+            stay on an error.
 
     Raises:
-        ValueError: for a path that can't be written, frames of an odd size in .mp4 and .webm (nothing is resized or
-            padded), frames that change their size, or no frames at all.
+        ValueError: for a path that can't be written, frames of an odd size in .mp4 and .webm
+            (nothing is resized or padded), frames that change their size, or no frames at all.
     """
 
     def __init__(self, path: str | Path, fps: float, live: bool = False):
@@ -124,7 +150,8 @@ class VideoWriter:
         if not self.live:
             return atomic_folder(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in self.path.iterdir():  # of a clip before; ensure_writable has seen that there is nothing else
+        # of a clip before; ensure_writable has seen that there is nothing else
+        for file in self.path.iterdir():
             file.unlink()
         return nullcontext(self.path)
 
@@ -132,8 +159,18 @@ class VideoWriter:
         if self.suffix == ".gif":
             return imageio.get_writer(self._target, duration=1000 / self.fps, loop=0)
         return imageio.get_writer(
-            self._target, fps=self.fps, codec=CODECS[self.suffix], macro_block_size=1, ffmpeg_log_level="error",
-            output_params=["-pix_fmt", "yuv420p", "-crf", "16", *(LARGE if is_large(width, height) else ())],
+            self._target,
+            fps=self.fps,
+            codec=CODECS[self.suffix],
+            macro_block_size=1,
+            ffmpeg_log_level="error",
+            output_params=[
+                "-pix_fmt",
+                "yuv420p",
+                "-crf",
+                "16",
+                *(LARGE if is_large(width, height) else ()),
+            ],
         )
 
     def append(self, frames: Tensor) -> None:
@@ -145,10 +182,16 @@ class VideoWriter:
 
     def _check_size(self, height: int, width: int) -> None:
         if self.suffix in CODECS and (height % 2 or width % 2):
-            raise ValueError(f"{self.suffix} needs an even size, got {width} x {height}; use .gif or a folder of PNGs")
+            raise ValueError(
+                f"{self.suffix} needs an even size, got {width} x {height}; use .gif or a folder of"
+                " PNGs"
+            )
         self._size = self._size or (height, width)
         if (height, width) != self._size:
-            raise ValueError(f"{self.path}: frames of {height} x {width} after frames of {self._size[0]} x {self._size[1]}")
+            raise ValueError(
+                f"{self.path}: frames of {height} x {width} after frames of {self._size[0]} x"
+                f" {self._size[1]}"
+            )
 
     def _write(self, image: np.ndarray) -> None:
         if self.suffix:
@@ -182,7 +225,10 @@ class VideoWriter:
         self._writer.close()
         written = count_frames(self._target)
         if written < self.num_frames:
-            raise OSError(f"{self.path} could not be written: {written} of {self.num_frames} frames arrived; is the disk full?")
+            raise OSError(
+                f"{self.path} could not be written: {written} of {self.num_frames} frames arrived;"
+                " is the disk full?"
+            )
 
 
 def write_video(frames: Tensor, path: str | Path, fps: float) -> None:
@@ -192,8 +238,8 @@ def write_video(frames: Tensor, path: str | Path, fps: float) -> None:
 
 
 def read_video(path: str | Path) -> tuple[Tensor, float]:
-    """All frames ``[T, 3, H, W]`` in [0, 1], of square pixels, of a file or a folder of PNGs, and its frames a second on
-    average (PNGs and single frames: 0).
+    """All frames ``[T, 3, H, W]`` in [0, 1], of square pixels, of a file or a folder of PNGs, and
+    its frames a second on average (PNGs and single frames: 0).
 
     Raises:
         ValueError: if it is missing, damaged or no video.
@@ -211,7 +257,9 @@ def read_video(path: str | Path) -> tuple[Tensor, float]:
     frames = _from_uint8(np.stack(pictures))
     if aspect != 1:
         size = frames.shape[2], max(1, round(frames.shape[3] * aspect))
-        frames = interpolate(frames, size, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
+        frames = interpolate(
+            frames, size, mode="bilinear", antialias=True, align_corners=False
+        ).clamp(0, 1)
     passed = starts[-1] - starts[0]
     return frames, (len(starts) - 1) / passed if passed else 0.0
 
@@ -221,9 +269,13 @@ def _read_pngs(folder: Path) -> Tensor:
     if not files:
         raise ValueError(f"{folder} holds no PNGs")
     try:
-        return _from_uint8(np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files]))
+        return _from_uint8(
+            np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+        )
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{folder} can't be read as a video: {' '.join(str(error).split())[-120:]}") from error
+        raise ValueError(
+            f"{folder} can't be read as a video: {' '.join(str(error).split())[-120:]}"
+        ) from error
 
 
 def _from_uint8(frames: np.ndarray) -> Tensor:
@@ -231,9 +283,13 @@ def _from_uint8(frames: np.ndarray) -> Tensor:
 
 
 def contact_sheet(
-    groups: Iterable[tuple[str, list[tuple[str, Tensor]]]], path: str | Path, columns: int = 9, scale: int = 2
+    groups: Iterable[tuple[str, list[tuple[str, Tensor]]]],
+    path: str | Path,
+    columns: int = 9,
+    scale: int = 2,
 ) -> None:
-    """A picture of clips: for each group (a prompt) a title and a labelled row of frames for each clip.
+    """A picture of clips: for each group (a prompt) a title and a labelled row of frames for each
+    clip.
 
     Args:
         groups: (title, [(label, frames ``[T, 3, H, W]``), ...]).
@@ -246,7 +302,10 @@ def contact_sheet(
     font = ImageFont.load_default()
     texts = [font.getlength(label) for _, clips in groups for label, _ in clips]
     margin = 12 + int(max(texts))
-    size = (margin + columns * (width * scale + 2), sum(line + len(clips) * row for _, clips in groups))
+    size = (
+        margin + columns * (width * scale + 2),
+        sum(line + len(clips) * row for _, clips in groups),
+    )
     sheet = Image.new("RGB", size, "white")
     draw, top = ImageDraw.Draw(sheet), 0
     for title, clips in groups:

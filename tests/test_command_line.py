@@ -1,4 +1,5 @@
-"""What all tools share: options that are not empty, one line for a mistake, and ends that clean up."""
+"""What all tools share: options that are not empty, one line for a mistake, and ends that clean
+up."""
 
 import logging
 import os
@@ -19,19 +20,31 @@ def parser(**options) -> Parser:
     return made
 
 
-@pytest.mark.parametrize("argv, name", [
-    (["--student", ""], "student"), (["--student="], "student"), (["--label", "a", "--label", " "], "label"), (["a", ""], "rest"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, name",
+    [
+        (["--student", ""], "student"),
+        (["--student="], "student"),
+        (["--label", "a", "--label", " "], "label"),
+        (["a", ""], "rest"),
+    ],
+)
 def test_an_empty_text_is_no_option(capsys, argv, name):
     """`--student "$UNSET"` once sampled the shipped student."""
     with pytest.raises(SystemExit) as stop:
         parser().parse_args(argv)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith(f"error: --{name} is an empty text") and error.count("\n") == 1
+    assert (
+        stop.value.code == 2
+        and error.startswith(f"error: --{name} is an empty text")
+        and error.count("\n") == 1
+    )
 
 
 def test_where_an_empty_text_means_something_it_is_taken():
-    assert parser(may_be_empty=["student"]).parse_args(["--student", "", "--redo", ""]).student == ""
+    assert (
+        parser(may_be_empty=["student"]).parse_args(["--student", "", "--redo", ""]).student == ""
+    )
 
 
 def test_an_unknown_option_is_one_line_without_escapes(capsys):
@@ -44,13 +57,25 @@ def fail(error):
     raise error
 
 
-@pytest.mark.parametrize("error, said", [
-    (ValueError("no clip a\nerror: all is lost\x1b[31m.mp4"), r"error: no clip a error: all is lost\x1b[31m.mp4"),
-    (FileNotFoundError(2, "No such file", "x"), "error: [Errno 2] No such file: 'x'"),
-    (MemoryError(), "error: there is not enough memory"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried"), "error: there is not enough memory (CUDA out of memory. Tried)"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "error: there is not enough memory"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (
+            ValueError("no clip a\nerror: all is lost\x1b[31m.mp4"),
+            r"error: no clip a error: all is lost\x1b[31m.mp4",
+        ),
+        (FileNotFoundError(2, "No such file", "x"), "error: [Errno 2] No such file: 'x'"),
+        (MemoryError(), "error: there is not enough memory"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            "error: there is not enough memory (CUDA out of memory. Tried)",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            "error: there is not enough memory",
+        ),
+    ],
+)
 def test_a_mistake_is_one_line(capsys, error, said):
     assert run_tool(lambda: fail(error)) == 2
     shown = capsys.readouterr().err
@@ -62,7 +87,9 @@ def test_an_error_of_ours_keeps_its_traceback():
         run_tool(lambda: fail(RuntimeError("shapes do not match")))
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_an_interruption_cleans_up_and_is_one_line(capsys, number, code):
     cleaned = []
 
@@ -75,7 +102,10 @@ def test_an_interruption_cleans_up_and_is_one_line(capsys, number, code):
 
     before = signal.getsignal(number)
     assert run_tool(job, "interrupted; nothing was written") == code and cleaned
-    assert capsys.readouterr().err == "error: interrupted; nothing was written\n" and signal.getsignal(number) is before
+    assert (
+        capsys.readouterr().err == "error: interrupted; nothing was written\n"
+        and signal.getsignal(number) is before
+    )
 
 
 def test_a_job_says_how_it_ended():

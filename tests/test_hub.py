@@ -1,4 +1,5 @@
-"""A name on the hub is taken wherever a folder is; the hub is a fake that gives links into blobs, as its cache has them."""
+"""A name on the hub is taken wherever a folder is; the hub is a fake that gives links into blobs,
+as its cache has them."""
 
 import shutil
 import sys
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from streamvid.codecs.load import open_codec
-from streamvid.students.pipeline import StreamVidPipeline
 from streamvid.students.folder import TINY_STUDENT, TINY_TEACHER, load_student, save_student
+from streamvid.students.pipeline import StreamVidPipeline
 from streamvid.teachers.wan import WanTeacher
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -21,8 +22,10 @@ STUDENT, TEACHER = "someone/student", "someone/teacher"
 def asked(tmp_path, monkeypatch):
     """The names and patterns that were asked for; only these two are on the hub."""
     names = []
-    folders = {name: cached(tmp_path / name.replace("/", "--"), source) for name, source in
-               {STUDENT: TINY_STUDENT, TEACHER: TINY_TEACHER}.items()}  # fmt: skip
+    folders = {
+        name: cached(tmp_path / name.replace("/", "--"), source)
+        for name, source in {STUDENT: TINY_STUDENT, TEACHER: TINY_TEACHER}.items()
+    }
 
     def snapshot_download(name, allow_patterns):
         names.append((name, allow_patterns))
@@ -45,20 +48,39 @@ def cached(home, source):
 
 def test_a_student_its_components_and_its_codec(asked):
     student = load_student(STUDENT, components=TEACHER, codec=TEACHER)
-    assert [name for name, _ in asked] == [STUDENT, TEACHER, TEACHER] and student.codec.latent_channels == 16
-    assert "transformer/*.safetensors" not in asked[1][1] and "*/*.safetensors" not in asked[1][1]  # 28 GB of Wan 14B
+    assert [name for name, _ in asked] == [
+        STUDENT,
+        TEACHER,
+        TEACHER,
+    ] and student.codec.latent_channels == 16
+    # 28 GB of Wan 14B
+    assert "transformer/*.safetensors" not in asked[1][1] and "*/*.safetensors" not in asked[1][1]
     assert "vae/*.safetensors" in asked[2][1] and "text_encoder/*.safetensors" not in asked[2][1]
 
 
 def test_a_codec_a_teacher_and_a_pipeline(asked):
     assert open_codec(TEACHER).latent_channels == 16
     assert WanTeacher.from_pretrained(TEACHER).shift == 8.0
-    assert StreamVidPipeline.from_pretrained(STUDENT, components=TEACHER, codec=TEACHER).vae.latent_channels == 16
+    assert (
+        StreamVidPipeline.from_pretrained(
+            STUDENT, components=TEACHER, codec=TEACHER
+        ).vae.latent_channels
+        == 16
+    )
 
 
 def test_components_are_copied_as_files(asked, tmp_path):
-    save_student(tmp_path / "whole", load_student(TINY_STUDENT).transformer, load_student(TINY_STUDENT).stream, TEACHER)
-    copies = [file for part in ("vae", "text_encoder", "tokenizer") for file in (tmp_path / "whole" / part).iterdir()]
+    save_student(
+        tmp_path / "whole",
+        load_student(TINY_STUDENT).transformer,
+        load_student(TINY_STUDENT).stream,
+        TEACHER,
+    )
+    copies = [
+        file
+        for part in ("vae", "text_encoder", "tokenizer")
+        for file in (tmp_path / "whole" / part).iterdir()
+    ]
     assert copies and not any(file.is_symlink() for file in copies)
 
 
@@ -69,7 +91,9 @@ def test_a_link_out_of_the_components_is_not_published(tmp_path):
     shutil.copytree(TINY_TEACHER, tmp_path / "components")
     (tmp_path / "components" / "vae" / "more.json").symlink_to(secret)
     with pytest.raises(ValueError, match="more.json is a link out of its folder"):
-        save_student(tmp_path / "whole", student.transformer, student.stream, tmp_path / "components")
+        save_student(
+            tmp_path / "whole", student.transformer, student.stream, tmp_path / "components"
+        )
     assert not (tmp_path / "whole").exists()
     (tmp_path / "components" / "vae" / "more.json").unlink()
     (tmp_path / "components" / "vae").rename(tmp_path / "vae")
@@ -77,14 +101,29 @@ def test_a_link_out_of_the_components_is_not_published(tmp_path):
     save_student(tmp_path / "whole", student.transformer, student.stream, tmp_path / "components")
 
 
-@pytest.mark.parametrize("options", [
-    ("--student", STUDENT, "--components", TEACHER), ("--codec", TEACHER), ("--teacher", TEACHER, "--steps", "1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--student", STUDENT, "--components", TEACHER),
+        ("--codec", TEACHER),
+        ("--teacher", TEACHER, "--steps", "1"),
+    ],
+)
 def test_sample(asked, monkeypatch, options):
     import sample
 
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    argv = ["--prompt", "a red circle moves up", "--num-frames", "9", "--size", "16", "16", "--out", "clip.gif"]
+    argv = [
+        "--prompt",
+        "a red circle moves up",
+        "--num-frames",
+        "9",
+        "--size",
+        "16",
+        "16",
+        "--out",
+        "clip.gif",
+    ]
     assert sample.main([*argv, *options]) == 0 and asked
 
 
@@ -97,7 +136,22 @@ def test_evaluate_bench_and_trajectories(asked, monkeypatch):
     few = ["--prompts", "1", "--num-frames", "9", "--teacher-steps", "1"]
     argv = ["--student", STUDENT, "--components", TEACHER, "--teacher", TEACHER]
     assert evaluate.main([*argv, *few, "--out", "report.json"]) == 0
-    assert bench.main(["--suite", "stream", *argv[:4], "--num-frames", "21", "--repeats", "1", "--out", "bench.json"]) == 0
+    assert (
+        bench.main(
+            [
+                "--suite",
+                "stream",
+                *argv[:4],
+                "--num-frames",
+                "21",
+                "--repeats",
+                "1",
+                "--out",
+                "bench.json",
+            ]
+        )
+        == 0
+    )
     few = ["--num", "1", "--steps", "2", "--student-steps", "1", "--latent-frames", "1"]
     assert make_trajectories.main(["--teacher", TEACHER, *few, "--out", "set"]) == 0
     assert {name for name, _ in asked} == {STUDENT, TEACHER}
@@ -108,10 +162,18 @@ def test_offline_it_is_one_line(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    for options in (["--student", STUDENT], ["--components", STUDENT], ["--codec", STUDENT], ["--teacher", STUDENT]):
+    for options in (
+        ["--student", STUDENT],
+        ["--components", STUDENT],
+        ["--codec", STUDENT],
+        ["--teacher", STUDENT],
+    ):
         assert sample.main(["--prompt", "a cat", "--out", str(tmp_path / "a.gif"), *options]) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"error: no folder {STUDENT} here, and it cannot be fetched") and error.count("\n") == 1
+        assert (
+            error.startswith(f"error: no folder {STUDENT} here, and it cannot be fetched")
+            and error.count("\n") == 1
+        )
 
 
 def test_a_file_of_a_codec_is_never_looked_up(monkeypatch):

@@ -9,7 +9,18 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "streamvid"
 LEVELS = [
-    {"types", "config", "video", "frames", "files", "seeding", "weights", "printing", "command_line", "hub"},
+    {
+        "types",
+        "config",
+        "video",
+        "frames",
+        "files",
+        "seeding",
+        "weights",
+        "printing",
+        "command_line",
+        "hub",
+    },
     {"core"},
     {"models", "codecs", "data", "teachers", "training"},
     {"rollout"},
@@ -23,7 +34,8 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 
 def imports(source: str) -> set[str]:
-    """Absolute names of all modules that a source imports, also inside functions; `from a import b` gives a and a.b."""
+    """Absolute names of all modules that a source imports, also inside functions; `from a import b`
+    gives a and a.b."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -39,13 +51,16 @@ def violations(own: tuple[str, ...], source: str) -> list[str]:
     wrong = []
     for name in imports(source):
         package, *inner = name.split(".")
-        if package in ("tools", "demos", "tests") or (package == "streamvid" and inner and not allowed(own, tuple(inner))):
+        if package in ("tools", "demos", "tests") or (
+            package == "streamvid" and inner and not allowed(own, tuple(inner))
+        ):
             wrong.append(f"{'/'.join(own)} imports {name}")
     return wrong
 
 
 def allowed(own: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """A package imports its own level or one below; methods and the rollout have rules of their own."""
+    """A package imports its own level or one below; methods and the rollout have rules of their
+    own."""
     if other[0] not in LEVEL_OF:  # streamvid.__version__
         return True
     if own[0] == other[0] == "methods":
@@ -59,7 +74,9 @@ def allowed(own: tuple[str, ...], other: tuple[str, ...]) -> bool:
 
 
 def modules() -> list[tuple[tuple[str, ...], str]]:
-    files = [file for file in PACKAGE.rglob("*.py") if file.parent != PACKAGE or file.stem != "__init__"]
+    files = [
+        file for file in PACKAGE.rglob("*.py") if file.parent != PACKAGE or file.stem != "__init__"
+    ]
     return [(file.relative_to(PACKAGE).with_suffix("").parts, file.read_text()) for file in files]
 
 
@@ -71,40 +88,53 @@ def test_imports_go_one_way():
     assert [line for own, source in modules() for line in violations(own, source)] == []
 
 
-@pytest.mark.parametrize("own, source", [
-    ("core/process", "from streamvid.models.rope import rotate"),
-    ("core/process", "from streamvid import models"),
-    ("core/process", "def f():\n    import streamvid.models"),
-    ("models/rope", "from streamvid.rollout.noise import KeyedNoise"),
-    ("rollout/loop", "from streamvid.codecs.base import VideoCodec"),
-    ("rollout/sampler", "from streamvid.codecs.text import PromptEncoder"),
-    ("rollout/loop", "from streamvid.teachers import wan"),
-    ("rollout/loop", "from streamvid.models.causal_wan import CausalWanTransformer3DModel"),
-    ("methods/dmd", "from streamvid.methods.trajectory import Config"),
-    ("methods/dmd", "from streamvid.training.ema import EMA"),
-    ("evaluation/runs", "from streamvid.experiment import build"),
-    ("experiment/build", "import tools.sample"),
-])
+@pytest.mark.parametrize(
+    "own, source",
+    [
+        ("core/process", "from streamvid.models.rope import rotate"),
+        ("core/process", "from streamvid import models"),
+        ("core/process", "def f():\n    import streamvid.models"),
+        ("models/rope", "from streamvid.rollout.noise import KeyedNoise"),
+        ("rollout/loop", "from streamvid.codecs.base import VideoCodec"),
+        ("rollout/sampler", "from streamvid.codecs.text import PromptEncoder"),
+        ("rollout/loop", "from streamvid.teachers import wan"),
+        ("rollout/loop", "from streamvid.models.causal_wan import CausalWanTransformer3DModel"),
+        ("methods/dmd", "from streamvid.methods.trajectory import Config"),
+        ("methods/dmd", "from streamvid.training.ema import EMA"),
+        ("evaluation/runs", "from streamvid.experiment import build"),
+        ("experiment/build", "import tools.sample"),
+    ],
+)
 def test_a_wrong_import_is_found(own, source):
     assert violations(tuple(own.split("/")), source)
 
 
-@pytest.mark.parametrize("own, source", [
-    ("rollout/sampler", "from streamvid.codecs.base import VideoCodec"),
-    ("rollout/loop", "from streamvid.models.kv_cache import StreamKVCache"),
-    ("methods/dmd", "from streamvid.training.method import BatchSource"),
-    ("experiment/build", "import streamvid.methods\nfrom streamvid import __version__"),
-])
+@pytest.mark.parametrize(
+    "own, source",
+    [
+        ("rollout/sampler", "from streamvid.codecs.base import VideoCodec"),
+        ("rollout/loop", "from streamvid.models.kv_cache import StreamKVCache"),
+        ("methods/dmd", "from streamvid.training.method import BatchSource"),
+        ("experiment/build", "import streamvid.methods\nfrom streamvid import __version__"),
+    ],
+)
 def test_a_right_import_is_not(own, source):
     assert violations(tuple(own.split("/")), source) == []
 
 
 def test_flash_attn_is_imported_in_one_file():
-    users = {own for own, source in modules() if any(name.split(".")[0] == "flash_attn" for name in imports(source))}
+    users = {
+        own
+        for own, source in modules()
+        if any(name.split(".")[0] == "flash_attn" for name in imports(source))
+    }
     assert users <= {("models", "attention")}
 
 
 def test_importing_streamvid_is_light():
     """Neither diffusers nor transformers is loaded."""
-    code = "import sys, streamvid; assert not {'diffusers', 'transformers', 'torch'} & set(sys.modules)"
+    code = (
+        "import sys, streamvid; assert not {'diffusers', 'transformers', 'torch'} &"
+        " set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

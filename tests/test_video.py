@@ -13,7 +13,9 @@ def frames():
     return render(sample_spec(3), 9)
 
 
-@pytest.mark.parametrize("name, tolerance", [("a.mp4", 0.04), ("a.webm", 0.06), ("a.gif", 0.02), ("folder", 0.003)])
+@pytest.mark.parametrize(
+    "name, tolerance", [("a.mp4", 0.04), ("a.webm", 0.06), ("a.gif", 0.02), ("folder", 0.003)]
+)
 def test_what_is_written_can_be_read(tmp_path, frames, name, tolerance):
     """Same number of frames and size; lossy formats stay close (root mean square)."""
     write_video(frames, tmp_path / name, 16)
@@ -78,7 +80,10 @@ def test_a_live_folder_has_each_frame_at_once_and_keeps_them(tmp_path, frames):
 def test_no_frames_or_frames_of_two_sizes_are_errors(tmp_path, name):
     with pytest.raises(ValueError, match="no frames came"), VideoWriter(tmp_path / name, 16):
         pass
-    with pytest.raises(ValueError, match="frames of 8 x 8 after frames of 16 x 16"), VideoWriter(tmp_path / name, 16) as writer:
+    with (
+        pytest.raises(ValueError, match="frames of 8 x 8 after frames of 16 x 16"),
+        VideoWriter(tmp_path / name, 16) as writer,
+    ):
         writer.append(torch.rand(2, 3, 16, 16))
         writer.append(torch.rand(2, 3, 8, 8))
     with pytest.raises(ValueError, match="fps=0"):
@@ -94,7 +99,8 @@ def test_a_slash_at_the_end_means_a_folder(tmp_path, frames):
 @pytest.mark.parametrize("size", [(64, 64), (720, 1280)])
 @pytest.mark.parametrize("suffix", ["mp4", "webm"])
 def test_colours_are_those_that_a_player_shows(tmp_path, size, suffix):
-    """Untagged BT.601 at 720 lines showed red (220, 30, 30) as (235, 47, 27); the reader follows the players' rule."""
+    """Untagged BT.601 at 720 lines showed red (220, 30, 30) as (235, 47, 27); the reader follows
+    the players' rule."""
     red = torch.tensor([220, 30, 30]) / 255
     write_video(red.reshape(1, 3, 1, 1).expand(2, 3, *size), tmp_path / f"a.{suffix}", 16)
     again, fps = read_video(tmp_path / f"a.{suffix}")
@@ -133,7 +139,11 @@ def test_a_file_that_is_no_video_is_refused(tmp_path):
 
 def test_contact_sheet_has_a_row_a_clip_beside_its_label(tmp_path, frames):
     """Frames are enlarged by repeating pixels, and a long label does not run into them."""
-    contact_sheet([("prompt", [("a", frames), ("a rather long label", frames)])], tmp_path / "sheet.png", columns=3)
+    contact_sheet(
+        [("prompt", [("a", frames), ("a rather long label", frames)])],
+        tmp_path / "sheet.png",
+        columns=3,
+    )
     sheet, _ = read_video(tmp_path)
     _, _, height, width = sheet.shape
     margin = width - 3 * 130
@@ -143,7 +153,8 @@ def test_contact_sheet_has_a_row_a_clip_beside_its_label(tmp_path, frames):
 
 
 def test_a_file_that_lost_frames_is_an_error_and_is_not_there(tmp_path, monkeypatch):
-    """ffmpeg does not say that its disk was full: a broken file of 1,024 bytes was called written."""
+    """ffmpeg does not say that its disk was full: a broken file of 1,024 bytes was called
+    written."""
     frames = torch.rand(5, 3, 16, 16)
     for suffix in (".mp4", ".webm"):
         write_video(frames, tmp_path / f"whole{suffix}", 16)

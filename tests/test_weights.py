@@ -1,4 +1,5 @@
-"""Files of weights that claim what they don't hold: one line that names the file, and no memory taken."""
+"""Files of weights that claim what they don't hold: one line that names the file, and no memory
+taken."""
 
 import json
 import os
@@ -18,7 +19,9 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 def folder(tmp_path):
     """A transformer's, with an index."""
     copy = shutil.copytree(TINY_START / "transformer", tmp_path / "transformer")
-    (copy / INDEX).write_text(json.dumps({"weight_map": {"proj_out.bias": "diffusion_pytorch_model.safetensors"}}))
+    (copy / INDEX).write_text(
+        json.dumps({"weight_map": {"proj_out.bias": "diffusion_pytorch_model.safetensors"}})
+    )
     return copy
 
 
@@ -28,19 +31,30 @@ def refused(match, call, *args):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("weight_map", [["a"], {"a": {}}, {"a": ["b"]}, {"a": 5}, "a", {"a": "../../b.safetensors"}, None])
+@pytest.mark.parametrize(
+    "weight_map",
+    [["a"], {"a": {}}, {"a": ["b"]}, {"a": 5}, "a", {"a": "../../b.safetensors"}, None],
+)
 def test_an_index_of_anything_but_files_is_refused(folder, weight_map):
     check_weights(folder)
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     refused("index.json: weight_map is no table", check_weights, folder)
 
 
-@pytest.mark.parametrize("name, value, match", [
-    ("eps", "x", "eps is 'x', expected float, such as 1e-06"),
-    ("eps", float("inf"), "eps is 'inf'"), ("eps", float("nan"), "eps is 'nan'"), ("eps", True, "eps is 'True'"),
-    ("num_layers", "2", "num_layers is '2', expected int"), ("num_layers", -1, "num_layers is -1, expected 0 to"),
-    ("ffn_dim", 10**12, "expected 0 to 1,000,000"), ("patch_size", 2, "patch_size is '2'"), ("cross_attn_norm", 1, "cross_attn"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value, match",
+    [
+        ("eps", "x", "eps is 'x', expected float, such as 1e-06"),
+        ("eps", float("inf"), "eps is 'inf'"),
+        ("eps", float("nan"), "eps is 'nan'"),
+        ("eps", True, "eps is 'True'"),
+        ("num_layers", "2", "num_layers is '2', expected int"),
+        ("num_layers", -1, "num_layers is -1, expected 0 to"),
+        ("ffn_dim", 10**12, "expected 0 to 1,000,000"),
+        ("patch_size", 2, "patch_size is '2'"),
+        ("cross_attn_norm", 1, "cross_attn"),
+    ],
+)
 def test_a_configuration_of_other_kinds_is_refused(folder, name, value, match):
     """A text for eps went through loading, and was a traceback in the first forward."""
     config = json.loads((folder / "config.json").read_text())
@@ -63,7 +77,9 @@ def test_json_that_is_too_deep_is_one_line(tmp_path):
 def test_a_tensor_that_claims_more_than_its_file_holds_is_refused(tmp_path):
     """A few bytes with stride 0 became 1.5 TB when they were copied."""
     torch.save({"model": {"a": torch.zeros(1).expand(400_000_000_000)}}, tmp_path / "a.pt")
-    refused(r"a.pt: a tensor \(400000000000,\) claims more numbers", read_pickled, tmp_path / "a.pt")
+    refused(
+        r"a.pt: a tensor \(400000000000,\) claims more numbers", read_pickled, tmp_path / "a.pt"
+    )
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [x], lambda x: {"b": (x,)}])

@@ -6,9 +6,8 @@
     python tools/convert.py --from self-forcing SFWan2.1-T2V-1.3B-Diffusers/ --to students/fastvideo  # diffusers' layout
     python tools/convert.py --from wan Wan2.1-T2V-1.3B/ --to students/wan   # bidirectional, to begin a training with
 
-The file says nothing about how a student is streamed: --from does. Code in a checkpoint is never run. A student
-that is already at --to is replaced.
-"""
+The file says nothing about how a student is streamed: --from does. Code in a checkpoint is never
+run. A student that is already at --to is replaced."""
 
 from __future__ import annotations
 
@@ -18,10 +17,18 @@ from pathlib import Path
 
 from streamvid.command_line import Parser, run_tool, say
 
-# Fields of StreamConfig as published. A list "1000, 750, 500, 250" is nominal, and is 4 steps at shift 5.
-_SELF_FORCING = {"num_steps": 4, "shift": 5.0, "window_frames": 21, "positions": "window", "max_trained_frames": 21}
+# Fields of StreamConfig as published. A list "1000, 750, 500, 250" is nominal, and is 4 steps at
+# shift 5.
+_SELF_FORCING = {
+    "num_steps": 4,
+    "shift": 5.0,
+    "window_frames": 21,
+    "positions": "window",
+    "max_trained_frames": 21,
+}
 _FRAMEWISE = {**_SELF_FORCING, "chunk_frames": 1}
-_DIAGONAL = (1.0, 0.933, 0.733, 5 / 14)  # as it streams: 1000, 933, 733, 357 of Wan's own time, after the shift
+# as it streams: 1000, 933, 733, 357 of Wan's own time, after the shift
+_DIAGONAL = (1.0, 0.933, 0.733, 5 / 14)
 STREAMS: dict[str, dict] = {
     "self-forcing": _SELF_FORCING,
     "causal-forcing": _SELF_FORCING,
@@ -33,25 +40,50 @@ STREAMS: dict[str, dict] = {
     "longlive": {**_SELF_FORCING, "window_frames": 12, "sink_frames": 3, "max_trained_frames": 240},
     # 4-3-2-2-..., without a pass that writes the context
     "diagdistill": {
-        **_SELF_FORCING, "window_frames": 12, "sink_frames": 3, "commit": "reuse",
+        **_SELF_FORCING,
+        "window_frames": 12,
+        "sink_frames": 3,
+        "commit": "reuse",
         "step_table": (_DIAGONAL, (*_DIAGONAL[:2], _DIAGONAL[3]), (_DIAGONAL[0], _DIAGONAL[3])),
     },
-    # the first frame, the last two and the chunk, at positions 0 to 5; the release also recomputes the context, we don't
+    # the first frame, the last two and the chunk, at positions 0 to 5; the release also recomputes
+    # the context, we don't
     "krea": {**_SELF_FORCING, "window_frames": 6, "sink_frames": 1, "max_trained_frames": 6},
-    "wan": {"num_steps": 50, "stepper": "euler", "commit": "none", "order": "full_sequence", "max_trained_frames": 21},
+    "wan": {
+        "num_steps": 50,
+        "stepper": "euler",
+        "commit": "none",
+        "order": "full_sequence",
+        "max_trained_frames": 21,
+    },
 }
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("checkpoint", help="a .pt, .pth or .safetensors file, its .safetensors.index.json, or a folder, "
-                        "which may be in diffusers' layout")
-    parser.add_argument("--from", dest="family", required=True, choices=STREAMS, help="what was published")
+    parser.add_argument(
+        "checkpoint",
+        help=(
+            "a .pt, .pth or .safetensors file, its .safetensors.index.json, or a folder, "
+            "which may be in diffusers' layout"
+        ),
+    )
+    parser.add_argument(
+        "--from", dest="family", required=True, choices=STREAMS, help="what was published"
+    )
     parser.add_argument("--to", required=True, help="the student folder to write")
-    parser.add_argument("--which", help="the weights in a file with several; by default generator_ema, or else generator")
+    parser.add_argument(
+        "--which",
+        help="the weights in a file with several; by default generator_ema, or else generator",
+    )
     parser.add_argument("--lora", help="a LoRA file to merge, of any published form")
-    parser.add_argument("--components", help="a Wan folder in diffusers' layout, whose vae/, text_encoder/ and tokenizer/ "
-                        "are copied; without it, name them when sampling")
+    parser.add_argument(
+        "--components",
+        help=(
+            "a Wan folder in diffusers' layout, whose vae/, text_encoder/ and tokenizer/ "
+            "are copied; without it, name them when sampling"
+        ),
+    )
     return parser.parse_args(argv)
 
 
@@ -76,14 +108,15 @@ def convert(args: argparse.Namespace) -> None:
         facts["merged"] = f"{Path(args.lora).name} ({len(read_lora(args.lora))} updates)"
     save_student(args.to, model, stream, args.components, model_card(args.family, facts, stream))
     say(
-        f"wrote {args.to}: {size:,} parameters in {str(model.dtype).removeprefix('torch.')}, {config.num_layers} blocks of "
-        f"{config.num_attention_heads} heads; {streamed(stream)}"
+        f"wrote {args.to}: {size:,} parameters in {str(model.dtype).removeprefix('torch.')},"
+        f" {config.num_layers} blocks of {config.num_attention_heads} heads; {streamed(stream)}"
         + (f"; merged {facts['merged']}" if args.lora else "")
     )
 
 
 def check_target(folder: Path) -> None:
-    """A ValueError if there is anything at `folder` but a student, which may be replaced, or an empty folder."""
+    """A ValueError if there is anything at `folder` but a student, which may be replaced, or an
+    empty folder."""
     from streamvid.rollout.schedule import STREAM_CONFIG_FILE
 
     if not folder.exists() or (folder / STREAM_CONFIG_FILE).is_file():

@@ -1,13 +1,14 @@
-"""Everything that we want to know of a GPU in one command: machine, correctness, speed, memory, training turns.
+"""Everything that we want to know of a GPU in one command: machine, correctness, speed, memory,
+training turns.
 
     python tools/gpu_check.py --out runs/gpu.json
     python tools/gpu_check.py --parts machine,stream_1.3b --out runs/gpu.json
     python tools/gpu_check.py --tiny --out runs/rehearsal.json
 
-Needs no checkpoint and no network: weights are random. Each part runs in a process of its own with its own time limit,
-so that a failure loses no other part; the report and its Markdown are rewritten after each. --tiny rehearses all parts
-on the CPU at small sizes. Exits with 1 if a part was not whole.
-"""
+Needs no checkpoint and no network: weights are random. Each part runs in a process of its own with
+its own time limit, so that a failure loses no other part; the report and its Markdown are rewritten
+after each. --tiny rehearses all parts on the CPU at small sizes. Exits with 1 if a part was not
+whole."""
 
 from __future__ import annotations
 
@@ -21,10 +22,19 @@ from streamvid.command_line import Parser, run_tool
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--parts", help="comma-separated; by default all")
-    parser.add_argument("--minutes", type=float, default=7.0, help="for all; parts that find no time are skipped (default 7)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=7.0,
+        help="for all; parts that find no time are skipped (default 7)",
+    )
     parser.add_argument("--tiny", action="store_true", help="a rehearsal on the CPU")
-    parser.add_argument("--out", default="runs/gpu.json", help="the report, .json (default runs/gpu.json)")
-    parser.add_argument("--list", action="store_true", help="name the parts and their time limits, and end")
+    parser.add_argument(
+        "--out", default="runs/gpu.json", help="the report, .json (default runs/gpu.json)"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="name the parts and their time limits, and end"
+    )
     return parser.parse_args(argv)
 
 

@@ -3,10 +3,10 @@
     make quickstart            (or: python tools/quickstart.py)
     python tools/quickstart.py --minutes 2 --prompts 24
 
-Writes runs/quickstart/: student/ (the distilled student), four streamed clips (.mp4), contact_sheet.png (teacher,
-student before, student after; same prompts, same seeds), report.json and report.md, and prints the table. Each time anew:
-what an earlier quickstart wrote is removed, and nothing else.
-"""
+Writes runs/quickstart/: student/ (the distilled student), four streamed clips (.mp4),
+contact_sheet.png (teacher, student before, student after; same prompts, same seeds), report.json
+and report.md, and prints the table. Each time anew: what an earlier quickstart wrote is removed,
+and nothing else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ NUM_FRAMES, LATENT_FRAMES, TEACHER_STEPS, GUIDANCE = 33, 9, 50, 2.0
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--minutes", type=float, default=4.0, help="of training (default 4)")
-    parser.add_argument("--prompts", type=int, default=48, help="held-out prompts to score (default 48)")
+    parser.add_argument(
+        "--prompts", type=int, default=48, help="held-out prompts to score (default 48)"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("runs"))
     args = parser.parse_args(argv)
     log_to_stderr()
@@ -50,10 +52,15 @@ def run(minutes: float, num_prompts: int, output_dir: Path) -> None:
     run_dir = output_dir / config.train.name
     clear(run_dir)
     evaluation_s = 3 + num_prompts * 2.0
-    print(f"Distilling for {minutes:g} minutes, then about {evaluation_s / 60:.0f} minutes of sampling and scoring.")
+    print(
+        f"Distilling for {minutes:g} minutes, then about {evaluation_s / 60:.0f} minutes of"
+        " sampling and scoring."
+    )
     started = time.monotonic()
     build_trainer(config).train()
-    print(f"Trained in {time.monotonic() - started:.0f} s. Sampling {num_prompts} held-out prompts.")
+    print(
+        f"Trained in {time.monotonic() - started:.0f} s. Sampling {num_prompts} held-out prompts."
+    )
     compare(run_dir, num_prompts)
     print(f"Everything is in {run_dir}/, after {(time.monotonic() - started) / 60:.1f} minutes.")
 
@@ -62,7 +69,8 @@ def clear(run_dir: Path) -> None:
     """Remove what an earlier quickstart wrote into its folder.
 
     Raises:
-        ValueError: if the folder holds something and is no run, or one that is being trained; nothing is removed then.
+        ValueError: if the folder holds something and is no run, or one that is being trained;
+            nothing is removed then.
     """
     from streamvid.training.launch import LOCK_FILE, RunLock
 
@@ -84,7 +92,14 @@ def clear(run_dir: Path) -> None:
 def compare(run_dir: Path, num_prompts: int) -> None:
     """Clips, the contact sheet and the table of teacher, student before and student after."""
     from streamvid.evaluation.report import result_row, table, write_report
-    from streamvid.evaluation.runs import held_out_prompts, make_clips, measure_cost, score_clips, student_runner, teacher_runner
+    from streamvid.evaluation.runs import (
+        held_out_prompts,
+        make_clips,
+        measure_cost,
+        score_clips,
+        student_runner,
+        teacher_runner,
+    )
     from streamvid.evaluation.world_score import mean_scores
     from streamvid.students.folder import TINY_START, TINY_TEACHER, load_student
     from streamvid.teachers.wan import WanTeacher
@@ -101,14 +116,25 @@ def compare(run_dir: Path, num_prompts: int) -> None:
     ]
     clips, rows, reference = {}, [], None
     for runner in runners:
-        clips[runner.label] = make_clips(runner, before.codec, embeddings, range(num_prompts), NUM_FRAMES)
+        clips[runner.label] = make_clips(
+            runner, before.codec, embeddings, range(num_prompts), NUM_FRAMES
+        )
         cost = measure_cost(runner, before.codec, embeddings[:1], NUM_FRAMES)
         reference = reference or cost
-        rows.append(result_row(runner.label, [mean_scores(score_clips(clips[runner.label], prompts))], cost, reference))
+        rows.append(
+            result_row(
+                runner.label,
+                [mean_scores(score_clips(clips[runner.label], prompts))],
+                cost,
+                reference,
+            )
+        )
     shown = min(4, num_prompts)
     for index in range(shown):
         write_video(clips["student after"][index], run_dir / f"clip_{index}.mp4", 16)
-    groups = [(prompts[i], [(label, each[i]) for label, each in clips.items()]) for i in range(shown)]
+    groups = [
+        (prompts[i], [(label, each[i]) for label, each in clips.items()]) for i in range(shown)
+    ]
     contact_sheet(groups, run_dir / "contact_sheet.png")
     write_report(run_dir / "report.json", rows)
     print(table(rows))

@@ -1,13 +1,14 @@
 """Make clips with a student, as a stream or as files.
 
-    python tools/sample.py --prompt "a small red circle moves up quickly" --out clip.mp4
-    python tools/sample.py --prompts prompts.txt --num-frames 321 --steps 2 --out clips/
-    python tools/sample.py --student runs/tiny_dmd/student --prompt "..." --num-frames 0 --stream --out frames/
-    python tools/sample.py --teacher streamvid/assets/teacher --steps 50 --guidance 2 --prompt "..." --out teacher.gif
+    python tools/sample.py --prompt "a small red circle moves up quickly" --out clip.mp4 python
+    tools/sample.py --prompts prompts.txt --num-frames 321 --steps 2 --out clips/ python
+    tools/sample.py --student runs/tiny_dmd/student --prompt "..." --num-frames 0 --stream --out
+    frames/ python tools/sample.py --teacher streamvid/assets/teacher --steps 50 --guidance 2
+    --prompt "..." --out teacher.gif
 
-With --prompt, --out is a file (.mp4, .webm, .gif) or a folder of PNGs; with --prompts, a folder of .mp4 files, or a
-pattern such as clips/{}.gif, or for one prompt a file. Prompt i has the seed --seed + i.
-"""
+With --prompt, --out is a file (.mp4, .webm, .gif) or a folder of PNGs; with --prompts, a folder of
+.mp4 files, or a pattern such as clips/{}.gif, or for one prompt a file. Prompt i has the seed
+--seed + i."""
 
 from __future__ import annotations
 
@@ -21,33 +22,69 @@ SLOWEST, FASTEST = 0.01, 1000.0  # frames a second that players know
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    model, prompt = (parser.add_mutually_exclusive_group(required=needed) for needed in (False, True))
+    model, prompt = (
+        parser.add_mutually_exclusive_group(required=needed) for needed in (False, True)
+    )
     model.add_argument("--student", help="a student folder; by default the shipped student")
-    model.add_argument("--teacher", help="a teacher folder: sample the teacher instead, all frames together")
-    parser.add_argument("--components", help="folder of vae/, text_encoder/ and tokenizer/, if the student's lacks them")
-    parser.add_argument("--codec", help="another codec of the same latents: a folder with vae/, or a TAEHV file for speed")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; by default a GPU where there is one")
-    parser.add_argument("--dtype", choices=("float32", "bf16"), default="float32", help="of the transformer (default float32)")
+    model.add_argument(
+        "--teacher", help="a teacher folder: sample the teacher instead, all frames together"
+    )
+    parser.add_argument(
+        "--components",
+        help="folder of vae/, text_encoder/ and tokenizer/, if the student's lacks them",
+    )
+    parser.add_argument(
+        "--codec",
+        help="another codec of the same latents: a folder with vae/, or a TAEHV file for speed",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1; by default a GPU where there is one"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bf16"),
+        default="float32",
+        help="of the transformer (default float32)",
+    )
     prompt.add_argument("--prompt", help="one prompt")
     prompt.add_argument("--prompts", help="a UTF-8 text file with a prompt a line")
     parser.add_argument("--num-frames", type=int, default=33, help="pixel frames (default 33)")
-    parser.add_argument("--steps", type=int, help="steps a chunk; by default the student's own, 50 for a teacher")
-    parser.add_argument("--schedule", help="autoregressive or rolling (as many chunks together as there are steps), or a stream_config.json in place of the student's")
-    parser.add_argument("--window", type=int, help="latent frames that the student sees; by default its own")
-    parser.add_argument("--sink", type=int, help="first latent frames kept in the window; by default the student's own")
+    parser.add_argument(
+        "--steps", type=int, help="steps a chunk; by default the student's own, 50 for a teacher"
+    )
+    parser.add_argument(
+        "--schedule",
+        help=(
+            "autoregressive or rolling (as many chunks together as there are steps), or a"
+            " stream_config.json in place of the student's"
+        ),
+    )
+    parser.add_argument(
+        "--window", type=int, help="latent frames that the student sees; by default its own"
+    )
+    parser.add_argument(
+        "--sink",
+        type=int,
+        help="first latent frames kept in the window; by default the student's own",
+    )
     parser.add_argument("--guidance", type=float, help="of a teacher (default 2); 1 is none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fps", type=float, default=16)
     parser.add_argument("--size", type=int, nargs=2, default=(64, 64), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--stream", action="store_true", help="PNGs are there as they come, Ctrl-C keeps what there is; "
-                        "--num-frames 0 never ends")
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="PNGs are there as they come, Ctrl-C keeps what there is; --num-frames 0 never ends",
+    )
     parser.add_argument("--out", required=True)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return run_tool(lambda: sample(args), "interrupted; the clip under way is not kept (--stream keeps it)")
+    return run_tool(
+        lambda: sample(args), "interrupted; the clip under way is not kept (--stream keeps it)"
+    )
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -60,7 +97,10 @@ def sample(args: argparse.Namespace) -> None:
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("the prompt is empty; say what to show")
     if args.num_frames < (0 if args.stream and not args.teacher else 1):
-        raise ValueError(f"--num-frames {args.num_frames}: a clip has at least 1 frame; 0 goes with --stream and a student")
+        raise ValueError(
+            f"--num-frames {args.num_frames}: a clip has at least 1 frame; 0 goes with --stream and"
+            " a student"
+        )
     if not SLOWEST <= args.fps <= FASTEST:
         raise ValueError(f"--fps {args.fps:g}: expected {SLOWEST:g} to {FASTEST:g} frames a second")
     if not -(2**63) <= args.seed < 2**63 - len(prompts):
@@ -72,12 +112,21 @@ def sample(args: argparse.Namespace) -> None:
     runner, codec, encoder = build_runner(args, device)
     for index, (prompt, out) in enumerate(zip(prompts, outs)):
         made = export_clip(
-            runner.model, codec, encoder.encode([prompt]).to(device), runner.stream, out, seed=args.seed + index, size=args.size,
-            num_frames=args.num_frames or None, fps=args.fps, live=args.stream,
+            runner.model,
+            codec,
+            encoder.encode([prompt]).to(device),
+            runner.stream,
+            out,
+            seed=args.seed + index,
+            size=args.size,
+            num_frames=args.num_frames or None,
+            fps=args.fps,
+            live=args.stream,
         )
         say(
-            f"wrote {out}: {made.num_frames} frames in {made.seconds:.2f} s, first frames after "
-            f"{1000 * made.first_frame_s:.0f} ms, {made.cost.nfe * runner.passes} forwards + {made.cost.commits} commits"
+            f"wrote {out}: {made.num_frames} frames in {made.seconds:.2f} s, first frames after"
+            f" {1000 * made.first_frame_s:.0f} ms, {made.cost.nfe * runner.passes} forwards +"
+            f" {made.cost.commits} commits"
         )
 
 
@@ -98,13 +147,27 @@ def build_runner(args: argparse.Namespace, device):
                 raise ValueError(f"--{name} is of students; a teacher denoises all frames together")
         teacher = open_teacher(args.teacher, torch_dtype=dtype, device=device)
         codec = open_codec(args.codec or args.components or args.teacher, device)
-        steps, guidance = (default if x is None else x for x, default in ((args.steps, 50), (args.guidance, 2.0)))
+        steps, guidance = (
+            default if x is None else x for x, default in ((args.steps, 50), (args.guidance, 2.0))
+        )
         frames = latent_frames_of(args.num_frames, codec.temporal_ratio)
-        return teacher_runner("teacher", teacher, steps, guidance, frames), codec, teacher.prompt_encoder
+        return (
+            teacher_runner("teacher", teacher, steps, guidance, frames),
+            codec,
+            teacher.prompt_encoder,
+        )
     if args.guidance is not None:
         raise ValueError("--guidance is of teachers; a student has it distilled in")
     student = load_student(args.student or TINY_STUDENT, args.components, device, dtype, args.codec)
-    return student_runner("student", student.transformer, deployed(student.stream, args.schedule, args.steps, args.window, args.sink)), student.codec, student.prompts
+    return (
+        student_runner(
+            "student",
+            student.transformer,
+            deployed(student.stream, args.schedule, args.steps, args.window, args.sink),
+        ),
+        student.codec,
+        student.prompts,
+    )
 
 
 if __name__ == "__main__":

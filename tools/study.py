@@ -5,10 +5,10 @@
     python tools/study.py --suite methods --quick
     python tools/study.py --suite my_study.yaml --out my_study.json prompts=50 minutes_per_run=30
 
-A suite is a file of configs/study, or a path. Writes a report as JSON, as Markdown and as a picture. Finished runs are kept in
---folder and in the report and skipped, an interrupted training goes on from its checkpoint: the same command continues, with
-the report alone also on another machine.
-"""
+A suite is a file of configs/study, or a path. Writes a report as JSON, as Markdown and as a
+picture. Finished runs are kept in --folder and in the report and skipped, an interrupted training
+goes on from its checkpoint: the same command continues, with the report alone also on another
+machine."""
 
 from __future__ import annotations
 
@@ -21,20 +21,46 @@ from pathlib import Path
 from streamvid.command_line import Parser, run_tool, tell
 
 SUITES = Path(__file__).parents[1] / "configs" / "study"
-QUICK = ("prompts=2", "max_steps=2", "max_seeds=1", "minutes_per_run=1", "long_times=2", "long_prompts=1")
+QUICK = (
+    "prompts=2",
+    "max_steps=2",
+    "max_seeds=1",
+    "minutes_per_run=1",
+    "long_times=2",
+    "long_prompts=1",
+)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--suite", default="methods", help="the study, a name or a file (default methods)")
+    parser.add_argument(
+        "--suite", default="methods", help="the study, a name or a file (default methods)"
+    )
     parser.add_argument("--only", help="variants, comma-separated; by default all")
-    parser.add_argument("--redo", default="", help="variants whose trainings and results are thrown away first")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of several each has one thread (default 2)")
-    parser.add_argument("--folder", help="where runs and results are kept (default runs/study/SUITE)")
+    parser.add_argument(
+        "--redo", default="", help="variants whose trainings and results are thrown away first"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=2,
+        help="runs at a time, of several each has one thread (default 2)",
+    )
+    parser.add_argument(
+        "--folder", help="where runs and results are kept (default runs/study/SUITE)"
+    )
     parser.add_argument("--out", help="the report, .json (default FOLDER/report.json)")
-    parser.add_argument("--quick", action="store_true", help="two steps and one seed of each: proves the wiring in minutes")
-    parser.add_argument("--report", action="store_true", help="only write the report of what is finished")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the study file's")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two steps and one seed of each: proves the wiring in minutes",
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="only write the report of what is finished"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings that replace the study file's"
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -44,16 +70,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def study(args: argparse.Namespace) -> int:
-    from streamvid.studies.study import TEACHER, all_jobs, forecast, load_study, still_to_do
     from streamvid.studies.report import restore_results, write_report
+    from streamvid.studies.study import TEACHER, all_jobs, forecast, load_study, still_to_do
     from streamvid.video import ensure_place
 
-    path = Path(args.suite) if args.suite.endswith((".yaml", ".yml")) else SUITES / f"{args.suite}.yaml"
+    path = (
+        Path(args.suite)
+        if args.suite.endswith((".yaml", ".yml"))
+        else SUITES / f"{args.suite}.yaml"
+    )
     config = load_study(path, [*(QUICK if args.quick else ()), *args.overrides])
     folder = Path(args.folder or f"runs/study/{path.stem}") / ("quick" if args.quick else "")
     out = Path(args.out or folder / "report.json")
     if out.suffix != ".json" or args.jobs < 1:
-        raise ValueError(f"--out {out} --jobs {args.jobs}: the report is a .json file, and there is at least one job")
+        raise ValueError(
+            f"--out {out} --jobs {args.jobs}: the report is a .json file, and there is at least"
+            " one job"
+        )
     ensure_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     ensure_place(out)
@@ -70,9 +103,16 @@ def study(args: argparse.Namespace) -> int:
     failed = []
     if left:
         hours, most = forecast(left, args.jobs)
-        tell(f"{len(left)} runs to do, in about {hours:.1f} h on {args.jobs} threads, {most:.1f} at most")
-        stages = [[job for job in left if (job.variant.after is None) is first] for first in (True, False)]
-        for index, line in enumerate((line for stage in stages for line in done(stage, args.jobs)), 1):
+        tell(
+            f"{len(left)} runs to do, in about {hours:.1f} h on {args.jobs} threads, {most:.1f} at"
+            " most"
+        )
+        stages = [
+            [job for job in left if (job.variant.after is None) is first] for first in (True, False)
+        ]
+        for index, line in enumerate(
+            (line for stage in stages for line in done(stage, args.jobs)), 1
+        ):
             tell(f"[{index}/{len(left)}] {line}")
             failed += [line] if ": error: " in line else []
             write_report(out, config, jobs)

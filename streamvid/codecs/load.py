@@ -1,4 +1,5 @@
-"""Opening a codec: a folder's `vae/config.json` says which class it is, and a single file is a TAEHV."""
+"""Opening a codec: a folder's `vae/config.json` says which class it is, and a single file is a
+TAEHV."""
 
 from __future__ import annotations
 
@@ -26,22 +27,32 @@ def open_codec(path: str | Path, device: torch.device | str | None = None) -> Vi
     """The codec in `path/vae`, or the TAEHV in the file `path`; frozen, in float32.
 
     Args:
-        path: a folder in the diffusers layout or its name on the hub, or a `.safetensors`, `.pth` or `.pt` file as TAEHV publishes them.
+        path: a folder in the diffusers layout or its name on the hub, or a `.safetensors`, `.pth`
+            or `.pt` file as TAEHV publishes them.
 
     Raises:
-        ValueError: one line, if it is missing, damaged, or of a class that has no streaming decoder here.
+        ValueError: one line, if it is missing, damaged, or of a class that has no streaming decoder
+            here.
     """
     path = Path(path) if Path(path).suffix in TENSOR_SUFFIXES else resolve_checkpoint(path, ["vae"])
-    codec = AutoencoderTAEHV.from_file(path) if path.suffix in TENSOR_SUFFIXES else _open_folder(path / "vae")
+    codec = (
+        AutoencoderTAEHV.from_file(path)
+        if path.suffix in TENSOR_SUFFIXES
+        else _open_folder(path / "vae")
+    )
     _check_finite(path, codec)
     return codec.requires_grad_(False).eval().to(device)
 
 
 def _check_finite(path: Path, codec: nn.Module) -> None:
-    """Refuse weights that would make black or white frames; decoders end in a clamp, behind which they can't be told."""
+    """Refuse weights that would make black or white frames; decoders end in a clamp, behind which
+    they can't be told."""
     bad = not_finite(codec.state_dict())
     if bad is not None:
-        raise ValueError(f"{path}: the codec's {bad} is not finite (NaN or infinite); it is damaged, copy it again")
+        raise ValueError(
+            f"{path}: the codec's {bad} is not finite (NaN or infinite); it is damaged, copy it"
+            " again"
+        )
 
 
 def _open_folder(folder: Path) -> nn.Module:

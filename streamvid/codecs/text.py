@@ -1,12 +1,13 @@
 """Prompts to embeddings, exactly as diffusers' pipelines make them, with a cache on disk.
 
-A folder holds ``text_encoder/`` and ``tokenizer/``, the layout of every diffusers checkpoint. What kind of encoder it is
-says how its pipeline encodes, see ``RECIPES``. Wan cleans a prompt, tokenises it to 512 tokens, encodes it, cuts the
-result at its attention mask and pads it with zeros; no mask is passed on, as Wan's own pipeline passes none.
+A folder holds ``text_encoder/`` and ``tokenizer/``, the layout of every diffusers checkpoint. What
+kind of encoder it is says how its pipeline encodes, see ``RECIPES``. Wan cleans a prompt, tokenises
+it to 512 tokens, encodes it, cuts the result at its attention mask and pads it with zeros; no mask
+is passed on, as Wan's own pipeline passes none.
 
-An encoder can be larger than the model that it serves (UMT5-XXL is 11 GB in bf16). It is loaded when the first prompt
-that is not in the cache comes, and can be dropped with ``release`` when all prompts are encoded.
-"""
+An encoder can be larger than the model that it serves (UMT5-XXL is 11 GB in bf16). It is loaded
+when the first prompt that is not in the cache comes, and can be dropped with ``release`` when all
+prompts are encoded."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class Recipe:
 
 RECIPES = {
     "umt5": Recipe("UMT5EncoderModel", max_length=512, cleaned=True, masked=True),  # WanPipeline
-    "t5": Recipe("T5EncoderModel", max_length=226, cleaned=False, masked=False),  # CogVideoXPipeline
+    # CogVideoXPipeline
+    "t5": Recipe("T5EncoderModel", max_length=226, cleaned=False, masked=False),
 }
 """By ``model_type`` in the encoder's ``config.json``."""
 
@@ -68,14 +70,23 @@ class EncoderFolder:
         ValueError: if a file of it is missing or ends early, or it is of a kind without a recipe.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ):
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} has no config.json; expected a diffusers folder with {folder.name}/")
+            raise ValueError(
+                f"{folder} has no config.json; expected a diffusers folder with {folder.name}/"
+            )
         self.folder, self.dtype, self.device = folder, dtype, device
         config = read_json(folder / "config.json")
         self.recipe = _recipe(config.get("model_type"), folder)
         if type(config.get("d_model")) is not int:
-            raise ValueError(f"{folder / 'config.json'} has no width d_model; copy the checkpoint again")
+            raise ValueError(
+                f"{folder / 'config.json'} has no width d_model; copy the checkpoint again"
+            )
         self.embedding_dim: int = config["d_model"]
         check_weights(folder)
 
@@ -85,10 +96,13 @@ class EncoderFolder:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # it would draw a bar for 32 small tensors
-        return load_strictly(getattr(transformers, self.recipe.encoder_class), self.folder, self.dtype).to(self.device)
+        return load_strictly(
+            getattr(transformers, self.recipe.encoder_class), self.folder, self.dtype
+        ).to(self.device)
 
     def fingerprint(self) -> str:
-        """Names the weights without reading all of them: blocks spread over each file, its header among them."""
+        """Names the weights without reading all of them: blocks spread over each file, its header
+        among them."""
         digest = hashlib.blake2b(f"{self.dtype}".encode(), digest_size=16)
         for path in [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]:
             size = path.stat().st_size
@@ -103,14 +117,18 @@ class EncoderFolder:
 class PromptEncoder:
     """Encodes prompts, each once; embeddings are kept in memory or, with ``cache_dir``, on disk.
 
-    A prompt past the token limit is cut, as the pipelines do it, and a warning says what of it is not seen.
+    A prompt past the token limit is cut, as the pipelines do it, and a warning says what of it is
+    not seen.
 
     Args:
         tokenizer: of the checkpoint.
-        text_encoder: a ``UMT5EncoderModel`` or ``T5EncoderModel``, frozen in place; or its folder, loaded when needed.
-        max_length: tokens a prompt is padded or cut to; None takes the tokenizer's own limit, at most the recipe's.
-        cache_dir: a folder for embeddings, one safetensors file a prompt, read whenever it is asked for; None keeps them
-            in memory. A file that is damaged, or of another prompt or encoder, is made anew.
+        text_encoder: a ``UMT5EncoderModel`` or ``T5EncoderModel``, frozen in place; or its folder,
+            loaded when needed.
+        max_length: tokens a prompt is padded or cut to; None takes the tokenizer's own limit, at
+            most the recipe's.
+        cache_dir: a folder for embeddings, one safetensors file a prompt, read whenever it is asked
+            for; None keeps them in memory. A file that is damaged, or of another prompt or encoder,
+            is made anew.
     """
 
     def __init__(
@@ -132,7 +150,10 @@ class PromptEncoder:
         if isinstance(self.max_length, (int, float)) and not max_length:
             self.max_length = min(self.max_length, self.recipe.max_length)
         if type(self.max_length) is not int or self.max_length < 1:
-            raise ValueError(f"the tokenizer's model_max_length is {self.max_length!r}, expected a number of tokens, at least 1")
+            raise ValueError(
+                f"the tokenizer's model_max_length is {self.max_length!r}, expected a number of"
+                " tokens, at least 1"
+            )
         self.cache_dir = Path(cache_dir) if cache_dir is not None else None
         self._memory: dict[str, Tensor] = {}
         self._told: set[str] = set()
@@ -147,18 +168,23 @@ class PromptEncoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> PromptEncoder:
-        """Open ``path/text_encoder`` and ``path/tokenizer``; the weights are checked now and loaded with the first prompt.
+        """Open ``path/text_encoder`` and ``path/tokenizer``; the weights are checked now and loaded
+        with the first prompt.
 
         Args:
-            dtype: that the encoder computes in. diffusers' pipelines compute in the one they are opened with, mostly bf16.
+            dtype: that the encoder computes in. diffusers' pipelines compute in the one they are
+                opened with, mostly bf16.
             device: that it computes on.
 
         Raises:
-            ValueError: if one of them is missing or damaged, or needs code of its own, which is never run.
+            ValueError: if one of them is missing or damaged, or needs code of its own, which is
+                never run.
         """
         for part in ("text_encoder", "tokenizer"):
             if not (Path(path) / part).is_dir():
-                raise ValueError(f"{path} has no folder {part}/; expected a checkpoint in the diffusers layout")
+                raise ValueError(
+                    f"{path} has no folder {part}/; expected a checkpoint in the diffusers layout"
+                )
         source = EncoderFolder(Path(path) / "text_encoder", dtype, device)
         return cls(_open_tokenizer(Path(path) / "tokenizer"), source, max_length, cache_dir)
 
@@ -175,7 +201,8 @@ class PromptEncoder:
             self._encoder = None
 
     def encode(self, prompts: list[str]) -> Tensor:
-        """Embeddings ``[B, max_length, D]`` in float32 on the CPU; the same prompt always gives the same bits."""
+        """Embeddings ``[B, max_length, D]`` in float32 on the CPU; the same prompt always gives the
+        same bits."""
         padded = [F.pad(e, (0, 0, 0, self.max_length - len(e))) for e in map(self._load, prompts)]
         return torch.stack(padded)
 
@@ -185,13 +212,17 @@ class PromptEncoder:
             self._load(prompt)
 
     def _load(self, prompt: str) -> Tensor:
-        """``[L, D]`` without the zeros behind it, mostly a tenth of the padded size; from memory or the disk if it is there."""
+        """``[L, D]`` without the zeros behind it, mostly a tenth of the padded size; from memory or
+        the disk if it is there."""
         if prompt in self._memory:
             return self._memory[prompt]
         path = self._cache_path(prompt)
         embedding, cut = self._read(path) or self._compute(prompt)
         if cut:
-            self._tell_once(f"a prompt has at most {self.max_length} tokens: {cut[:200]!r} is cut off {prompt[:60]!r}...")
+            self._tell_once(
+                f"a prompt has at most {self.max_length} tokens: {cut[:200]!r} is cut off"
+                f" {prompt[:60]!r}..."
+            )
         if path is None:
             self._memory[prompt] = embedding
         elif not path.exists():
@@ -199,7 +230,8 @@ class PromptEncoder:
         return embedding
 
     def _read(self, path: Path | None) -> tuple[Tensor, str] | None:
-        """What ``_compute`` gave, from the disk; None if it is not there. What is there but is no good is removed."""
+        """What ``_compute`` gave, from the disk; None if it is not there. What is there but is no
+        good is removed."""
         if path is None or not path.exists():
             return None
         try:
@@ -218,11 +250,16 @@ class PromptEncoder:
 
     @torch.no_grad()
     def _compute(self, prompt: str) -> tuple[Tensor, str]:
-        """The embedding and what of the prompt was cut off; one at a time, so that not even rounding depends on a batch."""
+        """The embedding and what of the prompt was cut off; one at a time, so that not even
+        rounding depends on a batch."""
         text = clean_prompt(prompt) if self.recipe.cleaned else prompt
         tokens = self.tokenizer(
-            [text], padding="max_length", max_length=self.max_length, truncation=True,
-            return_attention_mask=True, return_tensors="pt",
+            [text],
+            padding="max_length",
+            max_length=self.max_length,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
         )
         device = device_of(self.text_encoder)
         ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
@@ -235,24 +272,36 @@ class PromptEncoder:
     def _cut_off(self, text: str) -> str:
         """The end of a prompt that is past the token limit, before the end mark; mostly empty."""
         ids = self.tokenizer(text, verbose=False).input_ids
-        return self.tokenizer.decode(ids[self.max_length - 1 : -1]) if len(ids) > self.max_length else ""
+        return (
+            self.tokenizer.decode(ids[self.max_length - 1 : -1])
+            if len(ids) > self.max_length
+            else ""
+        )
 
     def _cache_path(self, prompt: str) -> Path | None:
         if self.cache_dir is None:
             return None
-        name = hashlib.blake2b(f"{self._encoder_fingerprint()}\0{prompt}".encode(), digest_size=16).hexdigest()
+        name = hashlib.blake2b(
+            f"{self._encoder_fingerprint()}\0{prompt}".encode(), digest_size=16
+        ).hexdigest()
         return self.cache_dir / f"{name}.safetensors"
 
     def _encoder_fingerprint(self) -> str:
-        """Names the encoder, its sizes and the token limit, so that a cache can't serve another encoder."""
+        """Names the encoder, its sizes and the token limit, so that a cache can't serve another
+        encoder."""
         if self._fingerprint is None:
-            weights = self._source.fingerprint() if self._source is not None else _parameter_fingerprint(self._encoder)
+            weights = (
+                self._source.fingerprint()
+                if self._source is not None
+                else _parameter_fingerprint(self._encoder)
+            )
             self._fingerprint = f"{self.max_length} {weights}"
         return self._fingerprint
 
 
 def write_cached(path: Path, embedding: Tensor, cut: str) -> None:
-    """Keep an embedding ``[L, D]``, and what of its prompt was cut off, at a path whose name says whose it is."""
+    """Keep an embedding ``[L, D]``, and what of its prompt was cut off, at a path whose name says
+    whose it is."""
     facts = {"cut": cut, "checksum": _checksum(path, embedding, cut)}
     with atomic_file(path) as temporary:
         save_file({"embedding": embedding}, temporary, metadata=facts)
@@ -268,43 +317,64 @@ def read_cached(path: Path) -> tuple[Tensor, str]:
         with safe_open(path, "pt") as file:
             facts, embedding = file.metadata() or {}, file.get_tensor("embedding")
     except SafetensorError as error:
-        raise ValueError(f"cached embedding {path} is damaged ({' '.join(str(error).split())[:200]})") from error
+        raise ValueError(
+            f"cached embedding {path} is damaged ({' '.join(str(error).split())[:200]})"
+        ) from error
     if "checksum" not in facts:
-        raise ValueError(f"embeddings cached in {path.parent} have no checksum, they are of an earlier version")
+        raise ValueError(
+            f"embeddings cached in {path.parent} have no checksum, they are of an earlier version"
+        )
     if facts["checksum"] != _checksum(path, embedding, facts.get("cut", "")):
-        raise ValueError(f"cached embedding {path} is damaged or of another prompt (its checksum differs)")
+        raise ValueError(
+            f"cached embedding {path} is damaged or of another prompt (its checksum differs)"
+        )
     return embedding, facts["cut"]
 
 
 def _checksum(path: Path, embedding: Tensor, cut: str) -> str:
-    """Of all that a cached file says, its name included, which stands for the encoder and the prompt."""
+    """Of all that a cached file says, its name included, which stands for the encoder and the
+    prompt."""
     said = f"{path.stem}\0{cut}\0{embedding.dtype}\0{tuple(embedding.shape)}\0".encode()
-    return hashlib.blake2b(said + embedding.reshape(-1).view(torch.uint8).numpy().tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        said + embedding.reshape(-1).view(torch.uint8).numpy().tobytes(), digest_size=16
+    ).hexdigest()
 
 
 def device_of(encoder: nn.Module) -> torch.device:
-    """Where an encoder computes: where accelerate's hooks bring its weights, or else where they are.
+    """Where an encoder computes: where accelerate's hooks bring its weights, or else where they
+    are.
 
     Raises:
         ValueError: if its weights are nowhere.
     """
     hooks = [getattr(module, "_hf_hook", None) for module in encoder.modules()]
-    places = [place for place in (getattr(hook, "execution_device", None) for hook in hooks) if place is not None]
+    places = [
+        place
+        for place in (getattr(hook, "execution_device", None) for hook in hooks)
+        if place is not None
+    ]
     device = torch.device(places[0]) if places else next(encoder.parameters()).device
     if device.type == "meta":
-        raise ValueError("the text encoder has no weights (it is on the device meta); load them, or offload with accelerate")
+        raise ValueError(
+            "the text encoder has no weights (it is on the device meta); load them, or offload with"
+            " accelerate"
+        )
     return device
 
 
 def _open_tokenizer(folder: Path) -> Any:
-    """A tokenizer of transformers; code that its folder names (``auto_map``) is neither run nor asked about."""
+    """A tokenizer of transformers; code that its folder names (``auto_map``) is neither run nor
+    asked about."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a damaged folder
         if "trust_remote_code" in str(error):  # its text advises to run the code
-            reason = "it needs code of its own (auto_map), which is never run; take one that transformers knows"
+            reason = (
+                "it needs code of its own (auto_map), which is never run; take one that"
+                " transformers knows"
+            )
         else:
             reason = " ".join(str(error).split())[:300]
         raise ValueError(f"cannot load the tokenizer of {folder.parent}: {reason}") from error
@@ -313,7 +383,10 @@ def _open_tokenizer(folder: Path) -> Any:
 def _recipe(model_type: str | None, named: Path | str) -> Recipe:
     """The recipe of a kind of encoder; a ValueError of one line if there is none."""
     if model_type not in RECIPES:
-        raise ValueError(f"{named} is a text encoder of the kind {model_type}; expected one of {', '.join(RECIPES)}")
+        raise ValueError(
+            f"{named} is a text encoder of the kind {model_type}; expected one of"
+            f" {', '.join(RECIPES)}"
+        )
     return RECIPES[model_type]
 
 
@@ -322,7 +395,10 @@ def _parameter_fingerprint(encoder: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in encoder.named_parameters():
         if parameter.is_meta:
-            raise ValueError(f"{name} is offloaded, so that its encoder has no name in a cache; give no cache_dir, or its folder")
+            raise ValueError(
+                f"{name} is offloaded, so that its encoder has no name in a cache; give no"
+                " cache_dir, or its folder"
+            )
         total = parameter.detach().double().sum().item()
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{total:.12e}".encode())
     return digest.hexdigest()

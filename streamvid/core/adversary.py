@@ -1,11 +1,12 @@
 """Adversaries: loss pairs, penalties, and heads on the features of a frozen network.
 
-Logits are ``[B, K]``, K heads or positions, and a loss is the mean over both. A discriminator here is a frozen trunk,
-whatever network it is, whose inner activations ``capture`` reads, and light ``FeatureHeads`` on them: the trunk is not
-theirs, so nobody trains it by accident, while the gradient to the sample passes through it.
+Logits are ``[B, K]``, K heads or positions, and a loss is the mean over both. A discriminator here
+is a frozen trunk, whatever network it is, whose inner activations ``capture`` reads, and light
+``FeatureHeads`` on them: the trunk is not theirs, so nobody trains it by accident, while the
+gradient to the sample passes through it.
 
-Shapes: features are maps ``[B, C, H, W]`` or ``[B, C, T, H, W]``, tokens ``[B, L, D]``, or vectors ``[B, D]``.
-"""
+Shapes: features are maps ``[B, C, H, W]`` or ``[B, C, T, H, W]``, tokens ``[B, L, D]``, or vectors
+``[B, D]``."""
 
 from __future__ import annotations
 
@@ -23,8 +24,11 @@ from streamvid.core.process import Time, as_work, euler_step
 
 AdversaryKind = Literal["ns", "hinge", "hinge_margin", "lsgan", "wgan", "paired"]
 
-# Of each kind: the generator's loss of (fake, real), the discriminator's of (fake, real); larger means more real.
-_PAIRS: dict[str, tuple[Callable[[Tensor, Tensor | None], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+# Of each kind: the generator's loss of (fake, real), the discriminator's of (fake, real); larger
+# means more real.
+_PAIRS: dict[
+    str, tuple[Callable[[Tensor, Tensor | None], Tensor], Callable[[Tensor, Tensor], Tensor]]
+] = {
     "ns": (lambda f, r: softplus(-f), lambda f, r: softplus(f) + softplus(-r)),
     "hinge": (lambda f, r: -f, lambda f, r: relu(1 + f) + relu(1 - r)),
     "hinge_margin": (lambda f, r: relu(1 - f), lambda f, r: relu(1 + f) + relu(1 - r)),
@@ -50,22 +54,28 @@ def generator_loss(kind: AdversaryKind, fake: Tensor, real: Tensor | None = None
 
     Args:
         fake: logits of student samples, with gradient.
-        real: with "paired", logits of the real samples of the same index, which get no gradient; not used otherwise.
+        real: with "paired", logits of the real samples of the same index, which get no gradient;
+            not used otherwise.
 
     Raises:
         ValueError: on another kind, or "paired" without ``real`` of one shape.
     """
     student, _ = _pair(kind)
     if kind == "paired" and (real is None or real.shape != fake.shape):
-        raise ValueError(f"kind='paired' compares by index: fake {tuple(fake.shape)}, real {_shape(real)}")
+        raise ValueError(
+            f"kind='paired' compares by index: fake {tuple(fake.shape)}, real {_shape(real)}"
+        )
     return student(as_work(fake), None if real is None else as_work(real).detach()).mean()  # sg
 
 
 def discriminator_loss(kind: AdversaryKind, fake: Tensor, real: Tensor) -> Tensor:
-    """What the discriminator lowers, a scalar; see ``generator_loss``. The samples are detached by the caller."""
+    """What the discriminator lowers, a scalar; see ``generator_loss``. The samples are detached by
+    the caller."""
     _, critic = _pair(kind)
     if fake.shape != real.shape:
-        raise ValueError(f"logits of {tuple(fake.shape)} fakes and {tuple(real.shape)} reals, expected one shape")
+        raise ValueError(
+            f"logits of {tuple(fake.shape)} fakes and {tuple(real.shape)} reals, expected one shape"
+        )
     return critic(as_work(fake), as_work(real)).mean()
 
 
@@ -83,9 +93,11 @@ def _shape(x: Tensor | None) -> str:
 
 
 def exact_penalty(logits: Tensor, x: Tensor) -> Tensor:
-    """``E |d D(x) / d x|^2``, the squared norm of each sample's gradient, averaged (R1 on reals, R2 on fakes).
+    """``E |d D(x) / d x|^2``, the squared norm of each sample's gradient, averaged (R1 on reals, R2
+    on fakes).
 
-    Mescheder et al., arXiv 1801.04406; multiply by gamma / 2. Needs second derivatives of everything between.
+    Mescheder et al., arXiv 1801.04406; multiply by gamma / 2. Needs second derivatives of
+    everything between.
 
     Args:
         logits: ``[B, K]`` of ``x``, which requires grad; the K logits of a sample are averaged.
@@ -95,9 +107,14 @@ def exact_penalty(logits: Tensor, x: Tensor) -> Tensor:
 
 
 def approximate_penalty(
-    logits_of: Callable[[Tensor], Tensor], x: Tensor, noise: Tensor, sigma: float, divide: bool = False
+    logits_of: Callable[[Tensor], Tensor],
+    x: Tensor,
+    noise: Tensor,
+    sigma: float,
+    divide: bool = False,
 ) -> Tensor:
-    """``E |D(x + sigma noise) - D(x)|^2``, about sigma^2 times ``exact_penalty`` and equal to it on average for a linear D.
+    """``E |D(x + sigma noise) - D(x)|^2``, about sigma^2 times ``exact_penalty`` and equal to it on
+    average for a linear D.
 
     APT, arXiv 2501.08316: first derivatives only, so that attention kernels will do.
 
@@ -121,7 +138,8 @@ def approximate_penalty(
 
 @contextmanager
 def capture(network: nn.Module, layers: Sequence[str]) -> Iterator[list[Tensor]]:
-    """While open, calls of ``network`` fill the list with what its submodules ``layers`` return, in this order.
+    """While open, calls of ``network`` fill the list with what its submodules ``layers`` return, in
+    this order.
 
         with capture(transformer, ["blocks.2", "blocks.4"]) as features:
             transformer(x_t, 1000 * t, cond)
@@ -134,7 +152,10 @@ def capture(network: nn.Module, layers: Sequence[str]) -> Iterator[list[Tensor]]
     modules = dict(network.named_modules())
     unknown = [name for name in layers if name not in modules]
     if unknown:
-        raise ValueError(f"no layer {unknown[0]!r} in {type(network).__name__}; its own are {', '.join(list(modules)[1:9])}, ...")
+        raise ValueError(
+            f"no layer {unknown[0]!r} in {type(network).__name__}; its own are"
+            f" {', '.join(list(modules)[1:9])}, ..."
+        )
     found: list[Tensor] = [None] * len(layers)  # type: ignore[list-item]
 
     def keep(index: int) -> Callable[..., None]:
@@ -143,7 +164,9 @@ def capture(network: nn.Module, layers: Sequence[str]) -> Iterator[list[Tensor]]
 
         return hook
 
-    handles = [modules[name].register_forward_hook(keep(index)) for index, name in enumerate(layers)]
+    handles = [
+        modules[name].register_forward_hook(keep(index)) for index, name in enumerate(layers)
+    ]
     try:
         yield found
     finally:
@@ -159,7 +182,8 @@ def as_tokens(features: Tensor) -> Tensor:
 
 
 class TokenHead(nn.Module):
-    """A logit a token, averaged: ``[B, L, D]`` to ``[B, K]``. With ``film`` the time scales and shifts the hidden layer.
+    """A logit a token, averaged: ``[B, L, D]`` to ``[B, K]``. With ``film`` the time scales and
+    shifts the hidden layer.
 
     Args:
         dim: D.
@@ -172,10 +196,15 @@ class TokenHead(nn.Module):
         super().__init__()
         self.inward = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden))
         self.outward = nn.Linear(hidden, num_logits)
-        self.film = nn.Sequential(nn.Linear(16, hidden), nn.SiLU(), nn.Linear(hidden, 2 * hidden)) if film else None
+        self.film = (
+            nn.Sequential(nn.Linear(16, hidden), nn.SiLU(), nn.Linear(hidden, 2 * hidden))
+            if film
+            else None
+        )
 
     def forward(self, features: Tensor, t: Tensor | None = None) -> Tensor:
-        """Logits ``[B, K]`` of features at the times ``t`` ``[B]``, which only a head with ``film`` looks at."""
+        """Logits ``[B, K]`` of features at the times ``t`` ``[B]``, which only a head with ``film``
+        looks at."""
         hidden = self.inward(as_tokens(features))
         if self.film is not None:
             scale, shift = self.film(_waves(t)).unsqueeze(1).chunk(2, dim=-1)
@@ -184,15 +213,18 @@ class TokenHead(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """Convolutions on a map, frame by frame, and a logit a place, averaged: ``[B, C, (T,) H, W]`` to ``[B, K]``."""
+    """Convolutions on a map, frame by frame, and a logit a place, averaged: ``[B, C, (T,) H, W]``
+    to ``[B, K]``."""
 
     def __init__(self, channels: int, num_logits: int = 1, hidden: int = 64):
         super().__init__()
         groups = next(n for n in (8, 4, 2, 1) if hidden % n == 0)
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, hidden, 3, padding=1), nn.GroupNorm(groups, hidden), nn.SiLU(),
+            nn.Conv2d(channels, hidden, 3, padding=1),
+            nn.GroupNorm(groups, hidden),
+            nn.SiLU(),
             nn.Conv2d(hidden, num_logits, 1),
-        )  # fmt: skip
+        )
 
     def forward(self, features: Tensor, t: Tensor | None = None) -> Tensor:
         """Logits ``[B, K]``."""
@@ -201,7 +233,8 @@ class ConvHead(nn.Module):
 
 
 class QueryHead(nn.Module):
-    """A learned register token attends to a layer's tokens: ``[B, L, D]`` to ``[B, hidden]``, for ``FeatureHeads``.
+    """A learned register token attends to a layer's tokens: ``[B, L, D]`` to ``[B, hidden]``, for
+    ``FeatureHeads``.
 
     The cross-attention head of APT (arXiv 2501.08316) and of Self-Forcing's discriminator.
 
@@ -221,7 +254,10 @@ class QueryHead(nn.Module):
         self.to_q, self.to_kv = nn.Linear(hidden, hidden), nn.Linear(dim, 2 * hidden)
         self.q_norm, self.k_norm = (nn.RMSNorm(hidden // num_heads) for _ in range(2))
         self.feed_forward = nn.Sequential(
-            nn.LayerNorm(hidden), nn.Linear(hidden, 4 * hidden), nn.GELU(approximate="tanh"), nn.Linear(4 * hidden, hidden)
+            nn.LayerNorm(hidden),
+            nn.Linear(hidden, 4 * hidden),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * hidden, hidden),
         )
 
     def forward(self, features: Tensor) -> Tensor:
@@ -231,7 +267,9 @@ class QueryHead(nn.Module):
         split = lambda x: x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # noqa: E731  [B, N, L, D]
         key, value = self.to_kv(self.norm(tokens)).chunk(2, dim=-1)
         q, k = self.q_norm(split(self.to_q(query))), self.k_norm(split(key))
-        gathered = query + scaled_dot_product_attention(q, k, split(value)).transpose(1, 2).flatten(2)
+        gathered = query + scaled_dot_product_attention(q, k, split(value)).transpose(1, 2).flatten(
+            2
+        )
         return (gathered + self.feed_forward(gathered))[:, 0]
 
 
@@ -240,9 +278,10 @@ class FeatureHeads(nn.Module):
 
     Args:
         dims: channels or width of each layer's features.
-        kind: "token", "film" and "conv" give the logits of all layers side by side, ``[B, layers * num_logits]``
-            (LADD, arXiv 2403.12015; time-modulated as in AddSR); "query" joins what a register gathers from each layer
-            into ``[B, num_logits]`` for the clip as a whole (APT; ASD has a logit for each number of steps).
+        kind: "token", "film" and "conv" give the logits of all layers side by side, ``[B, layers *
+            num_logits]`` (LADD, arXiv 2403.12015; time-modulated as in AddSR); "query" joins what a
+            register gathers from each layer into ``[B, num_logits]`` for the clip as a whole (APT;
+            ASD has a logit for each number of steps).
         num_logits: K.
         hidden: width of the heads.
 
@@ -251,9 +290,12 @@ class FeatureHeads(nn.Module):
     """
 
     def __init__(
-        self, dims: Sequence[int], kind: Literal["token", "film", "conv", "query"] = "token", num_logits: int = 1,
+        self,
+        dims: Sequence[int],
+        kind: Literal["token", "film", "conv", "query"] = "token",
+        num_logits: int = 1,
         hidden: int = 64,
-    ):  # fmt: skip
+    ):
         super().__init__()
         if kind not in ("token", "film", "conv", "query"):
             raise ValueError(f"kind={kind!r}, expected 'token', 'film', 'conv' or 'query'")
@@ -265,7 +307,10 @@ class FeatureHeads(nn.Module):
         self.join = None
         if kind == "query":
             self.join = nn.Sequential(
-                nn.LayerNorm(joined), nn.Linear(joined, hidden), nn.SiLU(), nn.Linear(hidden, num_logits)
+                nn.LayerNorm(joined),
+                nn.Linear(joined, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, num_logits),
             )
 
     def forward(self, features: Sequence[Tensor], t: Tensor | None = None) -> Tensor:
@@ -278,7 +323,11 @@ class FeatureHeads(nn.Module):
 def _new_head(kind: str, dim: int, num_logits: int, hidden: int) -> nn.Module:
     if kind == "query":
         return QueryHead(dim, hidden)
-    return ConvHead(dim, num_logits, hidden) if kind == "conv" else TokenHead(dim, num_logits, hidden, kind == "film")
+    return (
+        ConvHead(dim, num_logits, hidden)
+        if kind == "conv"
+        else TokenHead(dim, num_logits, hidden, kind == "film")
+    )
 
 
 def _waves(t: Tensor, num: int = 8) -> Tensor:
@@ -288,7 +337,8 @@ def _waves(t: Tensor, num: int = 8) -> Tensor:
 
 
 class HeadPool(nn.Module):
-    """Many heads in groups, of which a step uses a few, and some of which are made anew (NitroFusion, arXiv 2412.02030).
+    """Many heads in groups, of which a step uses a few, and some of which are made anew
+    (NitroFusion, arXiv 2412.02030).
 
     Args:
         make_head: a group's index to a new head.
@@ -299,9 +349,13 @@ class HeadPool(nn.Module):
     def __init__(self, make_head: Callable[[int], nn.Module], num_groups: int, per_group: int):
         super().__init__()
         if num_groups < 1 or per_group < 1:
-            raise ValueError(f"num_groups={num_groups}, per_group={per_group}, expected at least 1 of each")
+            raise ValueError(
+                f"num_groups={num_groups}, per_group={per_group}, expected at least 1 of each"
+            )
         self.make_head = make_head
-        self.groups = nn.ModuleList(nn.ModuleList(make_head(g) for _ in range(per_group)) for g in range(num_groups))
+        self.groups = nn.ModuleList(
+            nn.ModuleList(make_head(g) for _ in range(per_group)) for g in range(num_groups)
+        )
 
     def take(self, generator: torch.Generator) -> list[nn.Module]:
         """One head a group, at random; a pool of one head a group draws nothing."""
@@ -311,11 +365,17 @@ class HeadPool(nn.Module):
         return [group[index] for group, index in zip(self.groups, chosen.tolist())]
 
     @torch.no_grad()
-    def refresh(self, share: float, generator: torch.Generator, optimizer: torch.optim.Optimizer | None = None) -> list[int]:
-        """Give ``round(share * all)`` heads new weights and forget their optimiser state; returns which, counted through.
+    def refresh(
+        self,
+        share: float,
+        generator: torch.Generator,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> list[int]:
+        """Give ``round(share * all)`` heads new weights and forget their optimiser state; returns
+        which, counted through.
 
-        Parameters stay the same objects, so that the optimiser goes on with them. 0 touches and draws nothing.
-        """
+        Parameters stay the same objects, so that the optimiser goes on with them. 0 touches and
+        draws nothing."""
         heads = [(g, head) for g, group in enumerate(self.groups) for head in group]
         count = round(share * len(heads))
         if count == 0:
@@ -333,10 +393,13 @@ class HeadPool(nn.Module):
 # ---- adversarial distribution matching ----------------------------------------------------------------
 
 
-def euler_pair(x_t: Tensor, t: Time, dt: float, v_real: Tensor, v_fake: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the teacher and the fake score each take ``x_t`` in an Euler step of ``dt``; a discriminator tells which is which.
+def euler_pair(
+    x_t: Tensor, t: Time, dt: float, v_real: Tensor, v_fake: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where the teacher and the fake score each take ``x_t`` in an Euler step of ``dt``; a
+    discriminator tells which is which.
 
-    ADM (arXiv 2507.18569): x_real - x_fake = dt / t (x0_real - x0_fake), so a student whose fake score equals the teacher
-    gives a discriminator nothing to see. The student's gradient passes through ``v_fake`` and ``x_t``.
-    """
+    ADM (arXiv 2507.18569): x_real - x_fake = dt / t (x0_real - x0_fake), so a student whose fake
+    score equals the teacher gives a discriminator nothing to see. The student's gradient passes
+    through ``v_fake`` and ``x_t``."""
     return euler_step(x_t, v_real, t, t - dt), euler_step(x_t, v_fake, t, t - dt)

@@ -1,8 +1,8 @@
-"""The fit of a velocity network to samples, for teachers, students and fake scores, and how a fake score follows.
+"""The fit of a velocity network to samples, for teachers, students and fake scores, and how a fake
+score follows.
 
-Lipman et al., arXiv 2210.02747. A fake score is fitted to detached student samples with the same law of t
-that distribution matching evaluates it at.
-"""
+Lipman et al., arXiv 2210.02747. A fake score is fitted to detached student samples with the same
+law of t that distribution matching evaluates it at."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from streamvid.core.process import Time, as_work, expand_time, masked_reduce, ve
 
 
 def flow_matching_loss(
-    v_pred: Tensor, x0: Tensor, eps: Tensor, weight: Tensor | None = None, mask: Tensor | None = None
+    v_pred: Tensor,
+    x0: Tensor,
+    eps: Tensor,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """``mean w (v_pred - (eps - x0))^2``, a scalar; no gradient reaches ``x0`` and ``eps``.
 
     Args:
-        v_pred: the network's velocity at ``x_t = (1 - t) x0 + t eps``; ``[B, C, H, W]`` or ``[B, C, T, H, W]``.
+        v_pred: the network's velocity at ``x_t = (1 - t) x0 + t eps``; ``[B, C, H, W]`` or ``[B, C,
+            T, H, W]``.
         x0: the samples.
         eps: the noise that made ``x_t``.
         weight: ``[B]`` or ``[B, T]``; None is 1 everywhere.
-        mask: ``[B]`` or ``[B, T]``, or of the full shape, 1 or True where the error counts; the mean is over
-            what counts, of which there must be something. None keeps everything.
+        mask: ``[B]`` or ``[B, T]``, or of the full shape, 1 or True where the error counts; the
+            mean is over what counts, of which there must be something. None keeps everything.
     """
     error = (as_work(v_pred) - velocity(x0, eps).detach()).square()  # sg
     if weight is not None:
@@ -73,8 +78,9 @@ _WEIGHTS = {
 def couple(destination: Iterable[Tensor], source: Iterable[Tensor], keep: float) -> None:
     """``destination <- keep destination + (1 - keep) source``, in place: 1 leaves it, 0 copies.
 
-    An average of the student's weights, and, from the student into the fake score, the implicit alignment of
-    SenseFlow (arXiv 2506.00523) that Flash-DMD (arXiv 2511.20549) uses to follow with fewer updates.
+    An average of the student's weights, and, from the student into the fake score, the implicit
+    alignment of SenseFlow (arXiv 2506.00523) that Flash-DMD (arXiv 2511.20549) uses to follow with
+    fewer updates.
 
     Raises:
         ValueError: unless 0 <= keep <= 1, or if the numbers of tensors differ.
@@ -83,6 +89,8 @@ def couple(destination: Iterable[Tensor], source: Iterable[Tensor], keep: float)
         raise ValueError(f"keep={keep}, expected a number in [0, 1]")
     destination, source = list(destination), list(source)
     if len(destination) != len(source):
-        raise ValueError(f"{len(source)} tensors to follow for {len(destination)}; expected the same network")
+        raise ValueError(
+            f"{len(source)} tensors to follow for {len(destination)}; expected the same network"
+        )
     for kept, new in zip(destination, source):
         kept.lerp_(new.to(kept), 1 - keep)

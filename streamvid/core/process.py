@@ -4,16 +4,15 @@
     v   = eps - x0 = dx_t / dt      what the networks predict
     x0  = x_t - t v,   eps = x_t + (1 - t) v,   score = -eps / t
 
-Liu et al., arXiv 2209.03003; Lipman et al., arXiv 2210.02747. Other model families are converted to this
-one in ``teachers/`` and nowhere else, by ``adapt`` at the end of this file.
+Liu et al., arXiv 2209.03003; Lipman et al., arXiv 2210.02747. Other model families are converted to
+this one in ``teachers/`` and nowhere else, by ``adapt`` at the end of this file.
 
-A *velocity field* is any callable ``v(x_t, t) -> Tensor`` with its prompt closed over; the rest of the loss core takes
-networks as such.
+A *velocity field* is any callable ``v(x_t, t) -> Tensor`` with its prompt closed over; the rest of
+the loss core takes networks as such.
 
-Shapes: tensors are images ``[B, C, H, W]`` or videos ``[B, C, T, H, W]``. A time is a float, a scalar
-tensor, ``[B]`` (one a sample) or, for videos, ``[B, T]`` (one a latent frame); it is continuous in [0, 1]
-and already shifted. Results are float32, or float64 where an input is.
-"""
+Shapes: tensors are images ``[B, C, H, W]`` or videos ``[B, C, T, H, W]``. A time is a float, a
+scalar tensor, ``[B]`` (one a sample) or, for videos, ``[B, T]`` (one a latent frame); it is
+continuous in [0, 1] and already shifted. Results are float32, or float64 where an input is."""
 
 from __future__ import annotations
 
@@ -34,7 +33,8 @@ def as_work(x: Tensor) -> Tensor:
 
 
 def expand_time(t: Time, x: Tensor) -> Time:
-    """``t`` shaped to broadcast over ``x`` (``[B, C, H, W]`` or ``[B, C, T, H, W]``), in its work precision.
+    """``t`` shaped to broadcast over ``x`` (``[B, C, H, W]`` or ``[B, C, T, H, W]``), in its work
+    precision.
 
     Anything given per sample or per frame, such as a loss weight, expands the same way.
 
@@ -56,11 +56,18 @@ def expand_time(t: Time, x: Tensor) -> Time:
     )
 
 
-def masked_reduce(terms: Tensor, reduction: Literal["mean", "sum"] = "mean", mask: Tensor | None = None) -> Tensor:
-    """The mean or sum of what a mask (``[B]``, ``[B, T]`` or of the full shape) keeps; all of it without one."""
+def masked_reduce(
+    terms: Tensor, reduction: Literal["mean", "sum"] = "mean", mask: Tensor | None = None
+) -> Tensor:
+    """The mean or sum of what a mask (``[B]``, ``[B, T]`` or of the full shape) keeps; all of it
+    without one."""
     if mask is None:
         return terms.mean() if reduction == "mean" else terms.sum()
-    keep = mask.to(terms.dtype) if mask.shape == terms.shape else expand_time(mask, terms).expand_as(terms)
+    keep = (
+        mask.to(terms.dtype)
+        if mask.shape == terms.shape
+        else expand_time(mask, terms).expand_as(terms)
+    )
     total = (terms * keep).sum()
     return total / keep.sum() if reduction == "mean" else total
 
@@ -90,7 +97,8 @@ def eps_from_v(x_t: Tensor, v: Tensor, t: Time) -> Tensor:
 
 
 def v_from_x0(x_t: Tensor, x0: Tensor, t: Time) -> Tensor:
-    """The velocity of a data prediction, ``v = (x_t - x0) / t``; t > 0 (at t = 0 any v has this x0)."""
+    """The velocity of a data prediction, ``v = (x_t - x0) / t``; t > 0 (at t = 0 any v has this
+    x0)."""
     x_t, x0 = as_work(x_t), as_work(x0)
     return (x_t - x0) / expand_time(t, x_t)
 
@@ -98,8 +106,8 @@ def v_from_x0(x_t: Tensor, x0: Tensor, t: Time) -> Tensor:
 def score_from_v(x_t: Tensor, v: Tensor, t: Time) -> Tensor:
     """The score of the noised density, ``grad log p_t(x_t) = -eps / t``; t > 0.
 
-    Two scores at one ``x_t`` differ by ``(1 - t) / t^2`` times the difference of their data predictions.
-    """
+    Two scores at one ``x_t`` differ by ``(1 - t) / t^2`` times the difference of their data
+    predictions."""
     return -eps_from_v(x_t, v, t) / expand_time(t, x_t)
 
 
@@ -110,7 +118,8 @@ def euler_step(x_t: Tensor, v: Tensor, t: Time, t_next: Time) -> Tensor:
 
 
 def renoise_step(x0: Tensor, eps_new: Tensor, t_next: Time) -> Tensor:
-    """One consistency step: the data prediction with fresh noise at ``t_next`` (arXiv 2303.01469, alg. 1)."""
+    """One consistency step: the data prediction with fresh noise at ``t_next`` (arXiv 2303.01469,
+    alg. 1)."""
     return add_noise(x0, eps_new, t_next)
 
 
@@ -118,10 +127,11 @@ def renoise_step(x0: Tensor, eps_new: Tensor, t_next: Time) -> Tensor:
 
 
 def transition(x_s: Tensor, noise: Tensor, s: Time, t: Time) -> Tensor:
-    """The forward process from ``s`` up to ``t`` >= s: ``a x_s + sqrt(t^2 - a^2 s^2) noise``, a = (1 - t) / (1 - s).
+    """The forward process from ``s`` up to ``t`` >= s: ``a x_s + sqrt(t^2 - a^2 s^2) noise``, a =
+    (1 - t) / (1 - s).
 
-    It turns the law of states at ``s`` < 1 into that of states at ``t``; from s = t it changes nothing.
-    """
+    It turns the law of states at ``s`` < 1 into that of states at ``t``; from s = t it changes
+    nothing."""
     x_s, noise = as_work(x_s), as_work(noise)
     s, t = expand_time(s, x_s), expand_time(t, x_s)
     a = (1 - t) / (1 - s)
@@ -129,13 +139,13 @@ def transition(x_s: Tensor, noise: Tensor, s: Time, t: Time) -> Tensor:
 
 
 def eta_step(x_t: Tensor, v: Tensor, t: Time, t_next: Time, eta: float, noise: Tensor) -> Tensor:
-    """A step that renews part of the noise: ``(1 - s) x0 + sqrt(s^2 - h^2) eps + h noise`` to s = ``t_next`` < t, with
+    """A step that renews part of the noise: ``(1 - s) x0 + sqrt(s^2 - h^2) eps + h noise`` to s =
+    ``t_next`` < t, with
 
         h = eta (s / t) sqrt(t^2 - ((1 - t) / (1 - s))^2 s^2)
 
-    eta 0 is ``euler_step``, eta 1 the ancestral step, the forward process turned round (DDIM, arXiv 2010.02502, eq. 16,
-    for this process; consistency training on it: SCott, arXiv 2403.01505).
-    """
+    eta 0 is ``euler_step``, eta 1 the ancestral step, the forward process turned round (DDIM, arXiv
+    2010.02502, eq. 16, for this process; consistency training on it: SCott, arXiv 2403.01505)."""
     x_t = as_work(x_t)
     x0, eps = x0_from_v(x_t, v, t), eps_from_v(x_t, v, t)
     t, s = expand_time(t, x_t), expand_time(t_next, x_t)
@@ -143,8 +153,11 @@ def eta_step(x_t: Tensor, v: Tensor, t: Time, t_next: Time, eta: float, noise: T
     return (1 - s) * x0 + _root(s**2 - renewed**2) * eps + renewed * as_work(noise)
 
 
-def gamma_step(x_t: Tensor, v: Tensor, t: Time, t_next: Time, gamma: float, noise: Tensor) -> Tensor:
-    """Jump past ``t_next`` to (1 - gamma) t_next and come back by the forward process (TCD, arXiv 2402.19159, alg. 2).
+def gamma_step(
+    x_t: Tensor, v: Tensor, t: Time, t_next: Time, gamma: float, noise: Tensor
+) -> Tensor:
+    """Jump past ``t_next`` to (1 - gamma) t_next and come back by the forward process (TCD, arXiv
+    2402.19159, alg. 2).
 
     gamma 0 is ``euler_step``, gamma 1 the consistency step ``renoise_step``.
     """
@@ -160,18 +173,21 @@ def _root(square: Time) -> Time:
 # ---- networks of other processes ----------------------------------------------------------------------
 
 Clock = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-"""From our t, any shape, to (the network's own time, alpha, sigma) of its process ``alpha x0 + sigma eps``."""
+"""From our t, any shape, to (the network's own time, alpha, sigma) of its process ``alpha x0 +
+sigma eps``."""
 
 
 def adapt(network: VelocityField, kind: Literal["eps", "x0", "v"], clock: Clock) -> VelocityField:
     """The velocity field of a network that was trained for another process.
 
-    Its states are ours times alpha + sigma, at the t for which t = sigma / (alpha + sigma); x0 and eps are the same.
+    Its states are ours times alpha + sigma, at the t for which t = sigma / (alpha + sigma); x0 and
+    eps are the same.
 
     Args:
         network: takes its own states and its own time.
-        kind: what it predicts: "eps", "x0", or "v" = alpha eps - sigma x0, of processes with alpha^2 + sigma^2 = 1
-            (Salimans and Ho, arXiv 2202.00512). Of pure noise an "eps" network says nothing about x0: not finite at t = 1.
+        kind: what it predicts: "eps", "x0", or "v" = alpha eps - sigma x0, of processes with
+            alpha^2 + sigma^2 = 1 (Salimans and Ho, arXiv 2202.00512). Of pure noise an "eps"
+            network says nothing about x0: not finite at t = 1.
         clock: ``edm_clock``, ``trig_clock`` or one of ``vp_clock``.
 
     Raises:
@@ -198,13 +214,15 @@ _X0_OF = {
 
 
 def edm_clock(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """EDM (arXiv 2206.00364): alpha = 1, and its time is sigma = t / (1 - t); a denoiser D(x; sigma) is of kind "x0"."""
+    """EDM (arXiv 2206.00364): alpha = 1, and its time is sigma = t / (1 - t); a denoiser D(x;
+    sigma) is of kind "x0"."""
     sigma = t / (1 - t)
     return sigma, torch.ones_like(t), sigma
 
 
 def trig_clock(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """TrigFlow (sCM, arXiv 2410.11081): alpha = cos tau, sigma = sin tau, t = sin / (sin + cos); its F is of kind "v".
+    """TrigFlow (sCM, arXiv 2410.11081): alpha = cos tau, sigma = sin tau, t = sin / (sin + cos);
+    its F is of kind "v".
 
     For data of unit variance; scale the network's input and output where sigma_d is not 1.
     """
@@ -213,11 +231,13 @@ def trig_clock(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def vp_clock(alpha_bar: Sequence[float]) -> Clock:
-    """Variance-preserving diffusion in discrete steps: alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar).
+    """Variance-preserving diffusion in discrete steps: alpha = sqrt(alpha_bar), sigma = sqrt(1 -
+    alpha_bar).
 
     Args:
-        alpha_bar: the falling cumulative products of a DDPM schedule, ``scheduler.alphas_cumprod`` of diffusers. Between
-            two steps the network's time is interpolated in t; beyond the ends it is held.
+        alpha_bar: the falling cumulative products of a DDPM schedule, ``scheduler.alphas_cumprod``
+            of diffusers. Between two steps the network's time is interpolated in t; beyond the ends
+            it is held.
     """
     table = torch.as_tensor(alpha_bar, dtype=torch.float64)
     alpha, sigma = table.sqrt(), (1 - table).sqrt()

@@ -1,10 +1,11 @@
-"""Clips as latents on disk: encoded once with the student's own codec, captioned, embedded, then only read.
+"""Clips as latents on disk: encoded once with the student's own codec, captioned, embedded, then
+only read.
 
-A latent set is one safetensors file: ``latents [N, C, T, h, w]`` (float16), ``embeddings [N, P, L, D]`` (float16;
-P paraphrases a clip), and in the file's metadata the captions and the settings, which say what the set was made of.
-While a set is made its parts lie in a hidden folder beside it, and any number of processes may make them together.
-``LatentClips`` serves batches that are a pure function of (seed, step, turn, micro-batch, sample index).
-"""
+A latent set is one safetensors file: ``latents [N, C, T, h, w]`` (float16), ``embeddings [N, P, L,
+D]`` (float16; P paraphrases a clip), and in the file's metadata the captions and the settings,
+which say what the set was made of. While a set is made its parts lie in a hidden folder beside it,
+and any number of processes may make them together. ``LatentClips`` serves batches that are a pure
+function of (seed, step, turn, micro-batch, sample index)."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ class WorldSet:
 
 
 class WorldClips(Sequence):
-    """Frames ``[T, 3, 64, 64]`` and captions of each scene of a set, rendered when they are asked for."""
+    """Frames ``[T, 3, 64, 64]`` and captions of each scene of a set, rendered when they are asked
+    for."""
 
     def __init__(self, config: WorldSet):
         self.config = config
@@ -66,7 +68,9 @@ class WorldClips(Sequence):
             raise IndexError(index)
         config, seed = self.config, self.config.first_seed + index
         spec = sample_spec(seed, held_out=config.held_out)
-        captions = [caption(spec, key_to_seed("paraphrase", seed, k)) for k in range(config.paraphrases)]
+        captions = [
+            caption(spec, key_to_seed("paraphrase", seed, k)) for k in range(config.paraphrases)
+        ]
         return render(spec, config.num_frames), captions
 
     @property
@@ -81,7 +85,8 @@ def world_clips(config: WorldSet) -> Iterator[Clip]:
 
 
 def clips_at_once(num_frames: int, height: int, width: int) -> int:
-    """How many clips of a size to encode together, 1 to 16: small ones go faster so, large ones fill the memory."""
+    """How many clips of a size to encode together, 1 to 16: small ones go faster so, large ones
+    fill the memory."""
     return max(1, min(16, PIXELS_AT_ONCE // (num_frames * height * width)))
 
 
@@ -102,9 +107,10 @@ def write_latents(
 ) -> None:
     """Encode clips and captions and write the set; the file appears only when it is complete.
 
-    What is encoded is kept as it comes, so that an interrupted job goes on where it stopped, also after a clip that can't
-    be read. All clips are encoded before the first caption is embedded: the codec and the text encoder need not be in
-    memory together. Several processes may call this at once, and divide the work; all return when the set is there.
+    What is encoded is kept as it comes, so that an interrupted job goes on where it stopped, also
+    after a clip that can't be read. All clips are encoded before the first caption is embedded: the
+    codec and the text encoder need not be in memory together. Several processes may call this at
+    once, and divide the work; all return when the set is there.
 
     Args:
         clips: each frames ``[T, 3, H, W]`` in [0, 1] and P captions, all of one length, size and P.
@@ -115,7 +121,8 @@ def write_latents(
         share: this process's number and the number of processes, for the clips that it begins with.
         device: that frames are encoded on.
         keep_in: the folder for the parts, None: one of these settings.
-        names: of the clips, each of which is then a part: another set with ``keep_in`` takes over what it has in common.
+        names: of the clips, each of which is then a part: another set with ``keep_in`` takes over
+            what it has in common.
 
     Raises:
         ValueError: if clips differ in shape, or latents are not finite.
@@ -127,9 +134,14 @@ def write_latents(
     key = key_to_seed(json.dumps(settings, sort_keys=True), len(clips))
     folder = keep_in or path.with_name(f".{path.name}.parts-{key:016x}")
     at_once = at_once if names is None else 1
-    numbers = [range(start, min(start + at_once, len(clips))) for start in range(0, len(clips), at_once)]
+    numbers = [
+        range(start, min(start + at_once, len(clips))) for start in range(0, len(clips), at_once)
+    ]
     names = names or [f"{part:05d}-of-{len(numbers):05d}" for part in range(len(numbers))]
-    latents, texts = ([folder / kind / f"{name}.safetensors" for name in names] for kind in ("latents", "embeddings"))
+    latents, texts = (
+        [folder / kind / f"{name}.safetensors" for name in names]
+        for kind in ("latents", "embeddings")
+    )
     first = share[0] * len(latents) // share[1]
     done = sum(part.exists() for part in latents)
     if done:
@@ -139,7 +151,11 @@ def write_latents(
 
         def encode(number: int) -> None:
             frames, captions = zip(*(clips[index] for index in numbers[number]))
-            encoded = _encoded(torch.stack(_of_one_shape(frames, numbers[number])).to(device), encode_frames, numbers[number])
+            encoded = _encoded(
+                torch.stack(_of_one_shape(frames, numbers[number])).to(device),
+                encode_frames,
+                numbers[number],
+            )
             _save_part(latents[number], {"latents": encoded}, {"captions": captions})
             bar.update(len(frames))
 
@@ -160,7 +176,10 @@ def write_latents(
 def _of_one_shape(frames: Sequence[Tensor], numbers: range) -> list[Tensor]:
     shapes = {tuple(clip.shape) for clip in frames}
     if len(shapes) > 1:
-        raise ValueError(f"clips {numbers[0]} to {numbers[-1]} have the shapes {sorted(shapes)}; expected one for all")
+        raise ValueError(
+            f"clips {numbers[0]} to {numbers[-1]} have the shapes {sorted(shapes)}; expected one"
+            " for all"
+        )
     return list(frames)
 
 
@@ -168,13 +187,17 @@ def _of_one_shape(frames: Sequence[Tensor], numbers: range) -> list[Tensor]:
 def _encoded(frames: Tensor, encode_frames: Callable[[Tensor], Tensor], numbers: range) -> Tensor:
     latents = encode_frames(frames).half().cpu().contiguous()
     if not latents.isfinite().all():
-        raise ValueError(f"the codec's latents of clips {numbers[0]} to {numbers[-1]} are not finite in float16")
+        raise ValueError(
+            f"the codec's latents of clips {numbers[0]} to {numbers[-1]} are not finite in float16"
+        )
     return latents
 
 
 def _save_part(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata={name: json.dumps(value) for name, value in about.items()})
+        save_file(
+            tensors, temporary, metadata={name: json.dumps(value) for name, value in about.items()}
+        )
 
 
 def _read_captions(part: Path) -> list[list[str]]:
@@ -182,16 +205,22 @@ def _read_captions(part: Path) -> list[list[str]]:
         return parse_json(file.metadata()["captions"])
 
 
-def _join(path: Path, folder: Path, latents: list[Path], texts: list[Path], settings: dict[str, Any]) -> None:
+def _join(
+    path: Path, folder: Path, latents: list[Path], texts: list[Path], settings: dict[str, Any]
+) -> None:
     """One process writes the set and removes its parts, the others wait for it."""
     while not path.exists():
         with claimed(path) as own:
             if own and not path.exists():
-                tensors = {"latents": _joined("latents", latents), "embeddings": _joined("embeddings", texts)}
+                tensors = {
+                    "latents": _joined("latents", latents),
+                    "embeddings": _joined("embeddings", texts),
+                }
                 captions = [clip for part in latents for clip in _read_captions(part)]
                 _save_part(path, tensors, {"captions": captions, "settings": settings})
                 shutil.rmtree(folder, ignore_errors=True)
-                for other in path.parent.glob(f".{glob.escape(path.name)}.parts-*"):  # of settings that were given up
+                # of settings that were given up
+                for other in path.parent.glob(f".{glob.escape(path.name)}.parts-*"):
                     shutil.rmtree(other, ignore_errors=True)
         if not path.exists():
             time.sleep(WAIT_S)
@@ -204,8 +233,8 @@ def _joined(name: str, parts: list[Path]) -> Tensor:
             tensors.append(file.get_tensor(name))
         if tensors[-1].shape[1:] != tensors[0].shape[1:]:
             raise ValueError(
-                f"{part} has {name} of {tuple(tensors[-1].shape[1:])}, the first part {tuple(tensors[0].shape[1:])}; clips "
-                "must be of one length and size"
+                f"{part} has {name} of {tuple(tensors[-1].shape[1:])}, the first part"
+                f" {tuple(tensors[0].shape[1:])}; clips must be of one length and size"
             )
     return torch.cat(tensors).contiguous()
 
@@ -213,7 +242,9 @@ def _joined(name: str, parts: list[Path]) -> Tensor:
 # ---- reading ------------------------------------------------------------------------------------------
 
 
-def ensure_made_of(path: str | Path, was: dict[str, Any], now: dict[str, Any], only_known: bool = False) -> None:
+def ensure_made_of(
+    path: str | Path, was: dict[str, Any], now: dict[str, Any], only_known: bool = False
+) -> None:
     """A ValueError if a set was made of anything else than what is asked for.
 
     Args:
@@ -224,13 +255,18 @@ def ensure_made_of(path: str | Path, was: dict[str, Any], now: dict[str, Any], o
     """
     now = json.loads(json.dumps(now))
     if not was and not only_known and now:
-        raise ValueError(f"{path} does not say what it was made of; delete or rename it, or read it with data.kind=latents")
-    differing = [name for name in now if was.get(name) != now[name] and not (only_known and name not in was)]
+        raise ValueError(
+            f"{path} does not say what it was made of; delete or rename it, or read it with"
+            " data.kind=latents"
+        )
+    differing = [
+        name for name in now if was.get(name) != now[name] and not (only_known and name not in was)
+    ]
     if differing:
         name = differing[0]
         raise ValueError(
-            f"{path} is another set: {name} was {was.get(name)}, now {now[name]}; delete or rename it, or set data.path to "
-            "another place"
+            f"{path} is another set: {name} was {was.get(name)}, now {now[name]}; delete or rename"
+            " it, or set data.path to another place"
         )
 
 
@@ -243,7 +279,9 @@ def _settings_of(path: str | Path) -> dict[str, Any]:
 
 
 def _damaged(path: str | Path, reason: object) -> ValueError:
-    return ValueError(f"the latent set {path} is damaged ({' '.join(str(reason).split())[:200]}); make it again")
+    return ValueError(
+        f"the latent set {path} is damaged ({' '.join(str(reason).split())[:200]}); make it again"
+    )
 
 
 class LatentClips:
@@ -266,7 +304,10 @@ class LatentClips:
         first_share: float = 0.5,
     ):
         if not Path(path).is_file():
-            raise ValueError(f"no latent set at {path}; train once with data.kind=world or clips, which makes one")
+            raise ValueError(
+                f"no latent set at {path}; train once with data.kind=world or clips, which"
+                " makes one"
+            )
         self.settings = _settings_of(path)
         try:
             with safe_open(path, "pt") as file:
@@ -282,7 +323,8 @@ class LatentClips:
         self.latent_frames = latent_frames or self.latents.shape[2]
         if self.latent_frames > self.latents.shape[2]:
             raise ValueError(
-                f"latent_frames={latent_frames}, but the clips of {path} have {self.latents.shape[2]} latent frames"
+                f"latent_frames={latent_frames}, but the clips of {path} have"
+                f" {self.latents.shape[2]} latent frames"
             )
         self.window_stride = window_stride
         self.first_share = first_share
@@ -302,19 +344,28 @@ class LatentClips:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the captions, the number and size of the clips, and what encoded them; not when files are copied."""
+        """Changes with the captions, the number and size of the clips, and what encoded them; not
+        when files are copied."""
         made_by = {name: value for name, value in self.settings.items() if name != "clips"}
         return f"{key_to_seed(json.dumps([made_by, self.captions, list(self.latents.shape)], sort_keys=True)):016x}"
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
-        """Samples ``indices`` of the joint batch: latents ``[B, C, T, h, w]``, cond ``[B, L, D]``, prompts,
-        ``offset [B]`` (latent frame at which the cut starts) and ``keys``, a seed a sample."""
+        """Samples ``indices`` of the joint batch: latents ``[B, C, T, h, w]``, cond ``[B, L, D]``,
+        prompts, ``offset [B]`` (latent frame at which the cut starts) and ``keys``, a seed a
+        sample."""
         rows = [self._sample(step, turn, micro, index) for index in indices]
         clips, paraphrases, offsets, keys = zip(*rows)
-        latents = [self.latents[clip, :, start : start + self.latent_frames] for clip, start in zip(clips, offsets)]
+        latents = [
+            self.latents[clip, :, start : start + self.latent_frames]
+            for clip, start in zip(clips, offsets)
+        ]
         return {
             "latents": torch.stack(latents).float(),
-            "cond": torch.stack([self.embeddings[clip, k] for clip, k in zip(clips, paraphrases)]).float(),
+            "cond": (
+                torch.stack(
+                    [self.embeddings[clip, k] for clip, k in zip(clips, paraphrases)]
+                ).float()
+            ),
             "prompts": [self.captions[clip][k] for clip, k in zip(clips, paraphrases)],
             "offset": torch.tensor(offsets),
             "keys": list(keys),
@@ -328,7 +379,10 @@ class LatentClips:
         return clip, paraphrase, self._start(generator), key_to_seed(*key)
 
     def _start(self, generator: torch.Generator) -> int:
-        if self.window_stride is None or float(torch.rand((), generator=generator)) < self.first_share:
+        if (
+            self.window_stride is None
+            or float(torch.rand((), generator=generator)) < self.first_share
+        ):
             return 0
         places = (self.latents.shape[2] - self.latent_frames) // self.window_stride
         return self.window_stride * int(torch.randint(places + 1, (), generator=generator))
@@ -338,7 +392,10 @@ def _fault(latents: Tensor, embeddings: Tensor, captions: Any) -> str | None:
     """What is wrong with the contents of a set, if anything is."""
     for name, tensor, dims in (("latents", latents, 5), ("embeddings", embeddings, 4)):
         if tensor.ndim != dims or not tensor.numel():
-            return f"{name} have the shape {tuple(tensor.shape)}, expected {dims} axes and at least one clip"
+            return (
+                f"{name} have the shape {tuple(tensor.shape)}, expected {dims} axes and at least"
+                " one clip"
+            )
         if not tensor.is_floating_point():
             return f"{name} are {tensor.dtype}, expected float16 or float32"
         if not all(clip.isfinite().all() for clip in tensor):
@@ -346,8 +403,15 @@ def _fault(latents: Tensor, embeddings: Tensor, captions: Any) -> str | None:
     if not isinstance(captions, list):
         return f"captions are {str(captions)[:60]}, expected a list for each clip"
     if len({len(latents), len(embeddings), len(captions)}) != 1:
-        return f"{len(latents)} latents, {len(embeddings)} embeddings and {len(captions)} captions, expected as many of each"
+        return (
+            f"{len(latents)} latents, {len(embeddings)} embeddings and {len(captions)} captions,"
+            " expected as many of each"
+        )
     for texts in captions:
-        if not isinstance(texts, list) or len(texts) != embeddings.shape[1] or not all(isinstance(t, str) for t in texts):
+        if (
+            not isinstance(texts, list)
+            or len(texts) != embeddings.shape[1]
+            or not all(isinstance(t, str) for t in texts)
+        ):
             return f"a clip has captions {str(texts)[:60]}, expected {embeddings.shape[1]} texts"
     return None

@@ -1,9 +1,10 @@
-"""A long job in parts, each a file that appears when it is complete, so that an interruption loses one part at most.
+"""A long job in parts, each a file that appears when it is complete, so that an interruption loses
+one part at most.
 
-Several processes may do one job in one folder without an agreement: each makes parts that are not there and that no other
-has claimed. A claim is a lock on a hidden file beside the part; the system takes it back when its holder ends, however it
-ends. Where a disk knows no locks two processes may make the same part, which costs time and nothing else.
-"""
+Several processes may do one job in one folder without an agreement: each makes parts that are not
+there and that no other has claimed. A claim is a lock on a hidden file beside the part; the system
+takes it back when its holder ends, however it ends. Where a disk knows no locks two processes may
+make the same part, which costs time and nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ BLOCK_BYTES, MAX_BLOCKS = 2**20, 2**10  # of a weight file, for its key: up to 1
 
 
 def make_parts(
-    paths: Sequence[Path], make: Callable[[int], None], first: int = 0, is_over: Callable[[], bool] = lambda: False
+    paths: Sequence[Path],
+    make: Callable[[int], None],
+    first: int = 0,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> None:
     """Make the parts that are missing and that no other process is making, each once.
 
@@ -37,7 +41,10 @@ def make_parts(
 
 
 def make_all_parts(
-    paths: Sequence[Path], make: Callable[[int], None], first: int = 0, is_over: Callable[[], bool] = lambda: False
+    paths: Sequence[Path],
+    make: Callable[[int], None],
+    first: int = 0,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> None:
     """``make_parts`` until all are there; a part whose maker ends early is made here."""
     while True:
@@ -67,9 +74,12 @@ def claimed(path: Path) -> Iterator[bool]:
 
 
 def checkpoint_key(home: str | Path, *parts: str) -> str:
-    """Names the files of some folders of a checkpoint by their content, wherever they lie and whenever they were written."""
+    """Names the files of some folders of a checkpoint by their content, wherever they lie and
+    whenever they were written."""
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(path for part in parts for path in (Path(home) / part).rglob("*") if path.is_file()):
+    for path in sorted(
+        path for part in parts for path in (Path(home) / part).rglob("*") if path.is_file()
+    ):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(home)} {size} ".encode())
         with path.open("rb") as file:
@@ -80,7 +90,8 @@ def checkpoint_key(home: str | Path, *parts: str) -> str:
 
 
 def _places(size: int) -> Iterable[int]:
-    """Where the blocks of a file begin that are read for its key: all of them, or as many, spread from first to last."""
+    """Where the blocks of a file begin that are read for its key: all of them, or as many, spread
+    from first to last."""
     if size <= BLOCK_BYTES * MAX_BLOCKS:
         return range(0, size, BLOCK_BYTES)
     return ((size - BLOCK_BYTES) * block // (MAX_BLOCKS - 1) for block in range(MAX_BLOCKS))

@@ -7,8 +7,8 @@ Three families, on a plain dark floor of 64 x 64 pixels at 16 frames a second, o
 - ``cross``: two shapes on one line that meet again and again, one passing behind the other.
 
 ``sample_spec`` draws a scene, ``render`` draws its frames, ``caption`` writes it in one of several
-paraphrases of a small English grammar and ``read_caption`` reads any of them back. What is measured from
-pixels is in ``streamvid.evaluation.world_score``.
+paraphrases of a small English grammar and ``read_caption`` reads any of them back. What is measured
+from pixels is in ``streamvid.evaluation.world_score``.
 
 Units: pixels and frames; x to the right, y downwards; a velocity is in pixels a frame.
 """
@@ -71,7 +71,8 @@ class Body:
 
 @dataclass(frozen=True)
 class WorldSpec:
-    """A scene: ``bodies`` from back to front; ``elasticity`` ("high", "low") only in the family ``fall``."""
+    """A scene: ``bodies`` from back to front; ``elasticity`` ("high", "low") only in the family
+    ``fall``."""
 
     family: str
     bodies: tuple[Body, ...]
@@ -90,7 +91,8 @@ class CaptionedBody:
 
 @dataclass(frozen=True)
 class Caption:
-    """What a caption says: bodies from back to front where it tells, else in the order of the sentence."""
+    """What a caption says: bodies from back to front where it tells, else in the order of the
+    sentence."""
 
     family: str
     bodies: tuple[CaptionedBody, ...]
@@ -109,8 +111,11 @@ def fold(position: np.ndarray, low: float, high: float) -> np.ndarray:
     return low + np.where(phase < span, phase, 2 * span - phase)
 
 
-def fall_heights(y0: float, vy0: float, floor: float, elasticity: float, num_frames: int) -> np.ndarray:
-    """Heights of a ball under ``GRAVITY`` whose speed is scaled by ``elasticity`` at each bounce (exact)."""
+def fall_heights(
+    y0: float, vy0: float, floor: float, elasticity: float, num_frames: int
+) -> np.ndarray:
+    """Heights of a ball under ``GRAVITY`` whose speed is scaled by ``elasticity`` at each bounce
+    (exact)."""
     heights = np.empty(num_frames)
     start, y, vy = 0.0, y0, vy0
     for frame in range(num_frames):
@@ -145,7 +150,8 @@ def positions(spec: WorldSpec, num_frames: int) -> np.ndarray:
 
 
 def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
-    """Distance to the outline, negative inside; every shape fits in the circle of ``radius`` or nearly so."""
+    """Distance to the outline, negative inside; every shape fits in the circle of ``radius`` or
+    nearly so."""
     if shape == "circle":
         return np.hypot(dx, dy) - radius
     if shape == "square":
@@ -180,7 +186,9 @@ def render(spec: WorldSpec, num_frames: int) -> Tensor:
 # ---------------------------------------------------------------- sampling
 
 
-def _start(rng: np.random.Generator, radius: float, velocity: float, free_frames: int = 10) -> float:
+def _start(
+    rng: np.random.Generator, radius: float, velocity: float, free_frames: int = 10
+) -> float:
     """A coordinate from which ``free_frames`` pass before the first wall."""
     low, high = radius, SIZE - radius
     reach = velocity * free_frames
@@ -193,8 +201,13 @@ def _sample_move(rng: np.random.Generator) -> WorldSpec:
     ux, uy = DIRECTIONS[str(rng.choice(list(DIRECTIONS)))]
     vx, vy = speed * ux, speed * uy
     body = Body(
-        str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), radius,
-        _start(rng, radius, vx), _start(rng, radius, vy), vx, vy,
+        str(rng.choice(list(COLOURS))),
+        str(rng.choice(SHAPES)),
+        radius,
+        _start(rng, radius, vx),
+        _start(rng, radius, vy),
+        vx,
+        vy,
     )
     return WorldSpec("move", (body,))
 
@@ -203,8 +216,13 @@ def _sample_fall(rng: np.random.Generator) -> WorldSpec:
     radius = RADII[str(rng.choice(list(RADII)))]
     vx = DRIFT * float(rng.choice([-1.0, 0.0, 1.0]))
     body = Body(
-        str(rng.choice(list(COLOURS))), "circle", radius,
-        _start(rng, radius, vx, 20), float(rng.uniform(radius + 1, radius + 14)), vx, 0.0,
+        str(rng.choice(list(COLOURS))),
+        "circle",
+        radius,
+        _start(rng, radius, vx, 20),
+        float(rng.uniform(radius + 1, radius + 14)),
+        vx,
+        0.0,
     )
     return WorldSpec("fall", (body,), str(rng.choice(list(ELASTICITY))))
 
@@ -220,8 +238,15 @@ def _sample_cross(rng: np.random.Generator) -> WorldSpec:
     height = float(rng.uniform(14.0, SIZE - 14.0))
     offset = float(rng.uniform(-2.0, 2.0))
     bodies = tuple(
-        Body(str(colours[i]), str(shapes[i]), CROSS_RADIUS, middle - side * gap / 2, height + side * offset,
-             side * speed, 0.0)
+        Body(
+            str(colours[i]),
+            str(shapes[i]),
+            CROSS_RADIUS,
+            middle - side * gap / 2,
+            height + side * offset,
+            side * speed,
+            0.0,
+        )
         for i, side in enumerate((towards, -towards))
     )
     return WorldSpec("cross", bodies)
@@ -232,7 +257,8 @@ FAMILY_WEIGHTS = {"move": 0.5, "fall": 0.2, "cross": 0.3}
 
 
 def is_held_out(spec: WorldSpec) -> bool:
-    """True for one in eight combinations of everything a caption can say; these are never trained on."""
+    """True for one in eight combinations of everything a caption can say; these are never trained
+    on."""
     said = describe(spec)
     return key_to_seed("held-out", repr(replace(said, ordered=True))) % 8 == 0
 
@@ -272,8 +298,15 @@ DIRECTION_WORDS = {
     "down-right": ("down and to the right", "towards the lower right"),
     "down-left": ("down and to the left", "towards the lower left"),
 }
-DRIFT_WORDS = {"down": "straight down", "right": "drifting to the right", "left": "drifting to the left"}
-ELASTICITY_WORDS = {"high": ("bounces high", "is very bouncy"), "low": ("bounces low", "is hardly bouncy")}
+DRIFT_WORDS = {
+    "down": "straight down",
+    "right": "drifting to the right",
+    "left": "drifting to the left",
+}
+ELASTICITY_WORDS = {
+    "high": ("bounces high", "is very bouncy"),
+    "low": ("bounces low", "is hardly bouncy"),
+}
 
 
 def _name_of(table: dict[str, float], value: float) -> str:
@@ -294,11 +327,18 @@ def describe(spec: WorldSpec) -> Caption:
         return Caption("fall", (said,), None, spec.elasticity)
     sized = spec.family == "move"
     bodies = tuple(
-        CaptionedBody(b.colour, b.shape, _name_of(RADII, b.radius) if sized else None, direction_of(b.vx, b.vy))
+        CaptionedBody(
+            b.colour,
+            b.shape,
+            _name_of(RADII, b.radius) if sized else None,
+            direction_of(b.vx, b.vy),
+        )
         for b in spec.bodies
     )
     first = spec.bodies[0]
-    return Caption(spec.family, bodies, _name_of(SPEEDS, float(np.hypot(first.vx, first.vy))), None, not sized)
+    return Caption(
+        spec.family, bodies, _name_of(SPEEDS, float(np.hypot(first.vx, first.vy))), None, not sized
+    )
 
 
 def _caption_move(said: Caption, pick) -> str:
@@ -306,33 +346,50 @@ def _caption_move(said: Caption, pick) -> str:
     size, direction = pick(SIZE_WORDS[body.size]), pick(DIRECTION_WORDS[body.direction])
     adverb, adjective = pick(SPEED_ADVERBS[said.speed]), SPEED_ADJECTIVES[said.speed]
     verb = pick(("moves", "glides", "travels"))
-    return pick((
-        f"a {size} {body.colour} {body.shape} {verb} {direction} {adverb}",
-        f"a {adjective} {size} {body.colour} {body.shape} {verb} {direction} and bounces off the walls",
-        f"the {body.shape} is {size} and {body.colour} and {verb} {direction} {adverb}",
-    ))
+    return pick(
+        (
+            f"a {size} {body.colour} {body.shape} {verb} {direction} {adverb}",
+            (
+                f"a {adjective} {size} {body.colour} {body.shape} {verb} {direction} and bounces"
+                " off the walls"
+            ),
+            f"the {body.shape} is {size} and {body.colour} and {verb} {direction} {adverb}",
+        )
+    )
 
 
 def _caption_fall(said: Caption, pick) -> str:
     body = said.bodies[0]
-    size, drift, bounce = pick(SIZE_WORDS[body.size]), DRIFT_WORDS[body.direction], pick(ELASTICITY_WORDS[said.elasticity])
-    return pick((
-        f"a {size} {body.colour} ball falls {drift} and {bounce}",
-        f"a {size} {body.colour} ball drops {drift}, it {bounce}",
-        f"the ball is {size} and {body.colour}, falls {drift} and {bounce}",
-    ))
+    size, drift, bounce = (
+        pick(SIZE_WORDS[body.size]),
+        DRIFT_WORDS[body.direction],
+        pick(ELASTICITY_WORDS[said.elasticity]),
+    )
+    return pick(
+        (
+            f"a {size} {body.colour} ball falls {drift} and {bounce}",
+            f"a {size} {body.colour} ball drops {drift}, it {bounce}",
+            f"the ball is {size} and {body.colour}, falls {drift} and {bounce}",
+        )
+    )
 
 
 def _caption_cross(said: Caption, pick) -> str:
     back, front = said.bodies
     adverb = pick(SPEED_ADVERBS[said.speed])
     verb = pick(("moves", "glides", "travels"))
-    return pick((
-        f"a {back.colour} {back.shape} {verb} {pick(DIRECTION_WORDS[back.direction])} {adverb} "
-        f"and passes behind a {front.colour} {front.shape}",
-        f"a {front.colour} {front.shape} {verb} {pick(DIRECTION_WORDS[front.direction])} {adverb} "
-        f"and passes in front of a {back.colour} {back.shape}",
-    ))
+    return pick(
+        (
+            (
+                f"a {back.colour} {back.shape} {verb} {pick(DIRECTION_WORDS[back.direction])}"
+                f" {adverb} and passes behind a {front.colour} {front.shape}"
+            ),
+            (
+                f"a {front.colour} {front.shape} {verb} {pick(DIRECTION_WORDS[front.direction])}"
+                f" {adverb} and passes in front of a {back.colour} {back.shape}"
+            ),
+        )
+    )
 
 
 CAPTIONERS = {"move": _caption_move, "fall": _caption_fall, "cross": _caption_cross}
@@ -341,14 +398,21 @@ CAPTIONERS = {"move": _caption_move, "fall": _caption_fall, "cross": _caption_cr
 def caption(spec: WorldSpec, variant: int = 0) -> str:
     """One sentence for the scene; ``variant`` chooses among the paraphrases."""
     rng = np.random.default_rng(key_to_seed("caption", variant))
-    return CAPTIONERS[spec.family](describe(spec), lambda options: options[int(rng.integers(len(options)))])
+    return CAPTIONERS[spec.family](
+        describe(spec), lambda options: options[int(rng.integers(len(options)))]
+    )
 
 
 OPPOSITE = {"left": "right", "right": "left"}
 _WORD_OF_SIZE = {word: size for size, words in SIZE_WORDS.items() for word in words}
 _SPEED_WORDS = {
-    "slowly": "slow", "slow": "slow", "steadily": "medium", "steady": "medium", "medium": "medium",
-    "quickly": "fast", "fast": "fast",
+    "slowly": "slow",
+    "slow": "slow",
+    "steadily": "medium",
+    "steady": "medium",
+    "medium": "medium",
+    "quickly": "fast",
+    "fast": "fast",
 }
 
 
@@ -364,7 +428,8 @@ def _read_direction(text: str) -> str | None:
 
 
 def _read_bodies(text: str) -> list[CaptionedBody]:
-    """Bodies in the order of the sentence; words belong to the noun that they precede or follow closest."""
+    """Bodies in the order of the sentence; words belong to the noun that they precede or follow
+    closest."""
     nouns = list(re.finditer(r"\b(circle|square|triangle|ball)\b", text))
     bodies = []
     for i, noun in enumerate(nouns):
@@ -372,7 +437,9 @@ def _read_bodies(text: str) -> list[CaptionedBody]:
         after = text[noun.end() : nouns[i + 1].start() if i + 1 < len(nouns) else len(text)]
         look = before if any(re.search(rf"\b{c}\b", before) for c in COLOURS) else after
         colour = next((c for c in COLOURS if re.search(rf"\b{c}\b", look)), None)
-        size = next((_WORD_OF_SIZE[w] for w in re.findall(r"\w+", look) if w in _WORD_OF_SIZE), None)
+        size = next(
+            (_WORD_OF_SIZE[w] for w in re.findall(r"\w+", look) if w in _WORD_OF_SIZE), None
+        )
         shape = "circle" if noun.group(1) == "ball" else noun.group(1)
         bodies.append(CaptionedBody(colour, shape, size, _read_direction(after)))
     return bodies
@@ -387,7 +454,10 @@ def read_caption(prompt: str) -> Caption:
     text = prompt.lower()
     bodies = _read_bodies(text)
     if not bodies:
-        raise ValueError(f"no circle, square, triangle or ball in the prompt {prompt!r}; the world score needs one")
+        raise ValueError(
+            f"no circle, square, triangle or ball in the prompt {prompt!r}; the world score"
+            " needs one"
+        )
     speed = next((_SPEED_WORDS[w] for w in re.findall(r"\w+", text) if w in _SPEED_WORDS), None)
     if len(bodies) > 1:
         return _read_cross(text, bodies[:2], speed)

@@ -1,8 +1,8 @@
-"""What things cost: seconds and peak memory of a piece of work, measured the same way on a CPU and on a GPU.
+"""What things cost: seconds and peak memory of a piece of work, measured the same way on a CPU and
+on a GPU.
 
-A figure is a median of repeats after one to warm up, and what is compared is measured in turns in one run, so that
-whatever else slows the machine slows all of it.
-"""
+A figure is a median of repeats after one to warm up, and what is compared is measured in turns in
+one run, so that whatever else slows the machine slows all of it."""
 
 from __future__ import annotations
 
@@ -21,25 +21,31 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds (median) and the greatest number of bytes that were alive at once, besides what was there before."""
+    """Seconds (median) and the greatest number of bytes that were alive at once, besides what was
+    there before."""
 
     seconds: float
     peak_bytes: int
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside and are still alive; ``peak`` is their maximum.
+    """Counts the bytes of the tensors that are made inside and are still alive; ``peak`` is their
+    maximum.
 
-    For CPU tensors, whose allocator keeps no such count. Work memory inside an operator is not seen.
-    """
+    For CPU tensors, whose allocator keeps no such count. Work memory inside an operator is not
+    seen."""
 
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_storage_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = {
+            _storage_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        }
         output = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and _storage_key(leaf) not in given:
@@ -89,8 +95,11 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def measure(works: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int = 5) -> dict[str, Measured]:
-    """Measure several pieces of work in turns: all once to warm up and for memory, then ``repeats`` rounds of all.
+def measure(
+    works: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int = 5
+) -> dict[str, Measured]:
+    """Measure several pieces of work in turns: all once to warm up and for memory, then ``repeats``
+    rounds of all.
 
     Raises:
         ValueError: if ``repeats`` is below 1.
@@ -98,5 +107,10 @@ def measure(works: Mapping[str, Callable[[], Any]], device: torch.device, repeat
     if repeats < 1:
         raise ValueError(f"repeats={repeats}, expected at least 1")
     memory = {name: peak_bytes(work, device) for name, work in works.items()}
-    rounds = [{name: seconds_of(work, device) for name, work in works.items()} for _ in range(repeats)]
-    return {name: Measured(statistics.median(each[name] for each in rounds), memory[name]) for name in works}
+    rounds = [
+        {name: seconds_of(work, device) for name, work in works.items()} for _ in range(repeats)
+    ]
+    return {
+        name: Measured(statistics.median(each[name] for each in rounds), memory[name])
+        for name in works
+    }

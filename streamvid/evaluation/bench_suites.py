@@ -1,4 +1,5 @@
-"""What ``tools/bench.py`` measures: how a student streams, and what each term of the loss core costs."""
+"""What ``tools/bench.py`` measures: how a student streams, and what each term of the loss core
+costs."""
 
 from __future__ import annotations
 
@@ -50,17 +51,30 @@ Row = dict[str, Any]
 
 
 def streams(
-    student: Any, steps: Sequence[int], num_frames: int, size: tuple[int, int], device: torch.device, repeats: int
+    student: Any,
+    steps: Sequence[int],
+    num_frames: int,
+    size: tuple[int, int],
+    device: torch.device,
+    repeats: int,
 ) -> list[Row]:
-    """A row for each number of steps a chunk: latencies, frames a second, and the bytes of the cache.
+    """A row for each number of steps a chunk: latencies, frames a second, and the bytes of the
+    cache.
 
     Args:
         student: of ``serving.student.load_student``.
         num_frames: of a stream; it should have some chunks after the window is full.
         size: height and width of the frames.
     """
-    embedding = student.prompts.encode(["a red circle moves to the right"]).to(device, _dtype(student))
-    return [_stream_row(student, _with_steps(student.stream, n), n, num_frames, size, embedding, repeats) for n in steps]
+    embedding = student.prompts.encode(["a red circle moves to the right"]).to(
+        device, _dtype(student)
+    )
+    return [
+        _stream_row(
+            student, _with_steps(student.stream, n), n, num_frames, size, embedding, repeats
+        )
+        for n in steps
+    ]
 
 
 def _dtype(student: Any) -> torch.dtype:
@@ -68,21 +82,40 @@ def _dtype(student: Any) -> torch.dtype:
 
 
 def _with_steps(config: StreamConfig, num_steps: int) -> StreamConfig:
-    return config if num_steps == config.num_steps else replace(config, num_steps=num_steps, step_table=())
+    return (
+        config
+        if num_steps == config.num_steps
+        else replace(config, num_steps=num_steps, step_table=())
+    )
 
 
 def _stream_row(
-    student: Any, config: StreamConfig, num_steps: int, num_frames: int, size: tuple[int, int], embedding: Tensor,
+    student: Any,
+    config: StreamConfig,
+    num_steps: int,
+    num_frames: int,
+    size: tuple[int, int],
+    embedding: Tensor,
     repeats: int,
 ) -> Row:
-    runs = [_stream_once(student, config, num_frames, size, embedding) for _ in range(repeats + 1)][1:]
+    runs = [_stream_once(student, config, num_frames, size, embedding) for _ in range(repeats + 1)][
+        1:
+    ]
     chunks = [chunk for run in runs for chunk in run[1:]]  # the first is reported apart
     if not chunks:
-        raise ValueError(f"{num_frames} frames are one chunk; a stream to measure has at least two, use --num-frames 129")
-    denoise_s, decode_s = (statistics.median(getattr(chunk, name) for chunk in chunks) for name in ("denoise_s", "decode_s"))
+        raise ValueError(
+            f"{num_frames} frames are one chunk; a stream to measure has at least two, use"
+            " --num-frames 129"
+        )
+    denoise_s, decode_s = (
+        statistics.median(getattr(chunk, name) for chunk in chunks)
+        for name in ("denoise_s", "decode_s")
+    )
     return {
         "": f"{num_steps} steps a chunk",
-        "first frame ms": 1000 * statistics.median(run[0].denoise_s + run[0].decode_s for run in runs),
+        "first frame ms": (
+            1000 * statistics.median(run[0].denoise_s + run[0].decode_s for run in runs)
+        ),
         "chunk ms": 1000 * (denoise_s + decode_s),
         "denoise ms": 1000 * denoise_s,
         "decode ms": 1000 * decode_s,
@@ -97,13 +130,21 @@ def _stream_once(
     height, width = size
     return list(
         stream(
-            student.transformer, student.codec, embedding, config, seeds=[0], height=height, width=width,
+            student.transformer,
+            student.codec,
+            embedding,
+            config,
+            seeds=[0],
+            height=height,
+            width=width,
             num_frames=num_frames,
         )
     )
 
 
-def _cache_bytes(student: Any, config: StreamConfig, size: tuple[int, int], embedding: Tensor) -> int:
+def _cache_bytes(
+    student: Any, config: StreamConfig, size: tuple[int, int], embedding: Tensor
+) -> int:
     """Bytes of a cache whose window is full, after as many chunks at one step each."""
     shape = (student.codec.latent_channels, *(side // student.codec.spatial_ratio for side in size))
     cache = new_cache(student.transformer, config, 1, shape)
@@ -113,8 +154,15 @@ def _cache_bytes(student: Any, config: StreamConfig, size: tuple[int, int], embe
     events = autoregressive((1.0,), num_chunks)
     with torch.no_grad():
         for _ in rollout(
-            student.transformer, embedding, events, KeyedNoise([0]), latent_shape=shape,
-            chunk_frames=config.chunk_frames, cache=cache, commit=config.commit, commit_last=True,
+            student.transformer,
+            embedding,
+            events,
+            KeyedNoise([0]),
+            latent_shape=shape,
+            chunk_frames=config.chunk_frames,
+            cache=cache,
+            commit=config.commit,
+            commit_last=True,
         ):
             pass
     return cache.memory_bytes()
@@ -124,7 +172,8 @@ def _cache_bytes(student: Any, config: StreamConfig, size: tuple[int, int], embe
 
 
 def losses(shape: tuple[int, ...], device: torch.device, repeats: int) -> list[Row]:
-    """A row for each term: forward and backward on a latent ``[B, C, T, h, w]``, seconds and peak bytes against an MSE's.
+    """A row for each term: forward and backward on a latent ``[B, C, T, h, w]``, seconds and peak
+    bytes against an MSE's.
 
     Networks are left out: predictions are given, and where a term calls one it is a multiplication.
     """
@@ -140,15 +189,20 @@ def losses(shape: tuple[int, ...], device: torch.device, repeats: int) -> list[R
 
         return run
 
-    measured = measure({name: work(term) for name, term in _terms(x, given, t).items()}, device, repeats)
+    measured = measure(
+        {name: work(term) for name, term in _terms(x, given, t).items()}, device, repeats
+    )
     plain = measured["mse"]
     return [
         {
-            "": name, "ms": 1000 * each.seconds, "time / MSE": each.seconds / plain.seconds,
-            "peak MiB": each.peak_bytes / 2**20, "peak / MSE": each.peak_bytes / plain.peak_bytes,
+            "": name,
+            "ms": 1000 * each.seconds,
+            "time / MSE": each.seconds / plain.seconds,
+            "peak MiB": each.peak_bytes / 2**20,
+            "peak / MSE": each.peak_bytes / plain.peak_bytes,
         }
         for name, each in measured.items()
-    ]  # fmt: skip
+    ]
 
 
 def _terms(x: Tensor, given: Sequence[Tensor], t: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -156,44 +210,79 @@ def _terms(x: Tensor, given: Sequence[Tensor], t: Tensor) -> dict[str, Callable[
     a, b, c, d = given
     s, r, one = 0.2 * t, 0.9 * t, torch.ones_like(t)
     scaled = lambda z, time, *_: 0.9 * z  # noqa: E731  a network
-    nets = {channels: RandomFeatures(channels, seed=0, width=16, depth=2).to(x.device) for channels in {x.shape[1]}}
+    nets = {
+        channels: RandomFeatures(channels, seed=0, width=16, depth=2).to(x.device)
+        for channels in {x.shape[1]}
+    }
     net = nets[x.shape[1]]
     mean = lambda z: z.flatten(1).mean(1, keepdim=True)  # noqa: E731  a discriminator
-    arcs = lambda: (torch.stack([x, a], 1), torch.zeros(1, 2, 1, 1, 1, 1).to(x), torch.full((1, 2, 1, 1, 1, 1), 0.5).to(x))  # noqa: E731
+    arcs = lambda: (
+        torch.stack([x, a], 1),
+        torch.zeros(1, 2, 1, 1, 1, 1).to(x),
+        torch.full((1, 2, 1, 1, 1, 1), 0.5).to(x),
+    )
     moves = temporal_difference
-    tangent = lambda u: total_derivative(lambda z, time, _: 0.9 * z * time.reshape(-1, 1, 1, 1, 1), a, t, s, b)[1] + 0 * u  # noqa: E731
+    tangent = lambda u: (
+        total_derivative(lambda z, time, _: 0.9 * z * time.reshape(-1, 1, 1, 1, 1), a, t, s, b)[1]
+        + 0 * u
+    )
     return {
         "mse": lambda: (x - a).square().mean(),
         "flow matching": lambda: flow_matching_loss(x, a, b),
         "flow matching, weighted": lambda: flow_matching_loss(x, a, b, loss_weight("edm", t)),
         "DMD": lambda: surrogate(x, dmd_gradient(x, a, b)),
         "DMD, guided teacher": lambda: surrogate(x, dmd_gradient(x, a, guide(b, c, 4.0))),
-        "DMD, group normaliser": lambda: surrogate(x, dmd_gradient(x, a, b, "group", torch.zeros(len(x), device=x.device))),
+        "DMD, group normaliser": lambda: surrogate(
+            x, dmd_gradient(x, a, b, "group", torch.zeros(len(x), device=x.device))
+        ),
         "DMD, Huber": lambda: surrogate(x, dmd_gradient(x, a, b), form="huber"),
         "DMD, dot": lambda: surrogate(x, dmd_gradient(x, a, b), form="dot"),
-        "f-distill weight": lambda: surrogate(x, dmd_gradient(x, a, b), weight=f_weight(mean(a)[:, 0])),
+        "f-distill weight": lambda: surrogate(
+            x, dmd_gradient(x, a, b), weight=f_weight(mean(a)[:, 0])
+        ),
         "residual (SDS)": lambda: surrogate(x, residual_gradient(x, a)),
         "SiD": lambda: sid_loss(x, a, b, 1.0),
-        "motion (flow DMD)": lambda: surrogate(moves(x), dmd_gradient(moves(x), moves(a), moves(b))),
+        "motion (flow DMD)": lambda: surrogate(
+            moves(x), dmd_gradient(moves(x), moves(a), moves(b))
+        ),
         "noising": lambda: add_noise(x, a, t).mean(),
         "eta step": lambda: eta_step(x, a, t, s, 0.5, b).mean(),
         "gamma step": lambda: gamma_step(x, a, t, s, 0.5, b).mean(),
-        "game, logits only": lambda: generator_loss("paired", mean(x), mean(a)) + discriminator_loss("ns", mean(x), mean(a)),
+        "game, logits only": (
+            lambda: (
+                generator_loss("paired", mean(x), mean(a))
+                + discriminator_loss("ns", mean(x), mean(a))
+            )
+        ),
         "ADM pair": lambda: sum(each.mean() for each in euler_pair(x, t, 1 / 64, a, b)),
-        "consistency pair, squared": lambda: distance(*consistency_pair(scaled, scaled, x, t, a, r, s)).mean(),
-        "consistency pair, Huber": lambda: distance(*consistency_pair(scaled, scaled, x, t, a, r, s), "huber").mean(),
-        "CTM, mapped to data": lambda: distance(*consistency_pair(scaled, scaled, x, t, a, r, s, scaled)).mean(),
+        "consistency pair, squared": (
+            lambda: distance(*consistency_pair(scaled, scaled, x, t, a, r, s)).mean()
+        ),
+        "consistency pair, Huber": (
+            lambda: distance(*consistency_pair(scaled, scaled, x, t, a, r, s), "huber").mean()
+        ),
+        "CTM, mapped to data": (
+            lambda: distance(*consistency_pair(scaled, scaled, x, t, a, r, s, scaled)).mean()
+        ),
         "SLAM input": lambda: subpath_input(x, a, t, r, 0.5)[0].mean(),
         "BOOT target": lambda: distance(x, bootstrap_target(a, b, t, s)).mean(),
         "MeanFlow": lambda: adaptive(distance(x, mean_velocity_target(b, tangent(c), t, s))).mean(),
-        "sCM, normalised": lambda: distance(x, normalized_tangent(d, mean_velocity_target(b, tangent(c), t, 0 * t))).mean(),
+        "sCM, normalised": (
+            lambda: distance(
+                x, normalized_tangent(d, mean_velocity_target(b, tangent(c), t, 0 * t))
+            ).mean()
+        ),
         "secant": lambda: distance(x, secant_velocity(a, b, t, s)).mean(),
         "straightness": lambda: straightness(a, x),
         "ArcFlow jump, 2 components": lambda: arc_displacement(*arcs(), one, t, s).square().mean(),
         "Embedding Loss, 16 features": lambda: mmd2(net(x), net(a), unbiased=False),
         "spectral": lambda: spectral_distance(x, a),
-        "relational": lambda: relational_kl(torch.cat([x, 2 * x + a]).flatten(1), torch.cat([a, b]).flatten(1)),
+        "relational": lambda: relational_kl(
+            torch.cat([x, 2 * x + a]).flatten(1), torch.cat([a, b]).flatten(1)
+        ),
         "NFT": lambda: nft_loss(x, a, b, one, 0.5),
         "NFT, self-normalised": lambda: nft_loss(x, a, b, one, 0.5, c, t),
-        "preference (PSO)": lambda: pairwise(step_logp(a, x, t, "mean"), step_logp(b, x, t, "mean"), 50.0),
+        "preference (PSO)": lambda: pairwise(
+            step_logp(a, x, t, "mean"), step_logp(b, x, t, "mean"), 50.0
+        ),
     }

@@ -1,8 +1,9 @@
-"""A judge of its own: a discriminator that no training has seen, asked which of two clips is the true one.
+"""A judge of its own: a discriminator that no training has seen, asked which of two clips is the
+true one.
 
-It is trained on pairs (true clip, student clip) of one prompt, by the paired logistic loss with R1 and R2 (as AFD's,
-arXiv 2605.26105), and asked about the pairs of other prompts. A student that can't be told from the truth wins half of them.
-"""
+It is trained on pairs (true clip, student clip) of one prompt, by the paired logistic loss with R1
+and R2 (as AFD's, arXiv 2605.26105), and asked about the pairs of other prompts. A student that
+can't be told from the truth wins half of them."""
 
 from __future__ import annotations
 
@@ -17,10 +18,20 @@ from streamvid.seeding import keyed_generator, keyed_normal
 
 
 def win_rate(
-    trunk: nn.Module, true: Tensor, made: Tensor, cond: Tensor, *, num_steps: int = 150, batch_size: int = 8,
-    test_share: float = 0.4, lr: float = 1e-4, penalty: float = 100.0, seed: int = 0,
+    trunk: nn.Module,
+    true: Tensor,
+    made: Tensor,
+    cond: Tensor,
+    *,
+    num_steps: int = 150,
+    batch_size: int = 8,
+    test_share: float = 0.4,
+    lr: float = 1e-4,
+    penalty: float = 100.0,
+    seed: int = 0,
 ) -> dict[str, float]:
-    """How often a student's clip is taken for the true one, over prompts that the judge was not trained on.
+    """How often a student's clip is taken for the true one, over prompts that the judge was not
+    trained on.
 
     Args:
         trunk: a Wan transformer that the judge starts from; copied.
@@ -31,36 +42,54 @@ def win_rate(
         penalty: weight of R1 and of R2, at differences of .05.
 
     Returns:
-        ``win_rate``, the share of test pairs in which the student's clip has the greater logit; ``gap``, the mean of the
-        true clip's logit less the student's.
+        ``win_rate``, the share of test pairs in which the student's clip has the greater logit;
+        ``gap``, the mean of the true clip's logit less the student's.
 
     Raises:
         ValueError: if the shapes differ, or there are fewer than 4 prompts.
     """
     if true.shape != made.shape or len(cond) != len(true) or len(true) < 4:
         raise ValueError(
-            f"true clips {tuple(true.shape)}, made ones {tuple(made.shape)}, prompts {len(cond)}; expected the same shape and "
-            "at least 4 prompts"
+            f"true clips {tuple(true.shape)}, made ones {tuple(made.shape)}, prompts {len(cond)};"
+            " expected the same shape and at least 4 prompts"
         )
     judge = VideoDiscriminator(copy.deepcopy(trunk).float(), seed=seed).to(true.device)
-    optimizer = torch.optim.Adam([p for p in judge.parameters() if p.requires_grad], lr, betas=(0.0, 0.99))
+    optimizer = torch.optim.Adam(
+        [p for p in judge.parameters() if p.requires_grad], lr, betas=(0.0, 0.99)
+    )
     num_train = max(2, round(len(true) * (1 - test_share)))
     for step in range(num_steps):
-        rows = torch.randint(num_train, (batch_size,), generator=keyed_generator("judge", seed, step)).to(true.device)
+        rows = torch.randint(
+            num_train, (batch_size,), generator=keyed_generator("judge", seed, step)
+        ).to(true.device)
         optimizer.param_groups[0]["lr"] = lr * (1 - step / num_steps)
         optimizer.zero_grad()
-        _loss(judge, true[rows], made[rows], cond[rows], penalty, ("judge noise", seed, step)).backward()
+        _loss(
+            judge, true[rows], made[rows], cond[rows], penalty, ("judge noise", seed, step)
+        ).backward()
         optimizer.step()
     with torch.no_grad():
-        logits = [torch.cat([judge(x, c) for x, c in zip(clips[num_train:].split(16), cond[num_train:].split(16))]) for clips in (true, made)]
+        logits = [
+            torch.cat(
+                [
+                    judge(x, c)
+                    for x, c in zip(clips[num_train:].split(16), cond[num_train:].split(16))
+                ]
+            )
+            for clips in (true, made)
+        ]
     gap = (logits[0] - logits[1])[:, 0]
     return {"win_rate": (gap < 0).float().mean().item(), "gap": gap.mean().item()}
 
 
-def _loss(judge: nn.Module, true: Tensor, made: Tensor, cond: Tensor, penalty: float, key: tuple) -> Tensor:
+def _loss(
+    judge: nn.Module, true: Tensor, made: Tensor, cond: Tensor, penalty: float, key: tuple
+) -> Tensor:
     logits = judge(torch.cat([true, made]), torch.cat([cond, cond])).chunk(2)
     loss = discriminator_loss("paired", logits[1], logits[0])
     for side, x, known in zip(("true", "made"), (true, made), logits):
         noise = keyed_normal(tuple(x.shape), *key, side).to(x)
-        loss = loss + penalty * approximate_penalty(lambda y: known if y is x else judge(y, cond), x, noise, 0.05)  # noqa: B023
+        loss = loss + penalty * approximate_penalty(
+            lambda y: known if y is x else judge(y, cond), x, noise, 0.05
+        )  # noqa: B023
     return loss

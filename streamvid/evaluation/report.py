@@ -14,7 +14,18 @@ from streamvid.evaluation.runs import Cost
 from streamvid.files import atomic_file
 from streamvid.printing import markdown_text
 
-SHOWN = ("overall", "colour", "shape", "size", "number", "direction", "speed", "physics", "permanence", "order")
+SHOWN = (
+    "overall",
+    "colour",
+    "shape",
+    "size",
+    "number",
+    "direction",
+    "speed",
+    "physics",
+    "permanence",
+    "order",
+)
 
 
 def environment() -> dict[str, Any]:
@@ -39,7 +50,11 @@ def machine() -> str:
     import torch
 
     threads = torch.get_num_threads()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu_name()}, threads: {threads}"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{_cpu_name()}, threads: {threads}"
+    )
     return f"{platform.machine()}, {device}"
 
 
@@ -54,7 +69,9 @@ def mean_and_spread(rows: Sequence[dict[str, float]]) -> tuple[dict[str, float],
     """Mean over seeds of each score, and the distance of its greatest from its least."""
     names = [name for name in rows[0] if all(name in row for row in rows)]
     means = {name: sum(row[name] for row in rows) / len(rows) for name in names}
-    spread = {name: max(row[name] for row in rows) - min(row[name] for row in rows) for name in names}
+    spread = {
+        name: max(row[name] for row in rows) - min(row[name] for row in rows) for name in names
+    }
     return means, spread
 
 
@@ -79,8 +96,12 @@ def result_row(
         row["score_ratio"] = means["overall"] / reference_overall
     if cost is not None:
         row |= {
-            "nfe": cost.nfe, "commits": cost.commits, "latent_frames": cost.latent_frames,
-            "denoise_s": cost.denoise_s, "decode_s": cost.decode_s, "clip_s": cost.clip_s,
+            "nfe": cost.nfe,
+            "commits": cost.commits,
+            "latent_frames": cost.latent_frames,
+            "denoise_s": cost.denoise_s,
+            "decode_s": cost.decode_s,
+            "clip_s": cost.clip_s,
             "first_frame_ms": 1000 * cost.first_frame_s,
         }
     if cost is not None and reference is not None:
@@ -94,7 +115,17 @@ def result_row(
 
 def window_table(rows: Sequence[dict[str, Any]]) -> str:
     """Overall scores of ``runs.score_long`` as a Markdown table."""
-    lines = [["", "frames", "prompts", "first", "last", "least", f"overall by window of {rows[0]['window']} frames"]]
+    lines = [
+        [
+            "",
+            "frames",
+            "prompts",
+            "first",
+            "last",
+            "least",
+            f"overall by window of {rows[0]['window']} frames",
+        ]
+    ]
     for row in rows:
         each = " ".join(f"{window['overall']:.3f}" for window in row["windows"])
         numbers = [f"{row[name]:.3f}" for name in ("first", "last", "least")]
@@ -106,7 +137,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table, readable as plain text too."""
     names = [name for name in SHOWN if any(name in row["scores"] for row in rows)]
     compared = any("score_ratio" in row for row in rows)
-    columns = ["", *names, *(["of teacher"] if compared else []), "forwards", "work", "s/clip", "first frame", "speed-up"]
+    columns = [
+        "",
+        *names,
+        *(["of teacher"] if compared else []),
+        "forwards",
+        "work",
+        "s/clip",
+        "first frame",
+        "speed-up",
+    ]
     return markdown([columns] + [_cells(row, names, compared) for row in rows])
 
 
@@ -123,21 +163,33 @@ def _cells(row: dict[str, Any], names: Sequence[str], compared: bool) -> list[st
     commits = f" + {row['commits']}" if row["commits"] else ""
     speedup = f"{row['clip_speedup']:.1f}x" if "clip_speedup" in row else "-"
     return cells + [
-        f"{row['nfe']}{commits}", str(row["latent_frames"]), f"{row['clip_s']:.2f}", f"{row['first_frame_ms']:.0f} ms",
+        f"{row['nfe']}{commits}",
+        str(row["latent_frames"]),
+        f"{row['clip_s']:.2f}",
+        f"{row['first_frame_ms']:.0f} ms",
         speedup,
     ]
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells, the first one the head, with columns of one width; cells are texts, not markup."""
+    """Lines of cells, the first one the head, with columns of one width; cells are texts, not
+    markup."""
     lines = [[markdown_text(cell) for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
-    return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
+        for line in lines
+    ]
+    return "\n".join(
+        [text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]]
+    )
 
 
 def write_report(
-    path: str | Path, rows: Sequence[dict[str, Any]], truth: dict[str, Any] | None = None, long: Sequence[dict[str, Any]] = ()
+    path: str | Path,
+    rows: Sequence[dict[str, Any]],
+    truth: dict[str, Any] | None = None,
+    long: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write ``path`` (JSON) and the same as Markdown beside it.
 
@@ -157,13 +209,19 @@ def write_report(
 
 
 def write_bench(path: str | Path, rows: Sequence[dict[str, Any]]) -> str:
-    """Write measurements, one dictionary a row, as JSON and as Markdown beside it; returns the Markdown table."""
+    """Write measurements, one dictionary a row, as JSON and as Markdown beside it; returns the
+    Markdown table."""
     path, about = Path(path), environment()
-    cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    cells = [
+        [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()]
+        for row in rows
+    ]
     text = markdown([list(rows[0]), *cells])
     notes = "".join(f"\n- {key}: {markdown_text(value)}" for key, value in about.items())
     with atomic_file(path.with_suffix(".md")) as temporary:
         temporary.write_text(f"{text}\n{notes}\n")
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps({"environment": about, "rows": list(rows)}, indent=1) + "\n")
+        temporary.write_text(
+            json.dumps({"environment": about, "rows": list(rows)}, indent=1) + "\n"
+        )
     return text

@@ -1,4 +1,5 @@
-"""Running a model on held-out prompts: its clips, their world scores, what they cost and how long they take.
+"""Running a model on held-out prompts: its clips, their world scores, what they cost and how long
+they take.
 
 Shapes: B batch, T pixel frames, H W pixels.
 """
@@ -37,8 +38,8 @@ class Runner:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a clip takes: ``nfe`` and ``commits`` are network forwards, ``latent_frames`` what they push through,
-    the seconds are medians at batch 1."""
+    """What a clip takes: ``nfe`` and ``commits`` are network forwards, ``latent_frames`` what they
+    push through, the seconds are medians at batch 1."""
 
     nfe: int
     commits: int
@@ -58,71 +59,128 @@ def student_runner(label: str, student: Any, config: StreamConfig) -> Runner:
 
 
 def teacher_runner(
-    label: str, teacher: Any, num_steps: int, guidance_scale: float, latent_frames: int, shift: float | None = None
+    label: str,
+    teacher: Any,
+    num_steps: int,
+    guidance_scale: float,
+    latent_frames: int,
+    shift: float | None = None,
 ) -> Runner:
-    """A teacher with Euler steps over the whole clip; ``shift`` None takes the times of the model's own sampler."""
+    """A teacher with Euler steps over the whole clip; ``shift`` None takes the times of the model's
+    own sampler."""
     model = GuidedModel(teacher.predict, teacher.uncond[None], guidance_scale)
-    times = {"step_table": (teacher.step_times(num_steps),)} if shift is None else {"num_steps": num_steps, "shift": shift}
-    config = StreamConfig(**times, chunk_frames=latent_frames, commit="none", stepper="euler")  # one chunk, the clip
+    times = (
+        {"step_table": (teacher.step_times(num_steps),)}
+        if shift is None
+        else {"num_steps": num_steps, "shift": shift}
+    )
+    # one chunk, the clip
+    config = StreamConfig(**times, chunk_frames=latent_frames, commit="none", stepper="euler")
     return Runner(label, model, config, 1 if guidance_scale == 1 else 2)
 
 
 def held_out_prompts(num: int, first_seed: int = HELD_OUT_SEED) -> list[str]:
     """Captions of combinations of attributes that no training clip has."""
     seeds = range(first_seed, first_seed + num)
-    return [caption(sample_spec(seed, held_out=True), key_to_seed("held-out caption", seed)) for seed in seeds]
+    return [
+        caption(sample_spec(seed, held_out=True), key_to_seed("held-out caption", seed))
+        for seed in seeds
+    ]
 
 
 @torch.no_grad()
 def reconstructed_clips(
-    codec: VideoCodec, num: int, num_frames: int, first_seed: int = HELD_OUT_SEED, batch_size: int = 16
+    codec: VideoCodec,
+    num: int,
+    num_frames: int,
+    first_seed: int = HELD_OUT_SEED,
+    batch_size: int = 16,
 ) -> Tensor:
-    """The true clips ``[B, T, 3, H, W]``, on the CPU, of ``held_out_prompts`` after the codec: what a perfect model would score."""
+    """The true clips ``[B, T, 3, H, W]``, on the CPU, of ``held_out_prompts`` after the codec: what
+    a perfect model would score."""
     seeds, clips = range(first_seed, first_seed + num), []
     for start in tqdm(range(0, num, batch_size), desc="true clips", unit="batch", leave=False):
-        batch = [render(sample_spec(seed, held_out=True), num_frames) for seed in seeds[start : start + batch_size]]
+        batch = [
+            render(sample_spec(seed, held_out=True), num_frames)
+            for seed in seeds[start : start + batch_size]
+        ]
         frames = torch.stack(batch).to(next(codec.parameters()).device)
         clips.append(codec.decode_latents(codec.encode_frames(frames)).cpu())
     return torch.cat(clips)
 
 
 def make_clips(
-    runner: Runner, codec: VideoCodec, embeddings: Tensor, seeds: Sequence[int], num_frames: int, batch_size: int = 16
+    runner: Runner,
+    codec: VideoCodec,
+    embeddings: Tensor,
+    seeds: Sequence[int],
+    num_frames: int,
+    batch_size: int = 16,
 ) -> Tensor:
-    """Clips ``[B, T, 3, H, W]`` of the prompts, on the CPU, made in batches, on which a clip depends up to rounding only."""
+    """Clips ``[B, T, 3, H, W]`` of the prompts, on the CPU, made in batches, on which a clip
+    depends up to rounding only."""
     clips = []
-    for start in tqdm(range(0, len(seeds), batch_size), desc=runner.label, unit="batch", leave=False):
+    for start in tqdm(
+        range(0, len(seeds), batch_size), desc=runner.label, unit="batch", leave=False
+    ):
         rows = slice(start, start + batch_size)
         clips.append(
             generate(
-                runner.model, codec, embeddings[rows], runner.stream, seeds=list(seeds[rows]), height=SIZE, width=SIZE,
+                runner.model,
+                codec,
+                embeddings[rows],
+                runner.stream,
+                seeds=list(seeds[rows]),
+                height=SIZE,
+                width=SIZE,
                 num_frames=num_frames,
             ).cpu()
         )
     return torch.cat(clips)
 
 
-def score_clips(clips: Tensor, prompts: Sequence[str], window: int | None = None) -> list[WorldScore]:
+def score_clips(
+    clips: Tensor, prompts: Sequence[str], window: int | None = None
+) -> list[WorldScore]:
     """The world score of each clip ``[B, T, 3, H, W]``."""
     return [score(clip, prompt, window) for clip, prompt in zip(clips, prompts)]
 
 
 def clips_by_seed(
-    runner: Runner, codec: VideoCodec, embeddings: Tensor, seeds: Sequence[int], num_frames: int, batch_size: int = 16
+    runner: Runner,
+    codec: VideoCodec,
+    embeddings: Tensor,
+    seeds: Sequence[int],
+    num_frames: int,
+    batch_size: int = 16,
 ) -> Iterator[Tensor]:
-    """The clips ``[B, T, 3, H, W]`` of all prompts, for one seed after the other; what a runner is scored on."""
+    """The clips ``[B, T, 3, H, W]`` of all prompts, for one seed after the other; what a runner is
+    scored on."""
     for seed in seeds:
-        yield make_clips(runner, codec, embeddings, evaluation_keys(seed, len(embeddings)), num_frames, batch_size)
+        yield make_clips(
+            runner,
+            codec,
+            embeddings,
+            evaluation_keys(seed, len(embeddings)),
+            num_frames,
+            batch_size,
+        )
 
 
 def evaluation_keys(seed: int, num: int) -> list[int]:
-    """A seed a prompt; they don't depend on the runner, so that all are compared on the same noise."""
+    """A seed a prompt; they don't depend on the runner, so that all are compared on the same
+    noise."""
     return [key_to_seed("evaluation", seed, index) for index in range(num)]
 
 
 def score_by_seed(
-    runner: Runner, codec: VideoCodec, embeddings: Tensor, prompts: Sequence[str], seeds: Sequence[int],
-    num_frames: int, batch_size: int = 16,
+    runner: Runner,
+    codec: VideoCodec,
+    embeddings: Tensor,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    num_frames: int,
+    batch_size: int = 16,
 ) -> list[dict[str, float]]:
     """Mean scores of all prompts, one dictionary a seed."""
     clips = clips_by_seed(runner, codec, embeddings, seeds, num_frames, batch_size)
@@ -130,30 +188,50 @@ def score_by_seed(
 
 
 def score_windows(
-    runner: Runner, codec: VideoCodec, embeddings: Tensor, prompts: Sequence[str], seed: int, num_frames: int,
-    window: int, batch_size: int = 16,
+    runner: Runner,
+    codec: VideoCodec,
+    embeddings: Tensor,
+    prompts: Sequence[str],
+    seed: int,
+    num_frames: int,
+    window: int,
+    batch_size: int = 16,
 ) -> list[dict[str, float]]:
     """Mean scores of each time window of ``window`` frames of long streams, first to last."""
-    clips = make_clips(runner, codec, embeddings, evaluation_keys(seed, len(prompts)), num_frames, batch_size)
+    clips = make_clips(
+        runner, codec, embeddings, evaluation_keys(seed, len(prompts)), num_frames, batch_size
+    )
     scores = score_clips(clips, prompts, window)
     return [mean_scores(column) for column in zip(*(each.windows for each in scores))]
 
 
 def score_long(
-    runner: Runner, codec: VideoCodec, embeddings: Tensor, prompts: Sequence[str], num_times: int, window: int
+    runner: Runner,
+    codec: VideoCodec,
+    embeddings: Tensor,
+    prompts: Sequence[str],
+    num_times: int,
+    window: int,
 ) -> dict[str, Any]:
     """Scores of streams ``num_times`` windows long, window by window, as a row of a report."""
     num_frames = long_frames(num_times, window, runner.stream.chunk_frames, codec.temporal_ratio)
     windows = score_windows(runner, codec, embeddings, prompts, 0, num_frames, window, batch_size=8)
     overall = [each["overall"] for each in windows]
     return {
-        "label": runner.label, "num_frames": num_frames, "window": window, "prompts": len(prompts), "windows": windows,
-        "first": overall[0], "last": overall[-1], "least": min(overall),
+        "label": runner.label,
+        "num_frames": num_frames,
+        "window": window,
+        "prompts": len(prompts),
+        "windows": windows,
+        "first": overall[0],
+        "last": overall[-1],
+        "least": min(overall),
     }
 
 
 def long_frames(num_times: int, window: int, chunk_frames: int, temporal_ratio: int) -> int:
-    """The shortest whole number of chunks that has ``num_times`` windows of pixel frames after its first chunk."""
+    """The shortest whole number of chunks that has ``num_times`` windows of pixel frames after its
+    first chunk."""
     chunks = -(-num_times * window // (temporal_ratio * chunk_frames))
     return 1 + temporal_ratio * (chunk_frames * (1 + chunks) - 1)
 
@@ -161,24 +239,41 @@ def long_frames(num_times: int, window: int, chunk_frames: int, temporal_ratio: 
 def measure_cost(
     runner: Runner, codec: VideoCodec, embedding: Tensor, num_frames: int, repeats: int = 3
 ) -> Cost:
-    """Count a clip's forwards and time it at batch 1, the median of ``repeats`` after one to warm up.
+    """Count a clip's forwards and time it at batch 1, the median of ``repeats`` after one to warm
+    up.
 
     Args:
         embedding: of one prompt ``[1, L, D]``.
     """
     chunks = latent_frames_of(num_frames, codec.temporal_ratio) // runner.stream.chunk_frames
-    count = cost_of(build_schedule(runner.stream, chunks), runner.stream.chunk_frames, runner.stream.commit)
+    count = cost_of(
+        build_schedule(runner.stream, chunks), runner.stream.chunk_frames, runner.stream.commit
+    )
     times = [_time_clip(runner, codec, embedding, num_frames) for _ in range(repeats + 1)][1:]
     denoise_s, decode_s, first_frame_s = (statistics.median(column) for column in zip(*times))
     return Cost(
-        count.nfe * runner.passes, count.commits, count.latent_frames * runner.passes, denoise_s, decode_s, first_frame_s
+        count.nfe * runner.passes,
+        count.commits,
+        count.latent_frames * runner.passes,
+        denoise_s,
+        decode_s,
+        first_frame_s,
     )
 
 
-def _time_clip(runner: Runner, codec: VideoCodec, embedding: Tensor, num_frames: int) -> tuple[float, float, float]:
+def _time_clip(
+    runner: Runner, codec: VideoCodec, embedding: Tensor, num_frames: int
+) -> tuple[float, float, float]:
     started, first_frame_s, denoise_s, decode_s = time.perf_counter(), None, 0.0, 0.0
     chunks = stream(
-        runner.model, codec, embedding, runner.stream, seeds=[0], height=SIZE, width=SIZE, num_frames=num_frames
+        runner.model,
+        codec,
+        embedding,
+        runner.stream,
+        seeds=[0],
+        height=SIZE,
+        width=SIZE,
+        num_frames=num_frames,
     )
     for chunk in chunks:
         if first_frame_s is None:

@@ -1,7 +1,8 @@
 """The measuring instrument: how well a clip of the verifiable world shows what its prompt says.
 
-``score(frames, prompt)`` reads the prompt with ``read_caption``, the pixels with ``tracking.parse``, and compares.
-Every attribute is 1 within a tolerance that codecs need and falls linearly to 0 where the next word would be right:
+``score(frames, prompt)`` reads the prompt with ``read_caption``, the pixels with
+``tracking.parse``, and compares. Every attribute is 1 within a tolerance that codecs need and falls
+linearly to 0 where the next word would be right:
 
 =============  ====================================================================================================
 colour         hue of each body against its word
@@ -15,9 +16,9 @@ physics        residual of the tracks against the law of motion, walls, gravity 
 permanence     share of frames in which every body is there, alone, and looks as it did; nothing flickers
 =============  ====================================================================================================
 
-An attribute that the prompt leaves open, or that too few frames show, is None. A clip is scored in windows, each with
-its own fit of the law, so that a long stream is not judged by the phase of its hundredth bounce.
-"""
+An attribute that the prompt leaves open, or that too few frames show, is None. A clip is scored in
+windows, each with its own fit of the law, so that a long stream is not judged by the phase of its
+hundredth bounce."""
 
 from __future__ import annotations
 
@@ -49,11 +50,13 @@ from streamvid.evaluation.tracking import FLOOR, Estimate, TrackedBody, colour_a
 __all__ = ["ATTRIBUTES", "WorldScore", "mean_scores", "parse", "score", "score_estimate"]
 
 WINDOW = 32  # frames of a window where the caller names none
-INITIAL_STEPS = 8  # frame pairs that show the initial direction; every scene flies freely for as long
+# frame pairs that show the initial direction; every scene flies freely for as long
+INITIAL_STEPS = 8
 FIRST_LOOK = 16  # measured frames that fix what a body looks like
 PRESENT = 0.5  # share of a window for which a body must be there to belong to its scene
 FEWEST_FRAMES = 4  # measured frames that a law can be fitted to
-IDENTITY = {"colour": 1.0, "shape": 1.0, "size": 1.0, "direction": 0.5}  # what tells whom the caption means
+# what tells whom the caption means
+IDENTITY = {"colour": 1.0, "shape": 1.0, "size": 1.0, "direction": 0.5}
 CREEP = 0.3  # pixels a frame, half of slow: below it a body that should fly has stopped
 STALL_WEIGHT = 4.0  # one stalled frame in 32 costs an eighth of the physics score
 
@@ -64,7 +67,8 @@ FORM_BAND = (0.15, 0.50)  # misfit of the best shape; a mush of 0.5 is no body a
 SIZE_BAND = (0.10, 0.36)  # |log ratio|; small and large are 0.41 apart
 SPEED_BAND = (0.115, 0.59)  # |log ratio|; the next word is 0.6 away
 ANGLE_BAND = (12.0, 45.0)  # degrees; the next word is 45 away
-DRIFT_BAND = (0.2, 0.8)  # share of the nominal drift that is missing, or that is there where none should be
+# share of the nominal drift that is missing, or that is there where none should be
+DRIFT_BAND = (0.2, 0.8)
 RESIDUAL_BAND = (0.5, 4.0)  # pixels, root mean square
 HUE_BAND = (8.0, 30.0)  # degrees from what the body looked like
 BRIGHTNESS_BAND = (0.06, 0.25)  # |log ratio| to what it was
@@ -74,7 +78,8 @@ FLOOR_BAND = (0.03, 0.15)  # distance of the floor colour to its own
 
 @dataclass(frozen=True)
 class WorldScore:
-    """Scores in [0, 1], None where not applicable; ``windows`` holds one score each when a window was asked for."""
+    """Scores in [0, 1], None where not applicable; ``windows`` holds one score each when a window
+    was asked for."""
 
     colour: float | None = None
     shape: float | None = None
@@ -121,7 +126,8 @@ def _mush(body: TrackedBody) -> float:
 
 
 def _against_best_other(errors: np.ndarray, index: int, band: tuple[float, float]) -> float | None:
-    """How clearly option ``index`` of ``errors [T, options]`` beats the best other one, averaged over time."""
+    """How clearly option ``index`` of ``errors [T, options]`` beats the best other one, averaged
+    over time."""
     own, other = errors[:, index], np.delete(errors, index, axis=1).min(axis=1)
     return _mean(_ramp(own / np.maximum(own + other, 1e-9), band))
 
@@ -135,11 +141,15 @@ def _colour_score(body: TrackedBody, word: str | None) -> float | None:
 def _shape_score(body: TrackedBody, word: str | None) -> float | None:
     if word is None or np.isnan(_mush(body)):
         return None
-    return _against_best_other(body.shape_errors, SHAPES.index(word), SHAPE_BAND) * float(_ramp(_mush(body), FORM_BAND))
+    return _against_best_other(body.shape_errors, SHAPES.index(word), SHAPE_BAND) * float(
+        _ramp(_mush(body), FORM_BAND)
+    )
 
 
 def _size_score(body: TrackedBody, word: str | None) -> float | None:
-    return None if word is None else _mean(_ramp(np.abs(np.log(body.radii / RADII[word])), SIZE_BAND))
+    return (
+        None if word is None else _mean(_ramp(np.abs(np.log(body.radii / RADII[word])), SIZE_BAND))
+    )
 
 
 # ---------------------------------------------------------------- motion
@@ -167,7 +177,8 @@ def _initial_velocity(body: TrackedBody) -> np.ndarray | None:
 
 
 def _pace(body: TrackedBody) -> np.ndarray | None:
-    """Typical speed along each axis, from displacements over two frames; bounces are too few to matter."""
+    """Typical speed along each axis, from displacements over two frames; bounces are too few to
+    matter."""
     steps = _steps(body.track, 2)
     steps = steps if len(steps) else _steps(body.track)
     return np.median(np.abs(steps), axis=0) if len(steps) else None
@@ -176,7 +187,9 @@ def _pace(body: TrackedBody) -> np.ndarray | None:
 def _heading_score(velocity: np.ndarray, stated: np.ndarray) -> float:
     speed = float(np.hypot(*velocity))
     cosine = velocity @ stated / max(speed * float(np.hypot(*stated)), 1e-9)
-    return float(_ramp(np.degrees(np.arccos(np.clip(cosine, -1, 1))), ANGLE_BAND)) * min(1.0, speed / 0.2)
+    return float(_ramp(np.degrees(np.arccos(np.clip(cosine, -1, 1))), ANGLE_BAND)) * min(
+        1.0, speed / 0.2
+    )
 
 
 def _drift_score(velocity: float, stated: float) -> float:
@@ -184,7 +197,9 @@ def _drift_score(velocity: float, stated: float) -> float:
     return float(_ramp(wanting / DRIFT, DRIFT_BAND))
 
 
-def _direction_score(body: TrackedBody, word: str | None, family: str, initial: bool) -> float | None:
+def _direction_score(
+    body: TrackedBody, word: str | None, family: str, initial: bool
+) -> float | None:
     """The heading in the first window; the axis of motion, blind to signs, in later ones."""
     velocity = _initial_velocity(body) if initial else _pace(body)
     if word is None or velocity is None:
@@ -207,9 +222,10 @@ def _speed_score(body: TrackedBody, word: str | None) -> float | None:
 
 
 def _fit(law, starts: list[tuple[float, float]], measured: np.ndarray) -> np.ndarray:
-    """Values of the two-parameter ``law`` closest to what was measured: best start, then least squares."""
+    """Values of the two-parameter ``law`` closest to what was measured: best start, then least
+    squares."""
     known = ~np.isnan(measured)
-    miss = lambda parameters: (law(*parameters) - measured)[known]  # noqa: E731
+    miss = lambda parameters: (law(*parameters) - measured)[known]
     start = min(starts, key=lambda parameters: float(np.mean(miss(parameters) ** 2)))
     return law(*least_squares(miss, start, method="lm", max_nfev=40, diff_step=1e-5).x)
 
@@ -221,10 +237,12 @@ def _fit_free(measured: np.ndarray, radius: float) -> np.ndarray:
     pace = np.abs(np.diff(measured[known]) / np.diff(known))
     speeds = {float(np.median(pace)), float(np.mean(pace))}
     anchors = known[np.linspace(0, len(known) - 1, 4).astype(int)]
-    law = lambda position, velocity: fold(position + velocity * time, low, high)  # noqa: E731
+    law = lambda position, velocity: fold(position + velocity * time, low, high)
     starts = [
         (measured[anchor] - velocity * anchor, velocity)
-        for anchor in anchors for speed in speeds for velocity in (speed, -speed)
+        for anchor in anchors
+        for speed in speeds
+        for velocity in (speed, -speed)
     ]
     return _fit(law, starts, measured)
 
@@ -233,19 +251,25 @@ def _fit_fall(measured: np.ndarray, radius: float, elasticity: float) -> np.ndar
     """Heights under gravity with bounces on the floor; the state at the first frame is free."""
     num_frames, floor = len(measured), SIZE - radius
     known = np.nonzero(~np.isnan(measured))[0]
-    law = lambda height, velocity: fall_heights(min(height, floor), velocity, floor, elasticity, num_frames)  # noqa: E731
+    law = lambda height, velocity: fall_heights(
+        min(height, floor), velocity, floor, elasticity, num_frames
+    )
     first, second = known[0], known[1]
     slope = (measured[second] - measured[first]) / (second - first)
-    miss = lambda heights: float(np.sqrt(np.nanmean((heights - measured) ** 2)))  # noqa: E731
-    fitted = _fit(law, [(measured[first], slope + change) for change in (-0.3, -0.15, 0.0)], measured)
+    miss = lambda heights: float(np.sqrt(np.nanmean((heights - measured) ** 2)))
+    fitted = _fit(
+        law, [(measured[first], slope + change) for change in (-0.3, -0.15, 0.0)], measured
+    )
     if miss(fitted) < 0.1:
         return fitted
-    starts = [(measured[first], velocity) for velocity in np.arange(-6.0, 6.01, 0.2)]  # a bounce in the first frames
+    # a bounce in the first frames
+    starts = [(measured[first], velocity) for velocity in np.arange(-6.0, 6.01, 0.2)]
     return min(fitted, _fit(law, starts, measured), key=miss)
 
 
 def _law_score(track: np.ndarray, law: np.ndarray, whole: np.ndarray) -> float:
-    """Residual of a track to its law, times the share of steps that are not stalled (between ``whole`` views)."""
+    """Residual of a track to its law, times the share of steps that are not stalled (between
+    ``whole`` views)."""
     residual = np.sqrt(np.nanmean(((track - law) ** 2).sum(axis=1)))
     expected = np.linalg.norm(np.diff(law, axis=0), axis=1)
     taken = np.linalg.norm(np.diff(track, axis=0), axis=1)
@@ -267,7 +291,9 @@ def _physics_score(body: TrackedBody, said: Caption) -> float | None:
         values = [ELASTICITY[said.elasticity]] if said.elasticity else list(ELASTICITY.values())
         down = [_fit_fall(body.track[:, 1], body.radius, value) for value in values]
     whole = ~np.isnan(body.radii)
-    return pace * max(_law_score(body.track, np.stack([across, heights], axis=1), whole) for heights in down)
+    return pace * max(
+        _law_score(body.track, np.stack([across, heights], axis=1), whole) for heights in down
+    )
 
 
 # ---------------------------------------------------------------- permanence
@@ -275,28 +301,40 @@ def _physics_score(body: TrackedBody, said: Caption) -> float | None:
 
 def _first_look(values: np.ndarray) -> np.ndarray:
     known = values[~np.isnan(values.reshape(len(values), -1)[:, 0])]
-    return np.median(known[:FIRST_LOOK], axis=0) if len(known) else np.full(values.shape[1:], np.nan)
+    return (
+        np.median(known[:FIRST_LOOK], axis=0) if len(known) else np.full(values.shape[1:], np.nan)
+    )
 
 
 def _sameness(body: TrackedBody) -> np.ndarray:
-    """How much a body is there, looking as it did at first ``[T]``; frames in which it is half hidden count as same."""
+    """How much a body is there, looking as it did at first ``[T]``; frames in which it is half
+    hidden count as same."""
     paint, radius = _first_look(body.paints), _first_look(body.radii)
     norms = np.linalg.norm(body.paints, axis=1)
     norm = max(float(np.linalg.norm(paint)), 1e-6)
-    hue = np.degrees(np.arccos(np.clip(body.paints @ paint / np.maximum(norms * norm, 1e-9), -1, 1)))
+    hue = np.degrees(
+        np.arccos(np.clip(body.paints @ paint / np.maximum(norms * norm, 1e-9), -1, 1))
+    )
     own = SHAPES.index(body.shape)
     other = np.delete(body.shape_errors, own, axis=1).min(axis=1)
     same = (
         _ramp(hue, HUE_BAND)
         * _ramp(np.abs(np.log(np.maximum(norms, 1e-6) / norm)), BRIGHTNESS_BAND)
         * _ramp(np.abs(np.log(body.radii / radius)), GROWTH_BAND)
-        * _ramp(body.shape_errors[:, own] / np.maximum(body.shape_errors[:, own] + other, 1e-9), SHAPE_BAND)
+        * _ramp(
+            body.shape_errors[:, own] / np.maximum(body.shape_errors[:, own] + other, 1e-9),
+            SHAPE_BAND,
+        )
     )
     return np.where(body.present | body.hidden, np.where(np.isnan(same), 1.0, same), 0.0)
 
 
-def _permanence_score(scene: list[TrackedBody], sameness: list[np.ndarray], others: list[TrackedBody],
-                      floors: np.ndarray) -> float:
+def _permanence_score(
+    scene: list[TrackedBody],
+    sameness: list[np.ndarray],
+    others: list[TrackedBody],
+    floors: np.ndarray,
+) -> float:
     intruders = sum((body.present.astype(float) for body in others), np.zeros(len(floors)))
     steady = _ramp(np.linalg.norm(floors - FLOOR, axis=1), FLOOR_BAND)
     return float(np.mean(np.min(sameness, axis=0) * steady / (1.0 + intruders)))
@@ -305,19 +343,26 @@ def _permanence_score(scene: list[TrackedBody], sameness: list[np.ndarray], othe
 # ---------------------------------------------------------------- windows
 
 
-def _match(said: Caption, looks: list[list[dict[str, float | None]]], count: int) -> list[int | None]:
-    """Which body of the scene (None: none) stands for each body of the caption, by the sum of what agrees."""
+def _match(
+    said: Caption, looks: list[list[dict[str, float | None]]], count: int
+) -> list[int | None]:
+    """Which body of the scene (None: none) stands for each body of the caption, by the sum of what
+    agrees."""
     names = len(said.bodies)
     options = [*range(count), *[None] * max(0, names - count)]
 
     def agreement(choice: tuple[int | None, ...]) -> float:
         pairs = [looks[i][j] for i, j in enumerate(choice) if j is not None]
-        return sum(IDENTITY[name] * (value or 0.0) for look in pairs for name, value in look.items())
+        return sum(
+            IDENTITY[name] * (value or 0.0) for look in pairs for name, value in look.items()
+        )
 
     return list(max(permutations(options, names), key=agreement))
 
 
-def _look_scores(body: TrackedBody, word: CaptionedBody, family: str, initial: bool) -> dict[str, float | None]:
+def _look_scores(
+    body: TrackedBody, word: CaptionedBody, family: str, initial: bool
+) -> dict[str, float | None]:
     return {
         "colour": _colour_score(body, word.colour),
         "shape": _shape_score(body, word.shape),
@@ -330,12 +375,17 @@ def _order_score(estimate: Estimate, back: int, front: int) -> float | None:
     """Share of the overlap in which the front body is seen."""
     if (front, back) in estimate.overlaps:
         return _mean(estimate.overlaps[front, back])
-    return _mean(1.0 - estimate.overlaps[back, front]) if (back, front) in estimate.overlaps else None
+    return (
+        _mean(1.0 - estimate.overlaps[back, front]) if (back, front) in estimate.overlaps else None
+    )
 
 
 def _stated(said: Caption) -> set[str]:
-    """Attributes that this caption lets a long enough clip be judged by, wherever bodies overlap or not."""
-    words = {name for body in said.bodies for name, word in asdict(body).items() if word is not None}
+    """Attributes that this caption lets a long enough clip be judged by, wherever bodies overlap or
+    not."""
+    words = {
+        name for body in said.bodies for name, word in asdict(body).items() if word is not None
+    }
     return words | {"number", "physics", "permanence"} | ({"speed"} if said.speed else set())
 
 
@@ -350,26 +400,35 @@ def _scene(estimate: Estimate) -> list[int]:
     return most or sorted(shares, key=shares.get)[-1:]
 
 
-def _score_window(estimate: Estimate, sameness: list[np.ndarray], said: Caption, initial: bool) -> WorldScore:
+def _score_window(
+    estimate: Estimate, sameness: list[np.ndarray], said: Caption, initial: bool
+) -> WorldScore:
     main = _scene(estimate)
     if not main:
         return WorldScore(**{name: 0.0 for name in _stated(said)})
     scene = [estimate.bodies[i] for i in main]
-    looks = [[_look_scores(body, word, said.family, initial) for body in scene] for word in said.bodies]
+    looks = [
+        [_look_scores(body, word, said.family, initial) for body in scene] for word in said.bodies
+    ]
     match = _match(said, looks, len(scene))
     found = [(i, j) for i, j in enumerate(match) if j is not None]
     count = np.median(sum((body.present | body.hidden).astype(int) for body in estimate.bodies))
     physics = [_physics_score(scene[j], said) for _, j in found]
     ordered = said.ordered and len(found) == 2
     result = WorldScore(
-        **{name: _mean(looks[i][j][name] for i, j in found) for name in ("colour", "shape", "size", "direction")},
+        **{
+            name: _mean(looks[i][j][name] for i, j in found)
+            for name in ("colour", "shape", "size", "direction")
+        },
         speed=_mean(_speed_score(scene[j], said.speed) for _, j in found),
         number=max(0.0, 1.0 - abs(float(count) - len(said.bodies)) / len(said.bodies)),
         order=_order_score(estimate, main[match[0]], main[match[1]]) if ordered else None,
         physics=min((value for value in physics if value is not None), default=None),
         permanence=_permanence_score(
-            scene, [sameness[i] for i in main],
-            [body for i, body in enumerate(estimate.bodies) if i not in main], estimate.floors,
+            scene,
+            [sameness[i] for i in main],
+            [body for i, body in enumerate(estimate.bodies) if i not in main],
+            estimate.floors,
         ),
     )
     if len(estimate.floors) < FEWEST_FRAMES:
@@ -389,12 +448,21 @@ def _between(estimate: Estimate, start: int, stop: int) -> Estimate:
     cut = slice(start, stop)
     bodies = tuple(
         replace(
-            body, track=body.track[cut], paints=body.paints[cut], radii=body.radii[cut],
-            shape_errors=body.shape_errors[cut], present=body.present[cut], hidden=body.hidden[cut],
+            body,
+            track=body.track[cut],
+            paints=body.paints[cut],
+            radii=body.radii[cut],
+            shape_errors=body.shape_errors[cut],
+            present=body.present[cut],
+            hidden=body.hidden[cut],
         )
         for body in estimate.bodies
     )
-    return Estimate(bodies, estimate.floors[cut], {pair: share[cut] for pair, share in estimate.overlaps.items()})
+    return Estimate(
+        bodies,
+        estimate.floors[cut],
+        {pair: share[cut] for pair, share in estimate.overlaps.items()},
+    )
 
 
 def score_estimate(estimate: Estimate, prompt: str, window: int | None = None) -> WorldScore:
@@ -404,12 +472,19 @@ def score_estimate(estimate: Estimate, prompt: str, window: int | None = None) -
         ValueError: if ``window`` is under 4 frames or the prompt names no shape of this world.
     """
     if window is not None and window < FEWEST_FRAMES:
-        raise ValueError(f"window={window}: the law of motion needs windows of at least {FEWEST_FRAMES} frames")
+        raise ValueError(
+            f"window={window}: the law of motion needs windows of at least {FEWEST_FRAMES} frames"
+        )
     said = read_caption(prompt)
     sameness = [_sameness(body) for body in estimate.bodies]
     bounds = _window_bounds(len(estimate.floors), window or WINDOW)
     windows = tuple(
-        _score_window(_between(estimate, start, stop), [same[start:stop] for same in sameness], said, start == 0)
+        _score_window(
+            _between(estimate, start, stop),
+            [same[start:stop] for same in sameness],
+            said,
+            start == 0,
+        )
         for start, stop in bounds
     )
     means = {name: _mean(getattr(each, name) for each in windows) for name in ATTRIBUTES}
@@ -417,18 +492,22 @@ def score_estimate(estimate: Estimate, prompt: str, window: int | None = None) -
 
 
 def score(frames: Tensor, prompt: str, window: int | None = None) -> WorldScore:
-    """Scores of a clip ``frames [T, 3, 64, 64]`` in [0, 1] against the sentence that it was made from.
+    """Scores of a clip ``frames [T, 3, 64, 64]`` in [0, 1] against the sentence that it was made
+    from.
 
-    ``window`` (frames) adds the scores of consecutive windows; the clip's are the mean of its windows.
+    ``window`` (frames) adds the scores of consecutive windows; the clip's are the mean of its
+    windows.
 
     Raises:
-        ValueError: if the frames have another shape, ``window`` is under 4, or the prompt names no shape.
+        ValueError: if the frames have another shape, ``window`` is under 4, or the prompt names no
+            shape.
     """
     return score_estimate(parse(frames), prompt, window)
 
 
 def mean_scores(scores: Iterable[WorldScore]) -> dict[str, float]:
-    """Mean of each attribute over the clips in which it applies, and of ``overall`` over all of them."""
+    """Mean of each attribute over the clips in which it applies, and of ``overall`` over all of
+    them."""
     scores = list(scores)
     means = {name: _mean(getattr(each, name) for each in scores) for name in ATTRIBUTES}
     means["overall"] = _mean(each.overall for each in scores)

@@ -1,15 +1,17 @@
-"""What a run will need, before anything of it is loaded: parameters, memory and floating-point operations.
+"""What a run will need, before anything of it is loaded: parameters, memory and floating-point
+operations.
 
-The method itself is built from networks on torch's meta device, which have shapes and no data, and its losses and their
-gradients are run there, with a watch on every operation: what it computes (torch's own formulas, as in
-``torch.utils.flop_counter``) and which tensors are alive. So an estimate knows rollouts, caches, random exits and
-checkpointing as they are, for the price of some seconds.
+The method itself is built from networks on torch's meta device, which have shapes and no data, and
+its losses and their gradients are run there, with a watch on every operation: what it computes
+(torch's own formulas, as in ``torch.utils.flop_counter``) and which tensors are alive. So an
+estimate knows rollouts, caches, random exits and checkpointing as they are, for the price of some
+seconds.
 
-What is assumed: attention keeps no matrix of scores (flash, or the memory-efficient kernels); ``mixed_precision`` casts
-matrix products, convolutions and attention, and keeps one cast copy of each weight that is trained, as autocast does.
-Deep networks are measured at two depths and extrapolated, which is exact but for where a discriminator reads.
-What is left out: the allocator's waste, kernels' workspaces and the context of a device, together some 1 to 2 GiB.
-"""
+What is assumed: attention keeps no matrix of scores (flash, or the memory-efficient kernels);
+``mixed_precision`` casts matrix products, convolutions and attention, and keeps one cast copy of
+each weight that is trained, as autocast does. Deep networks are measured at two depths and
+extrapolated, which is exact but for where a discriminator reads. What is left out: the allocator's
+waste, kernels' workspaces and the context of a device, together some 1 to 2 GiB."""
 
 from __future__ import annotations
 
@@ -31,16 +33,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from streamvid.codecs.base import latent_frames_of
-from streamvid.hub import HUB_NAME
-from streamvid.training.method import Method, loss_parts
-from streamvid.methods.trajectory import chunk_times
-from streamvid.models.causal_wan import CausalWanTransformer3DModel
-from streamvid.models.lora import adapt, share_weights
-from streamvid.models.published import EXPERTS, PUBLISHED
-from streamvid.teachers.wan import WanTeacher
-from streamvid.training.checks import check_names
-from streamvid.training.launch import launched_processes
-from streamvid.training.optimizers import OptimizerConfig, build_optimizer, optimizer_tensors
 from streamvid.experiment.build import (
     DTYPES,
     Geometry,
@@ -53,6 +45,16 @@ from streamvid.experiment.build import (
     stands_on_teacher,
     with_shipped,
 )
+from streamvid.hub import HUB_NAME
+from streamvid.methods.trajectory import chunk_times
+from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.models.lora import adapt, share_weights
+from streamvid.models.published import EXPERTS, PUBLISHED
+from streamvid.teachers.wan import WanTeacher
+from streamvid.training.checks import check_names
+from streamvid.training.launch import launched_processes
+from streamvid.training.method import Method, loss_parts
+from streamvid.training.optimizers import OptimizerConfig, build_optimizer, optimizer_tensors
 from streamvid.training.sharding import held_networks
 from streamvid.training.trainer import switch_on
 from streamvid.weights import read_json
@@ -61,17 +63,21 @@ GIB = 2**30
 _aten = torch.ops.aten
 FLOPS = {  # torch knows no formula for the CPU's attention
     **flop_registry,
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        flop_registry[_aten._scaled_dot_product_flash_attention_backward]
-    ),
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _aten._scaled_dot_product_flash_attention
+    ],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
 }
 TEXT_TOKENS = 512  # of a published text encoder
 TEMPORAL_RATIO = 4  # pixel frames a latent frame, of all codecs here
 DEPTHS = (4, 6)  # at which deeper networks are measured
 EXAMPLE_PROCESSES = 8  # that a sharded run is shown for, if it is asked about in one process
 SAMPLED_STEPS = 64  # over which random exits are averaged
-SMALL = 100  # networks of this part of the memory are trained without measuring their peak, which takes some seconds
+# networks of this part of the memory are trained without measuring their peak, which takes some
+# seconds
+SMALL = 100
 COUNTED_STEPS = 2**14  # of longer runs, turns are counted in this many: windows all over the run
 WINDOW_STEPS = 256  # consecutive ones, longer than any cycle of turns that is in use
 
@@ -124,11 +130,14 @@ class Estimate:
 
     @property
     def least_peak_bytes(self) -> float:
-        """Of sharded networks gradients are divided as they are made; here none is counted at a turn's worst moment."""
+        """Of sharded networks gradients are divided as they are made; here none is counted at a
+        turn's worst moment."""
         if not self.sharded or self.processes == 1:
             return self.peak_bytes
         gradients = {role.name: role.weights for role in self.roles}
-        return self.state_bytes + max((max(0, t.peak - gradients.get(t.name, 0)) for t in self.turns), default=0)
+        return self.state_bytes + max(
+            (max(0, t.peak - gradients.get(t.name, 0)) for t in self.turns), default=0
+        )
 
     @property
     def flops(self) -> float:
@@ -137,22 +146,33 @@ class Estimate:
 
     def table(self) -> str:
         """For people."""
-        lines = [f"{'network':16}{'parameters':>14}{'weights':>12}{'optimizer':>12}{'average':>12}   memory in GiB"]
+        lines = [
+            f"{'network':16}{'parameters':>14}{'weights':>12}{'optimizer':>12}{'average':>12}  "
+            " memory in GiB"
+        ]
         for role in self.roles:
-            parts = "".join(f"{size / GIB:12.3f}" for size in (role.weights, role.optimizer, role.average))
+            parts = "".join(
+                f"{size / GIB:12.3f}" for size in (role.weights, role.optimizer, role.average)
+            )
             lines.append(f"{role.name:16}{role.parameters:14,}{parts}")
-        lines.append(f"\n{'turn':16}{'a step':>8}{'TFLOP':>12}{'peak beyond the networks, GiB':>34}")
-        lines += [f"{t.name:16}{t.a_step:8.2f}{t.flops / 1e12:12.3f}{t.peak / GIB:34.3f}" for t in self.turns]
         lines.append(
-            f"\nin all, a process: {self.state_bytes / GIB:.2f} GiB of networks, {self.peak_bytes / GIB:.2f} GiB at the "
-            f"peak, {self.flops / 1e12:.3f} TFLOP a step"
+            f"\n{'turn':16}{'a step':>8}{'TFLOP':>12}{'peak beyond the networks, GiB':>34}"
+        )
+        lines += [
+            f"{t.name:16}{t.a_step:8.2f}{t.flops / 1e12:12.3f}{t.peak / GIB:34.3f}"
+            for t in self.turns
+        ]
+        lines.append(
+            f"\nin all, a process: {self.state_bytes / GIB:.2f} GiB of networks,"
+            f" {self.peak_bytes / GIB:.2f} GiB at the peak, {self.flops / 1e12:.3f} TFLOP a step"
         )
         if self.sharded:
             count = self.processes if self.processes > 1 else EXAMPLE_PROCESSES
             divided = replace(self, processes=count)
             lines.append(
-                f"sharded over {count} processes: {divided.state_bytes / GIB:.2f} GiB of networks each, at most "
-                f"{divided.peak_bytes / GIB:.2f} GiB at the peak, where gradients are counted whole"
+                f"sharded over {count} processes: {divided.state_bytes / GIB:.2f} GiB of networks"
+                f" each, at most {divided.peak_bytes / GIB:.2f} GiB at the peak, where gradients"
+                " are counted whole"
             )
         return "\n".join(lines)
 
@@ -161,7 +181,8 @@ def estimate(config: RunConfig, steps: int = SAMPLED_STEPS) -> Estimate:
     """What one process of a run needs.
 
     Args:
-        config: of the run; of its folders only configurations are read, and of published names not even these.
+        config: of the run; of its folders only configurations are read, and of published names not
+            even these.
         steps: of a turn, whose random choices are looked at; 1 is quick and will do for the peak.
 
     Raises:
@@ -169,7 +190,10 @@ def estimate(config: RunConfig, steps: int = SAMPLED_STEPS) -> Estimate:
     """
     config = with_shipped(config)
     method, roles = build_on_meta(config)
-    depth = max((int(n.config.num_layers) for n in held_networks(method).values() if hasattr(n, "config")), default=0)
+    depth = max(
+        (int(n.config.num_layers) for n in held_networks(method).values() if hasattr(n, "config")),
+        default=0,
+    )
     sharing = {"sharded": config.train.shard == "full", "processes": launched_processes()}
     if depth <= max(DEPTHS):
         return Estimate(roles, turns_of(config, method, steps), **sharing)
@@ -178,9 +202,11 @@ def estimate(config: RunConfig, steps: int = SAMPLED_STEPS) -> Estimate:
 
 
 def ensure_memory(config: RunConfig, device: torch.device) -> None:
-    """Refuse a run that does not fit on a device, before its networks are loaded: these alone, or with the peak of a turn.
+    """Refuse a run that does not fit on a device, before its networks are loaded: these alone, or
+    with the peak of a turn.
 
-    Of checkpoints that are yet to be fetched, or are of a family whose sizes are not known here, nothing is said.
+    Of checkpoints that are yet to be fetched, or are of a family whose sizes are not known here,
+    nothing is said.
 
     Raises:
         ValueError: one line, with what is needed and what is there.
@@ -189,12 +215,16 @@ def ensure_memory(config: RunConfig, device: torch.device) -> None:
         roles, sharded = build_on_meta(with_shipped(config))[1], config.train.shard == "full"
     except UnknownSizes:
         return
-    needed, there = Estimate(roles, (), sharded, launched_processes()).state_bytes, memory_of(device)
+    needed, there = (
+        Estimate(roles, (), sharded, launched_processes()).state_bytes,
+        memory_of(device),
+    )
     if needed > there:
         raise ValueError(
-            f"the networks of this run need {needed / GIB:.2f} GiB, free on {device} are {there / GIB:.2f}; --dry-run says "
-            "what each takes; teacher.dtype=bf16, student.lora.rank=64, smaller networks, or train.shard=full and more "
-            "processes need less"
+            f"the networks of this run need {needed / GIB:.2f} GiB, free on {device} are"
+            f" {there / GIB:.2f}; --dry-run says what each takes; teacher.dtype=bf16,"
+            " student.lora.rank=64, smaller networks, or train.shard=full and more processes need"
+            " less"
         )
     if SMALL * needed < there:
         return
@@ -202,9 +232,10 @@ def ensure_memory(config: RunConfig, device: torch.device) -> None:
     if whole.least_peak_bytes > there:
         turn = max(whole.turns, key=lambda turn: turn.peak)
         raise ValueError(
-            f"this run needs {whole.least_peak_bytes / GIB:.2f} GiB at its peak, in the turn of {turn.name}, free on "
-            f"{device} are {there / GIB:.2f}; --dry-run says what each turn takes; train.gradient_checkpointing=true, a smaller "
-            "train.batch_size with more accumulate, or shorter clips need less"
+            f"this run needs {whole.least_peak_bytes / GIB:.2f} GiB at its peak, in the turn of"
+            f" {turn.name}, free on {device} are {there / GIB:.2f}; --dry-run says what each turn"
+            " takes; train.gradient_checkpointing=true, a smaller train.batch_size with more"
+            " accumulate, or shorter clips need less"
         )
 
 
@@ -221,19 +252,26 @@ def memory_of(device: torch.device) -> int:
 
 
 def build_on_meta(config: RunConfig, depth: int | None = None) -> tuple[Method, tuple[Role, ...]]:
-    """The method of a run on networks without data, and what these take as they are; ``depth`` replaces their blocks'."""
+    """The method of a run on networks without data, and what these take as they are; ``depth``
+    replaces their blocks'."""
     student, teacher = _student(config.student, depth), None
     if needs_teacher(config):  # of two experts the first, which costs what the other would
         dtype = DTYPES[config.teacher.dtype]
-        teacher = WanTeacher(_transformer(config.teacher.path, "teacher.path", depth, dtype), None, shift=1.0)
+        teacher = WanTeacher(
+            _transformer(config.teacher.path, "teacher.path", depth, dtype), None, shift=1.0
+        )
         if stands_on_teacher(config):
             share_weights(teacher.transformer, student)
-    fake_score = build_fake_score(config, teacher, lambda path, dtype: _transformer(path, "fake_score.path", depth, dtype))
+    fake_score = build_fake_score(
+        config, teacher, lambda path, dtype: _transformer(path, "fake_score.path", depth, dtype)
+    )
     uncond = torch.empty(text_tokens_of(config), int(student.config.text_dim), device="meta")
     if teacher is not None:
         teacher.uncond = uncond
-    as_image = lambda latents: latents[:, :, -1:]  # noqa: E731; the codec is not counted
-    method = build_method(_at_depth(config, student, depth), student, uncond, teacher, fake_score, as_image)
+    as_image = lambda latents: latents[:, :, -1:]  # the codec is not counted
+    method = build_method(
+        _at_depth(config, student, depth), student, uncond, teacher, fake_score, as_image
+    )
     check_names(config.train, method.networks())
     for network in method.networks().values():
         network.to("meta").train()
@@ -252,12 +290,16 @@ def sizes_of(path: str, option: str) -> dict[str, Any]:
         return read_json(file)
     if path in PUBLISHED:
         return PUBLISHED[path]
-    cached = try_to_load_from_cache(path, "transformer/config.json") if HUB_NAME.fullmatch(path) else None
+    cached = (
+        try_to_load_from_cache(path, "transformer/config.json")
+        if HUB_NAME.fullmatch(path)
+        else None
+    )
     if isinstance(cached, str):
         return read_json(Path(cached))
     raise UnknownSizes(
-        f"{option}={path}: no transformer/config.json there, and no published name of which the sizes are known "
-        f"({', '.join(PUBLISHED)})"
+        f"{option}={path}: no transformer/config.json there, and no published name of which the"
+        f" sizes are known ({', '.join(PUBLISHED)})"
     )
 
 
@@ -267,20 +309,29 @@ def _student(config: StudentConfig, depth: int | None) -> nn.Module:
         sizes = {name: getattr(config.geometry, name) for name in Geometry.__dataclass_fields__}
         with torch.device("meta"):
             return build_student(replace(config, geometry=Geometry(**_changed(sizes, depth))))
-    network = _transformer(config.path, "student.path", depth, DTYPES[config.lora.dtype], config.kind == "causal")
+    network = _transformer(
+        config.path, "student.path", depth, DTYPES[config.lora.dtype], config.kind == "causal"
+    )
     return adapt(network, replace(config.lora, path=None)) if config.lora.rank else network
 
 
-def _transformer(path: str, option: str, depth: int | None, dtype: torch.dtype, causal: bool = False) -> nn.Module:
-    """A network of a checkpoint's sizes, in the precision that from_pretrained gives each of its parts."""
+def _transformer(
+    path: str, option: str, depth: int | None, dtype: torch.dtype, causal: bool = False
+) -> nn.Module:
+    """A network of a checkpoint's sizes, in the precision that from_pretrained gives each of its
+    parts."""
     from diffusers import WanTransformer3DModel
 
     sizes = sizes_of(path, option)
     name = sizes.get("_class_name", "WanTransformer3DModel")
     if name not in ("WanTransformer3DModel", "CausalWanTransformer3DModel"):
-        raise UnknownSizes(f"{option}={path} is a {name}; only the cost of Wan transformers is known here")
+        raise UnknownSizes(
+            f"{option}={path} is a {name}; only the cost of Wan transformers is known here"
+        )
     with torch.device("meta"):
-        network = (CausalWanTransformer3DModel if causal else WanTransformer3DModel).from_config(_changed(sizes, depth))
+        network = (CausalWanTransformer3DModel if causal else WanTransformer3DModel).from_config(
+            _changed(sizes, depth)
+        )
     kept = tuple(network._keep_in_fp32_modules or ())
     for key, parameter in network.named_parameters():
         if not any(part in key for part in kept):
@@ -301,31 +352,51 @@ def _at_depth(config: RunConfig, student: nn.Module, depth: int | None) -> RunCo
     moved = {}
     for name in named:
         layers = getattr(config.options, name)
-        moved[name] = layers and tuple(sorted({min(depth - 1, (layer + 1) * depth // whole) for layer in layers}))
+        moved[name] = layers and tuple(
+            sorted({min(depth - 1, (layer + 1) * depth // whole) for layer in layers})
+        )
     return replace(config, options=replace(config.options, **moved))
 
 
 def _depth_of(config: RunConfig) -> int | None:
     path = config.student.path
-    return config.student.geometry.num_layers if path is None else sizes_of(path, "student.path").get("num_layers")
+    return (
+        config.student.geometry.num_layers
+        if path is None
+        else sizes_of(path, "student.path").get("num_layers")
+    )
 
 
 def _roles(config: RunConfig, method: Method) -> tuple[Role, ...]:
     """What each network takes, with its optimiser and average as the trainer makes them."""
     trained, roles, counted = method.networks(), [], set()
     networks = held_networks(method)
-    for name in sorted(networks, key=trained.__contains__):  # frozen ones first: adapters stand on these
+    # frozen ones first: adapters stand on these
+    for name in sorted(networks, key=trained.__contains__):
         network = networks[name]
-        everything = [*(p for _, p in nn.Module.named_parameters(network)), *network.buffers()]  # adapters list only their own
+        # adapters list only their own
+        everything = [*(p for _, p in nn.Module.named_parameters(network)), *network.buffers()]
         tensors = [tensor for tensor in everything if id(tensor) not in counted]
         counted.update(map(id, tensors))
         optimizer = average = 0
         if name in trained:
             parameters = {key: p for key, p in network.named_parameters() if p.requires_grad}
-            optimizer = _optimizer_bytes(parameters, config.train.optimizers.get(name) or OptimizerConfig())
-            average = 4 * sum(p.numel() for p in parameters.values()) if name in config.train.ema else 0
+            optimizer = _optimizer_bytes(
+                parameters, config.train.optimizers.get(name) or OptimizerConfig()
+            )
+            average = (
+                4 * sum(p.numel() for p in parameters.values()) if name in config.train.ema else 0
+            )
         weights = sum(t.nbytes for t in tensors)
-        roles.append(Role(name, sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)), weights, optimizer, average))
+        roles.append(
+            Role(
+                name,
+                sum(t.numel() for t in tensors if isinstance(t, nn.Parameter)),
+                weights,
+                optimizer,
+                average,
+            )
+        )
         if name == "teacher" and config.teacher.path in EXPERTS and not config.teacher.offload:
             roles.append(replace(roles[-1], name="teacher, expert 2"))
     return tuple(roles)
@@ -333,13 +404,18 @@ def _roles(config: RunConfig, method: Method) -> tuple[Role, ...]:
 
 def _optimizer_bytes(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> int:
     """What an optimiser remembers after its first step."""
-    twins = {name: nn.Parameter(torch.empty_like(p, device="meta")) for name, p in parameters.items()}
+    twins = {
+        name: nn.Parameter(torch.empty_like(p, device="meta")) for name, p in parameters.items()
+    }
     optimizer = build_optimizer(twins, config)
     for twin in twins.values():
         twin.grad = torch.empty_like(twin)
     with torch.compiler.set_stance("force_eager"):
         optimizer.step()
-    return sum(tensor.nbytes for tensor in optimizer_tensors(optimizer, {p: n for n, p in twins.items()}).values())
+    return sum(
+        tensor.nbytes
+        for tensor in optimizer_tensors(optimizer, {p: n for n, p in twins.items()}).values()
+    )
 
 
 # ---- the turns ------------------------------------------------------------------------------------------
@@ -349,11 +425,14 @@ def turns_of(config: RunConfig, method: Method, steps: int = SAMPLED_STEPS) -> t
     """What each turn of a method on the meta device costs."""
     counted = list(counted_steps(config.train.max_steps))
     counts = Counter(turn for step in counted for turn in method.turns(step))
-    return tuple(_turn(config, method, turn, count / len(counted), steps) for turn, count in counts.items())
+    return tuple(
+        _turn(config, method, turn, count / len(counted), steps) for turn, count in counts.items()
+    )
 
 
 def counted_steps(max_steps: int) -> Iterator[int]:
-    """The steps of a run that its turns are counted in: all, or windows of a long run from its beginning to its end."""
+    """The steps of a run that its turns are counted in: all, or windows of a long run from its
+    beginning to its end."""
     if max_steps <= COUNTED_STEPS:
         yield from range(max_steps)
         return
@@ -364,8 +443,12 @@ def counted_steps(max_steps: int) -> Iterator[int]:
 
 
 def _turn(config: RunConfig, method: Method, turn: str, a_step: float, sampled: int) -> Turn:
-    """The mean over the random choices of some steps; those that cost the same are measured once."""
-    steps = islice((step for step in counted_steps(config.train.max_steps) if turn in method.turns(step)), sampled)
+    """The mean over the random choices of some steps; those that cost the same are measured
+    once."""
+    steps = islice(
+        (step for step in counted_steps(config.train.max_steps) if turn in method.turns(step)),
+        sampled,
+    )
     measured: dict[Any, tuple[float, float]] = {}
     costs = []
     for step in steps:
@@ -380,13 +463,17 @@ def _turn(config: RunConfig, method: Method, turn: str, a_step: float, sampled: 
 
 
 def _choice(method: Method, turn: str, step: int) -> Any:
-    """What of a step's random choices its cost depends on; of a method that does not tell, each step costs its own."""
+    """What of a step's random choices its cost depends on; of a method that does not tell, each
+    step costs its own."""
     choices = getattr(method, "choices", None)
     return step if choices is None else choices(turn, step)
 
 
-def measure_turn(method: Method, turn: str, batch: dict[str, Any], step: int, config: RunConfig) -> tuple[int, int]:
-    """Floating-point operations of a loss and its gradient, and the most bytes of tensors that were alive at once.
+def measure_turn(
+    method: Method, turn: str, batch: dict[str, Any], step: int, config: RunConfig
+) -> tuple[int, int]:
+    """Floating-point operations of a loss and its gradient, and the most bytes of tensors that were
+    alive at once.
 
     The method's networks and the batch are all on the meta device.
     """
@@ -401,7 +488,8 @@ def measure_turn(method: Method, turn: str, batch: dict[str, Any], step: int, co
 
 
 class Watch(TorchDispatchMode):
-    """Counts floating-point operations, and the bytes of the storages that were made inside and are alive.
+    """Counts floating-point operations, and the bytes of the storages that were made inside and are
+    alive.
 
     Attributes:
         flops, peak: what it is for.
@@ -413,7 +501,9 @@ class Watch(TorchDispatchMode):
         self.flops = self.now = self.peak = 0
         self._alive: dict[int, weakref.ref] = {}  # what was there before too, as 0 bytes
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
@@ -442,16 +532,21 @@ class Watch(TorchDispatchMode):
 
 @contextmanager
 def as_on_accelerator(mixed_precision: str = "no") -> Iterator[None]:
-    """Inside, attention is one fused operation, and autocast is played on the meta device, which has none.
+    """Inside, attention is one fused operation, and autocast is played on the meta device, which
+    has none.
 
-    The functions are replaced, not intercepted, because what checkpointing recomputes in the backward pass escapes torch's
-    function modes.
-    """
+    The functions are replaced, not intercepted, because what checkpointing recomputes in the
+    backward pass escapes torch's function modes."""
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
     copies: dict[int, Tensor] = {}  # autocast casts each leaf that is trained once
 
     def cast(x: Any) -> Any:
-        if dtype is None or not isinstance(x, Tensor) or x.dtype == dtype or not x.is_floating_point():
+        if (
+            dtype is None
+            or not isinstance(x, Tensor)
+            or x.dtype == dtype
+            or not x.is_floating_point()
+        ):
             return x
         if not (x.is_leaf and x.requires_grad and torch.is_grad_enabled()):
             return x.to(dtype)
@@ -460,7 +555,9 @@ def as_on_accelerator(mixed_precision: str = "no") -> Iterator[None]:
         return copies[id(x)]
 
     def casting(function: Any) -> Any:
-        return lambda *args, **kwargs: function(*map(cast, args), **{key: cast(value) for key, value in kwargs.items()})
+        return lambda *args, **kwargs: function(
+            *map(cast, args), **{key: cast(value) for key, value in kwargs.items()}
+        )
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _aten._scaled_dot_product_flash_attention(cast(query), cast(key), cast(value))[0]
@@ -483,11 +580,20 @@ def batch_on_meta(config: RunConfig, method: Method) -> dict[str, Any]:
     frames, channels = latent_frames_of_run(config), int(student.config.in_channels)
     latents = torch.empty(size, channels, frames, *config.latent_size, device="meta")
     batch: dict[str, Any] = {
-        "cond": torch.empty(size, text_tokens_of(config), int(student.config.text_dim), device="meta"),
-        "keys": list(range(size)), "micro": 0,
-    }  # fmt: skip
+        "cond": torch.empty(
+            size, text_tokens_of(config), int(student.config.text_dim), device="meta"
+        ),
+        "keys": list(range(size)),
+        "micro": 0,
+    }
     if config.data.kind == "trajectories":
-        times = sorted({t for each in chunk_times(config.stream, frames // config.stream.chunk_frames) for t in each})
+        times = sorted(
+            {
+                t
+                for each in chunk_times(config.stream, frames // config.stream.chunk_frames)
+                for t in each
+            }
+        )
         levels = torch.tensor([*reversed(times), 0.0], dtype=torch.float64)
         batch["states"] = latents[:, None].expand(-1, len(levels), -1, -1, -1, -1).contiguous()
         batch["times"] = levels.expand(size, -1)  # numbers, not shapes
@@ -504,7 +610,8 @@ def text_tokens_of(config: RunConfig) -> int:
 
 
 def latent_frames_of_run(config: RunConfig) -> int:
-    """Latent frames of a training clip, as far as the run file says: 21, Wan's 81 pixel frames, where it does not."""
+    """Latent frames of a training clip, as far as the run file says: 21, Wan's 81 pixel frames,
+    where it does not."""
     chunks, data = getattr(config.options, "num_chunks", None), config.data
     pixels = {"world": data.world.num_frames, "clips": data.clips.num_frames}.get(data.kind)
     if data.kind in ("world", "clips", "latents") and data.latent_frames is not None:
@@ -518,5 +625,5 @@ def _extrapolated(few: Turn, more: Turn, depth: int) -> Turn:
     """The line through two depths, at a third."""
     a, b = DEPTHS
     share = (depth - a) / (b - a)
-    line = lambda x, y: x + share * (y - x)  # noqa: E731
+    line = lambda x, y: x + share * (y - x)
     return replace(more, flops=line(few.flops, more.flops), peak=line(few.peak, more.peak))

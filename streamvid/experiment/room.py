@@ -10,9 +10,9 @@ from pathlib import Path
 
 from torch import nn
 
-from streamvid.students.folder import COMPONENTS
-from streamvid.experiment.estimate import GIB, UnknownSizes, build_on_meta
 from streamvid.experiment.build import RunConfig, with_shipped
+from streamvid.experiment.estimate import GIB, UnknownSizes, build_on_meta
+from streamvid.students.folder import COMPONENTS
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +32,14 @@ class Room:
     def line(self) -> str:
         """For people."""
         return (
-            f"on disk: {self.bytes / GIB:.3f} GiB, for {self.num_checkpoints} checkpoints of {self.checkpoint / GIB:.3f} at "
-            f"once and an export of {self.export / GIB:.3f}"
+            f"on disk: {self.bytes / GIB:.3f} GiB, for {self.num_checkpoints} checkpoints of"
+            f" {self.checkpoint / GIB:.3f} at once and an export of {self.export / GIB:.3f}"
         )
 
 
 def room_of(config: RunConfig) -> Room:
-    """What a run writes at most, by its networks: all that is trained, with what optimisers remember and averages.
+    """What a run writes at most, by its networks: all that is trained, with what optimisers
+    remember and averages.
 
     Raises:
         UnknownSizes: if a network's sizes can't be known.
@@ -46,21 +47,34 @@ def room_of(config: RunConfig) -> Room:
     config = with_shipped(config)
     method, roles = build_on_meta(config)
     beside = {role.name: role.optimizer + role.average for role in roles}
-    saved = sum(t.nbytes for network in method.networks().values() for t in network.state_dict().values())
-    student = nn.Module.named_parameters(method.networks()["student"])  # adapters are merged into their base
-    files = [file for part in COMPONENTS for file in (Path(config.components) / part).rglob("*") if file.is_file()]
+    saved = sum(
+        t.nbytes for network in method.networks().values() for t in network.state_dict().values()
+    )
+    # adapters are merged into their base
+    student = nn.Module.named_parameters(method.networks()["student"])
+    files = [
+        file
+        for part in COMPONENTS
+        for file in (Path(config.components) / part).rglob("*")
+        if file.is_file()
+    ]
     return Room(
         checkpoint=saved + sum(beside[name] for name in method.networks()),
-        num_checkpoints=min(config.train.keep_checkpoints + 1, math.ceil(config.train.max_steps / config.train.save_every)),
+        num_checkpoints=min(
+            config.train.keep_checkpoints + 1,
+            math.ceil(config.train.max_steps / config.train.save_every),
+        ),
         export=sum(p.nbytes for _, p in student) + sum(file.stat().st_size for file in files),
     )
 
 
 def ensure_room(config: RunConfig) -> None:
-    """Refuse a run whose next checkpoint finds no room on its disk, and warn of one that will fill it.
+    """Refuse a run whose next checkpoint finds no room on its disk, and warn of one that will fill
+    it.
 
-    A disk that is too small for all that is kept may be cleared meanwhile, and a run that fills it loses no more than the
-    steps since its last checkpoint; one that can't take a single checkpoint loses everything.
+    A disk that is too small for all that is kept may be cleared meanwhile, and a run that fills it
+    loses no more than the steps since its last checkpoint; one that can't take a single checkpoint
+    loses everything.
 
     Raises:
         ValueError: one line, with what is needed and what is there.
@@ -70,15 +84,22 @@ def ensure_room(config: RunConfig) -> None:
     except UnknownSizes:
         return
     run_dir = (Path(config.train.output_dir) / config.train.name).absolute()
-    free = shutil.disk_usage(next(place for place in (run_dir, *run_dir.parents) if place.is_dir())).free
+    free = shutil.disk_usage(
+        next(place for place in (run_dir, *run_dir.parents) if place.is_dir())
+    ).free
     if free < room.checkpoint:
         raise ValueError(
-            f"a checkpoint of this run takes {room.checkpoint / GIB:.2f} GiB, free on the disk of {run_dir} are "
-            f"{free / GIB:.2f}; make room, or set train.output_dir"
+            f"a checkpoint of this run takes {room.checkpoint / GIB:.2f} GiB, free on the disk of"
+            f" {run_dir} are {free / GIB:.2f}; make room, or set train.output_dir"
         )
-    there = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())  # of this run, before it is resumed
+    # of this run, before it is resumed
+    there = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file())
     if free + there < room.bytes:
         log.warning(
-            "this run will write %.2f GiB (%d checkpoints and the export), and free on the disk of %s are %.2f; make room, "
-            "or set train.keep_checkpoints=1", room.bytes / GIB, room.num_checkpoints, run_dir, free / GIB,
-        )  # fmt: skip
+            "this run will write %.2f GiB (%d checkpoints and the export), and free on the disk of"
+            " %s are %.2f; make room, or set train.keep_checkpoints=1",
+            room.bytes / GIB,
+            room.num_checkpoints,
+            run_dir,
+            free / GIB,
+        )

@@ -1,9 +1,9 @@
-"""What we want to know of a GPU, in parts: each runs in a process of its own with its own time limit.
+"""What we want to know of a GPU, in parts: each runs in a process of its own with its own time
+limit.
 
-So a failure, a hang or too little memory costs one part, and of that what it had measured before is kept. The next part's
-process imports its libraries while a part runs, and waits without touching the device. The report is written anew after
-every part.
-"""
+So a failure, a hang or too little memory costs one part, and of that what it had measured before is
+kept. The next part's process imports its libraries while a part runs, and waits without touching
+the device. The report is written anew after every part."""
 
 from __future__ import annotations
 
@@ -73,12 +73,15 @@ def chosen(names: str | None) -> tuple[Part, ...]:
     known = [part.name for part in PARTS]
     for name in wanted:
         if name not in known:
-            raise ValueError(f"--parts {name}: there is no such part; expected some of {', '.join(known)}")
+            raise ValueError(
+                f"--parts {name}: there is no such part; expected some of {', '.join(known)}"
+            )
     return tuple(part for part in PARTS if part.name in wanted)
 
 
 def run_parts(parts: Sequence[Part], out: Path, minutes: float, tiny: bool = False) -> list[Result]:
-    """Run parts one after the other within ``minutes``; ``out`` and a ``.md`` beside it are rewritten after each."""
+    """Run parts one after the other within ``minutes``; ``out`` and a ``.md`` beside it are
+    rewritten after each."""
     deadline = time.monotonic() + 60 * minutes
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -113,15 +116,29 @@ class Child:
         """Let it import; nothing if it does already."""
         if self.process is not None:
             return
-        command = [sys.executable, "-m", "streamvid.gpu_check.child", self.part.target, str(self.file)]
+        command = [
+            sys.executable,
+            "-m",
+            "streamvid.gpu_check.child",
+            self.part.target,
+            str(self.file),
+        ]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+        )
         if self.tiny:
             command.append("--tiny")
             environment["CUDA_VISIBLE_DEVICES"] = ""
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                cwd=ROOT,
+                start_new_session=True,
             )
 
     def run(self, limit_s: float) -> Result:
@@ -136,7 +153,8 @@ class Child:
         result = Result(self.part.name, status, round(time.monotonic() - started, 1))
         self._read_into(result)
         if result.status != "ok":
-            text = self.log.read_text(errors="replace").replace(f"{ROOT}{os.sep}", "")  # where it lies is nobody's business
+            # where it lies is nobody's business
+            text = self.log.read_text(errors="replace").replace(f"{ROOT}{os.sep}", "")
             result.log = text.strip().splitlines()[-LOG_LINES:]
         return result
 
@@ -177,8 +195,19 @@ def write_report(out: Path, results: Sequence[Result]) -> None:
 def markdown_of(result: Result) -> str:
     lines = [f"## {result.part}: {result.status}, {result.seconds} s\n"]
     rows = rows_of(result.measurements)
-    lines += ["| measurement | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""] if rows else []
-    lines += [f"- error in {name}: {' '.join(error.split())}" for name, error in result.errors.items()]
+    lines += (
+        [
+            "| measurement | value |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows),
+            "",
+        ]
+        if rows
+        else []
+    )
+    lines += [
+        f"- error in {name}: {' '.join(error.split())}" for name, error in result.errors.items()
+    ]
     lines += ["", "```", *result.log, "```"] if result.log else []
     return "\n".join(lines) + "\n"
 
@@ -200,7 +229,9 @@ def rows_of(measurements: dict[str, Any], prefix: str = "") -> list[tuple[str, s
             rows += rows_of(value, f"{prefix}{name}.")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             for index, each in enumerate(value):
-                rows.append((f"{prefix}{name}.{index}", "  ".join(f"{k} {v}" for k, v in each.items())))
+                rows.append(
+                    (f"{prefix}{name}.{index}", "  ".join(f"{k} {v}" for k, v in each.items()))
+                )
         else:
             rows.append((f"{prefix}{name}", str(value)))
     return rows

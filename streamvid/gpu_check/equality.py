@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from streamvid.codecs.load import open_codec
+from streamvid.experiment.build import build_method, load_run
 from streamvid.gpu_check.check import ROOT
 from streamvid.gpu_check.measure import (
     Report,
@@ -24,14 +25,18 @@ from streamvid.gpu_check.measure import (
     random_prompt,
     student_sizes,
 )
-from streamvid.training.method import Method
 from streamvid.models.attention import attention, flash_attn_func
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.sampler import generate
 from streamvid.seeding import keyed_normal
-from streamvid.students.folder import TINY_STUDENT, TINY_TEACHER, load_stream_config, load_transformer
+from streamvid.students.folder import (
+    TINY_STUDENT,
+    TINY_TEACHER,
+    load_stream_config,
+    load_transformer,
+)
 from streamvid.teachers.wan import WanTeacher
-from streamvid.experiment.build import build_method, load_run
+from streamvid.training.method import Method
 from streamvid.training.trainer import switch_on
 
 CPU = torch.device("cpu")
@@ -51,14 +56,22 @@ def gradients(report: Report) -> None:
         for checkpointing in (False, True):
             name = f"exit {exit_index}, {'recomputed' if checkpointing else 'kept'}"
             if not checkpointing:
-                expected = report.attempt(f"{name}, norm", lambda: turn.on(report.device, exit_index)) or {}
-                report.measurements[f"{name}, norm"] = _flat(expected).norm().item() if expected else None
-            half = lambda: turn.on(report.device, exit_index, torch.bfloat16, checkpointing)  # noqa: E731
+                expected = (
+                    report.attempt(f"{name}, norm", lambda: turn.on(report.device, exit_index))
+                    or {}
+                )
+                report.measurements[f"{name}, norm"] = (
+                    _flat(expected).norm().item() if expected else None
+                )
+            half = lambda: turn.on(report.device, exit_index, torch.bfloat16, checkpointing)
             report.attempt(f"{name}, bf16 against float32", lambda: compared(half(), expected))
-            whole = lambda: turn.on(report.device, exit_index, None, checkpointing)  # noqa: E731
+            whole = lambda: turn.on(report.device, exit_index, None, checkpointing)
             if checkpointing:
                 report.attempt(f"{name}, float32 against kept", lambda: compared(whole(), expected))
-        report.attempt(f"exit {exit_index}, float32 against the CPU", lambda: compared(turn.on(CPU, exit_index), expected))
+        report.attempt(
+            f"exit {exit_index}, float32 against the CPU",
+            lambda: compared(turn.on(CPU, exit_index), expected),
+        )
 
 
 class StudentTurn:
@@ -75,7 +88,11 @@ class StudentTurn:
         switch_on(self.method.networks(), replace(config.train, gradient_checkpointing=True))
 
     def on(
-        self, device: torch.device, exit_index: int, dtype: torch.dtype | None = None, checkpointing: bool = False
+        self,
+        device: torch.device,
+        exit_index: int,
+        dtype: torch.dtype | None = None,
+        checkpointing: bool = False,
     ) -> dict[str, Tensor]:
         """The student's gradient, by parameter; on the CPU."""
         method = self.method
@@ -84,7 +101,9 @@ class StudentTurn:
             network.to(device).train().requires_grad_(name == "student").zero_grad(set_to_none=True)
         method.student.gradient_checkpointing = checkpointing
         cond = keyed_normal((2, TEXT_TOKENS, self.width), "gpu check", "cond").to(device)
-        step = next(i for i in itertools.count() if method.decide("student", i).exit_index == exit_index)
+        step = next(
+            i for i in itertools.count() if method.decide("student", i).exit_index == exit_index
+        )
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             loss, _ = method.loss("student", {"cond": cond, "keys": [0, 1]}, step)
         loss.backward()
@@ -95,11 +114,14 @@ class StudentTurn:
 
 
 def compared(came: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Any]:
-    """How two gradients of the same parameters agree; a parameter without one has an empty tensor."""
+    """How two gradients of the same parameters agree; a parameter without one has an empty
+    tensor."""
     a, b = _flat(came), _flat(expected)
     missing = [name for name, gradient in came.items() if not gradient.numel()]
     if a.shape != b.shape:
-        raise ValueError(f"{len(missing)} of {len(came)} parameters have no gradient: {', '.join(missing[:3])}")
+        raise ValueError(
+            f"{len(missing)} of {len(came)} parameters have no gradient: {', '.join(missing[:3])}"
+        )
     worst = min(came, key=lambda name: _cosine(came[name], expected[name]))
     return {
         "cosine": _cosine(a, b),
@@ -135,24 +157,40 @@ def equality(report: Report) -> None:
     report.attempt("clip on the CPU", keep("cpu", lambda: tiny_clip(CPU)))
     report.attempt("clip on the device", keep("device", lambda: tiny_clip(device)))
     report.attempt("device against CPU", lambda: _of_clips(clips["device"], clips["cpu"]))
-    report.attempt("device without tf32 against CPU", lambda: _of_clips(
-        _without_tf32(lambda: tiny_clip(device)), clips["cpu"]
-    ))
+    report.attempt(
+        "device without tf32 against CPU",
+        lambda: _of_clips(_without_tf32(lambda: tiny_clip(device)), clips["cpu"]),
+    )
     report.attempt("again", lambda: {"equal": torch.equal(tiny_clip(device), clips["device"])})
-    report.attempt("prefix of a longer", lambda: {
-        "equal": torch.equal(tiny_clip(device, MORE_FRAMES)[:, :FRAMES], clips["device"])
-    })
-    report.attempt("bf16 against float32", lambda: _of_clips(tiny_clip(device, dtype=torch.bfloat16), clips["device"]))
+    report.attempt(
+        "prefix of a longer",
+        lambda: {"equal": torch.equal(tiny_clip(device, MORE_FRAMES)[:, :FRAMES], clips["device"])},
+    )
+    report.attempt(
+        "bf16 against float32",
+        lambda: _of_clips(tiny_clip(device, dtype=torch.bfloat16), clips["device"]),
+    )
     report.attempt("1.3B chunk, bf16 against float32", lambda: _large_chunk(device, report.tiny))
     _attentions(report)
 
 
-def tiny_clip(device: torch.device, num_frames: int = FRAMES, dtype: torch.dtype = torch.float32) -> Tensor:
+def tiny_clip(
+    device: torch.device, num_frames: int = FRAMES, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Frames of the shipped student, on a prompt of random numbers."""
     student = load_transformer(TINY_STUDENT, dtype).to(device).eval()
-    cond = keyed_normal((1, TEXT_TOKENS, int(student.config.text_dim)), "gpu check", "cond").to(device)
+    cond = keyed_normal((1, TEXT_TOKENS, int(student.config.text_dim)), "gpu check", "cond").to(
+        device
+    )
     size = {"height": 64, "width": 64, "num_frames": num_frames}
-    return generate(student, open_codec(TINY_TEACHER, device), cond, load_stream_config(TINY_STUDENT), seeds=[0], **size)
+    return generate(
+        student,
+        open_codec(TINY_TEACHER, device),
+        cond,
+        load_stream_config(TINY_STUDENT),
+        seeds=[0],
+        **size,
+    )
 
 
 def _without_tf32(work: Callable[[], Tensor]) -> Tensor:
@@ -185,7 +223,9 @@ def _velocity_behind_context(
     network: nn.Module, sizes: dict[str, Any], height: int, width: int, device: torch.device
 ) -> Tensor:
     prompt = random_prompt(sizes, device, torch.float32)
-    before, x = (keyed_normal((1, 16, 3, height, width), "gpu check", i).to(device) for i in range(2))
+    before, x = (
+        keyed_normal((1, 16, 3, height, width), "gpu check", i).to(device) for i in range(2)
+    )
     cache = network.new_cache(1, height, width)
     network.commit(before, 0.0, prompt, cache)
     return network(x, 500.0, prompt, cache=cache).sample
@@ -202,11 +242,15 @@ BACKENDS = {
 
 
 def _attentions(report: Report) -> None:
-    """A chunk of the 1.3B model over a full window, by each kernel that there is, against float32 arithmetic."""
+    """A chunk of the 1.3B model over a full window, by each kernel that there is, against float32
+    arithmetic."""
     heads, size = (2, 24) if report.tiny else (12, 128)
     queries, keys = (48, 192) if report.tiny else (4680, 18720)
     shapes = (1, queries, heads, size), (1, keys, heads, size), (1, keys, heads, size)
-    q, k, v = (keyed_normal(shape, "gpu check", "attention", i).to(report.device) for i, shape in enumerate(shapes))
+    q, k, v = (
+        keyed_normal(shape, "gpu check", "attention", i).to(report.device)
+        for i, shape in enumerate(shapes)
+    )
     kept: dict[str, Tensor] = {}
 
     def reference() -> dict[str, float]:
@@ -220,14 +264,18 @@ def _attentions(report: Report) -> None:
     if flash_attn_func is not None:
         ways["flash_attn"] = flash_attn_func
     for name, way in ways.items():
-        report.attempt(f"attention bf16, {name}", lambda: {
-            "relative": difference(way(*half), kept["out"])["relative"],
-            "ms": median_ms(lambda: way(*half), report.device),
-        })
+        report.attempt(
+            f"attention bf16, {name}",
+            lambda: {
+                "relative": difference(way(*half), kept["out"])["relative"],
+                "ms": median_ms(lambda: way(*half), report.device),
+            },
+        )
     text = [x[:, :512] for x in half[1:]]
-    report.attempt("attention to 512 text tokens, ours", lambda: {
-        "ms": median_ms(lambda: attention(half[0], *text), report.device)
-    })
+    report.attempt(
+        "attention to 512 text tokens, ours",
+        lambda: {"ms": median_ms(lambda: attention(half[0], *text), report.device)},
+    )
 
 
 def backend(which: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -1,4 +1,5 @@
-"""The machine: versions, what its matrix units and its memory reach; and the tests that need a GPU."""
+"""The machine: versions, what its matrix units and its memory reach; and the tests that need a
+GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +15,17 @@ from streamvid.gpu_check.check import ROOT
 from streamvid.gpu_check.measure import Report, median_ms
 
 PACKAGES = (
-    "torch", "triton", "diffusers", "transformers", "accelerate", "peft", "einops", "flash-attn", "torchao", "numpy",
-)  # fmt: skip
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "einops",
+    "flash-attn",
+    "torchao",
+    "numpy",
+)
 
 
 def machine(report: Report) -> None:
@@ -24,9 +34,11 @@ def machine(report: Report) -> None:
     report.attempt("versions", _versions)
     size = 256 if report.tiny else 8192
     for name, dtype, tf32 in (
-        ("bf16", torch.bfloat16, False), ("fp16", torch.float16, False), ("tf32", torch.float32, True),
+        ("bf16", torch.bfloat16, False),
+        ("fp16", torch.float16, False),
+        ("tf32", torch.float32, True),
         ("fp32", torch.float32, False),
-    ):  # fmt: skip
+    ):
         report.attempt(f"matmul_{name}", lambda: matmul(report.device, size, dtype, tf32))
     report.attempt("copy", lambda: _copy(report.device, 2**22 if report.tiny else 2**32))
     report.attempt("launch_us", lambda: _launch_us(report.device))
@@ -38,7 +50,11 @@ def _device(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return facts
     properties = torch.cuda.get_device_properties(device)
-    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,power.limit,clocks.max.sm",
+        "--format=csv,noheader",
+    ]
     try:
         smi = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -64,7 +80,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def matmul(device: torch.device, size: int, dtype: torch.dtype, tf32: bool = False) -> dict[str, float]:
+def matmul(
+    device: torch.device, size: int, dtype: torch.dtype, tf32: bool = False
+) -> dict[str, float]:
     """A square matrix product of random numbers."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -101,10 +119,24 @@ def gpu_tests(report: Report) -> None:
 
 
 def _pytest() -> dict[str, Any]:
-    files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in file.read_text()]
+    files = [
+        str(file)
+        for file in sorted((ROOT / "tests").rglob("test_*.py"))
+        if "mark.gpu" in file.read_text()
+    ]
     if not files:
         return {"files": 0}
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts=--import-mode=importlib -q", "-rs", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-o",
+        "addopts=--import-mode=importlib -q",
+        "-rs",
+        *files,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode not in (0, 5):
         raise RuntimeError(done.stdout[-1500:] + done.stderr[-500:])

@@ -1,4 +1,5 @@
-"""What the parts of the check share: a report that survives a crash, times, differences, and networks of random weights."""
+"""What the parts of the check share: a report that survives a crash, times, differences, and
+networks of random weights."""
 
 from __future__ import annotations
 
@@ -56,7 +57,11 @@ class Report:
             torch.cuda.empty_cache()
 
     def write(self, running: str | None = None) -> None:
-        plain = {"measurements": as_plain(self.measurements), "errors": self.errors, "running": running}
+        plain = {
+            "measurements": as_plain(self.measurements),
+            "errors": self.errors,
+            "running": running,
+        }
         with atomic_file(self.file) as temporary:
             temporary.write_text(json.dumps(plain))
 
@@ -93,7 +98,9 @@ def timed_s(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def median_ms(work: Callable[[], Any], device: torch.device, repeats: int = 10, warm_up: int = 3) -> float:
+def median_ms(
+    work: Callable[[], Any], device: torch.device, repeats: int = 10, warm_up: int = 3
+) -> float:
     """Milliseconds of a call."""
     for _ in range(warm_up):
         work()
@@ -125,9 +132,13 @@ def allocated_mib(device: torch.device) -> float | None:
 
 
 def difference(came: Tensor, expected: Tensor) -> dict[str, float]:
-    """Greatest absolute difference, and the norm of the difference over the norm of what is expected."""
+    """Greatest absolute difference, and the norm of the difference over the norm of what is
+    expected."""
     a, b = (x.detach().float().cpu() for x in (came, expected))
-    return {"max": (a - b).abs().max().item(), "relative": ((a - b).norm() / b.norm().clamp_min(1e-30)).item()}
+    return {
+        "max": (a - b).abs().max().item(),
+        "relative": ((a - b).norm() / b.norm().clamp_min(1e-30)).item(),
+    }
 
 
 def psnr(came: Tensor, expected: Tensor) -> float:
@@ -139,8 +150,11 @@ def psnr(came: Tensor, expected: Tensor) -> float:
 # ---- networks -------------------------------------------------------------------------------------------
 
 
-def random_network(cls: type, sizes: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A network of random weights, with those parts in float32 that ``from_pretrained`` keeps so."""
+def random_network(
+    cls: type, sizes: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """A network of random weights, with those parts in float32 that ``from_pretrained`` keeps
+    so."""
     torch.manual_seed(0)
     with torch.device(device):
         network = cls.from_config(sizes)
@@ -161,11 +175,19 @@ def student_sizes(tiny: bool) -> dict[str, Any]:
     from streamvid.models.published import PUBLISHED
 
     sizes = PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
-    small = {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 96, "num_layers": 2, "text_dim": 64}
+    small = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "ffn_dim": 96,
+        "num_layers": 2,
+        "text_dim": 64,
+    }
     return {**sizes, **small} if tiny else dict(sizes)
 
 
-def random_prompt(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype, batch: int = 1) -> Tensor:
+def random_prompt(
+    sizes: dict[str, Any], device: torch.device, dtype: torch.dtype, batch: int = 1
+) -> Tensor:
     """An embedding of as many tokens as a published text encoder gives."""
     from streamvid.seeding import keyed_normal
 

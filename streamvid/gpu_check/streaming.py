@@ -1,8 +1,8 @@
-"""What streaming a student of Wan 2.1 1.3B's size costs: frames a second, where the time goes, memory, compilation.
+"""What streaming a student of Wan 2.1 1.3B's size costs: frames a second, where the time goes,
+memory, compilation.
 
-Weights are random, frames are 480 x 832, a chunk is 3 latent frames, hence 12 pixel frames, over a window of 12 latent
-frames with 3 sink frames.
-"""
+Weights are random, frames are 480 x 832, a chunk is 3 latent frames, hence 12 pixel frames, over a
+window of 12 latent frames with 3 sink frames."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from streamvid.codecs.taehv import AutoencoderTAEHV
+from streamvid.experiment.estimate import Watch
 from streamvid.gpu_check.machine import matmul
 from streamvid.gpu_check.measure import (
     Report,
@@ -35,7 +36,6 @@ from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import StreamChunk, new_cache, stream, stream_latents
 from streamvid.rollout.schedule import StreamConfig
-from streamvid.experiment.estimate import Watch
 
 CHUNK_FRAMES, WINDOW_FRAMES, SINK_FRAMES = 3, 12, 3
 PIXEL_FRAMES = 4 * CHUNK_FRAMES  # a chunk, after the first
@@ -69,7 +69,13 @@ class Setting:
     def stream(self, config: StreamConfig) -> Any:
         """Endless."""
         return stream(
-            self.student, self.codec, self.prompt, config, seeds=[0], height=self.height, width=self.width
+            self.student,
+            self.codec,
+            self.prompt,
+            config,
+            seeds=[0],
+            height=self.height,
+            width=self.width,
         )
 
 
@@ -78,13 +84,20 @@ def config_of(**options: Any) -> StreamConfig:
     return StreamConfig(chunk_frames=CHUNK_FRAMES, positions="window", **window, **options)
 
 
-def setting(report: Report, height: int = 480, width: int = 832, codec_dtype: torch.dtype = torch.bfloat16) -> Setting:
+def setting(
+    report: Report, height: int = 480, width: int = 832, codec_dtype: torch.dtype = torch.bfloat16
+) -> Setting:
     """Random weights in bf16."""
     sizes = student_sizes(report.tiny)
     if report.tiny:
         height, width = 16, 32
     network = random_network(CausalWanTransformer3DModel, sizes, torch.bfloat16, report.device)
-    codec = AutoencoderTAEHV(has_encoder=False).to(report.device, codec_dtype).requires_grad_(False).eval()
+    codec = (
+        AutoencoderTAEHV(has_encoder=False)
+        .to(report.device, codec_dtype)
+        .requires_grad_(False)
+        .eval()
+    )
     prompt = random_prompt(sizes, report.device, torch.bfloat16)
     return Setting(network, codec, prompt, height, width, report.device)
 
@@ -103,9 +116,10 @@ def stream_1_3b(report: Report) -> None:
     report.attempt("breakdown_ms", lambda: breakdown(here))
     report.attempt("flops", lambda: _flops(report, here))
     report.attempt("kernels", lambda: _kernels(here))
-    report.attempt("4_steps_clean, decoder in float32", lambda: pace(
-        replace(here, codec=here.codec.float()), config_of(num_steps=4), steady
-    ))
+    report.attempt(
+        "4_steps_clean, decoder in float32",
+        lambda: pace(replace(here, codec=here.codec.float()), config_of(num_steps=4), steady),
+    )
 
 
 def _chunks(here: Setting, config: StreamConfig, count: int) -> list[StreamChunk]:
@@ -168,20 +182,27 @@ def breakdown(here: Setting) -> dict[str, float]:
         "noise_on_host_and_copy": lambda: noise.draw(0, 1, shape, here.device, torch.float32),
         "decode": decode,
     }
-    return {name: median_ms(work, here.device, repeats=8, warm_up=2) for name, work in works.items()}
+    return {
+        name: median_ms(work, here.device, repeats=8, warm_up=2) for name, work in works.items()
+    }
 
 
 @torch.no_grad()
 def _flops(report: Report, here: Setting) -> dict[str, float]:
     """Of one denoising pass over a full window, against the matrix units' own pace."""
     cache, x = steady_cache(here, config_of()), latents_of(here)
-    run = lambda: here.student(x, 500.0, here.prompt, cache=cache)  # noqa: E731
+    run = lambda: here.student(x, 500.0, here.prompt, cache=cache)
     with Watch() as watch:
         run()
     ms = median_ms(run, here.device, repeats=8, warm_up=2)
     ceiling = matmul(here.device, 256 if report.tiny else 8192, torch.bfloat16)["tflops"]
     achieved = watch.flops / ms / 1e9
-    return {"tflop_a_pass": watch.flops / 1e12, "tflops": achieved, "matmul_tflops": ceiling, "share": achieved / ceiling}
+    return {
+        "tflop_a_pass": watch.flops / 1e12,
+        "tflops": achieved,
+        "matmul_tflops": ceiling,
+        "share": achieved / ceiling,
+    }
 
 
 @torch.no_grad()
@@ -218,7 +239,8 @@ def _kernels(here: Setting) -> dict[str, Any]:
 
 
 def memory(report: Report) -> None:
-    """A long stream at a small size takes no more memory and no more time at its end than at its beginning."""
+    """A long stream at a small size takes no more memory and no more time at its end than at its
+    beginning."""
     here = setting(report, 128, 192)
     report.attempt("200_chunks", lambda: long_stream(here, 30 if report.tiny else 200))
 
@@ -250,7 +272,10 @@ def compiled(report: Report) -> None:
         return facts
 
     report.attempt("eager", eager)
-    modes: dict[str, dict[str, Any]] = {"default": {}, "max_autotune_no_cudagraphs": {"mode": "max-autotune-no-cudagraphs"}}
+    modes: dict[str, dict[str, Any]] = {
+        "default": {},
+        "max_autotune_no_cudagraphs": {"mode": "max-autotune-no-cudagraphs"},
+    }
     if report.tiny:
         modes = {"default": {"backend": "eager"}}
     for name, options in modes.items():
@@ -262,7 +287,9 @@ def _compiled(here: Setting, options: dict[str, Any], expected: Tensor) -> dict[
     counters.clear()
     here.student.compile_repeated_blocks(**options)
     graphs: list[int] = []
-    endless = stream_latents(here.student, here.prompt, config_of(num_steps=1), seeds=[0], latent_shape=here.latent_shape)
+    endless = stream_latents(
+        here.student, here.prompt, config_of(num_steps=1), seeds=[0], latent_shape=here.latent_shape
+    )
 
     def eight() -> None:
         for _ in range(8):
@@ -284,12 +311,13 @@ def _compiled(here: Setting, options: dict[str, Any], expected: Tensor) -> dict[
 
 
 def _pass_and_stream(here: Setting, count: int) -> tuple[dict[str, Any], Tensor]:
-    """Milliseconds of a pass over a full window and of a chunk of one step, and the pass's velocity."""
+    """Milliseconds of a pass over a full window and of a chunk of one step, and the pass's
+    velocity."""
     torch.manual_seed(1)
     cache, x = steady_cache(here, config_of()), latents_of(here)
     time = torch.full((1,), 500.0, device=here.device)
     with torch.no_grad():
-        run = lambda: here.student(x, time, here.prompt, cache=cache).sample  # noqa: E731
+        run = lambda: here.student(x, time, here.prompt, cache=cache).sample
         ms = median_ms(run, here.device)
         velocity = run()
     chunks = _chunks(here, config_of(num_steps=1), FILLING + 1 + count)

@@ -1,4 +1,5 @@
-"""What the turns of published recipes cost: seconds and memory, against the dry run, with random weights and prompts."""
+"""What the turns of published recipes cost: seconds and memory, against the dry run, with random
+weights and prompts."""
 
 from __future__ import annotations
 
@@ -13,14 +14,28 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from streamvid.experiment.build import (
+    DTYPES,
+    RunConfig,
+    build_fake_score,
+    build_method,
+    load_run,
+    share_teacher,
+)
+from streamvid.experiment.estimate import GIB, estimate, sizes_of, text_tokens_of
 from streamvid.gpu_check.check import ROOT
-from streamvid.gpu_check.measure import Report, peak_gib, random_network, reset_peak, student_sizes, timed_s
+from streamvid.gpu_check.measure import (
+    Report,
+    peak_gib,
+    random_network,
+    reset_peak,
+    student_sizes,
+    timed_s,
+)
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import adapt
 from streamvid.seeding import keyed_normal
 from streamvid.teachers.wan import WanTeacher
-from streamvid.experiment.estimate import GIB, estimate, sizes_of, text_tokens_of
-from streamvid.experiment.build import DTYPES, RunConfig, build_fake_score, build_method, load_run, share_teacher
 from streamvid.training.trainer import Trainer
 
 PUBLISHED_NAME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -38,17 +53,23 @@ def train_full(report: Report) -> None:
 
 
 def turns_of_recipe(report: Report, file: str) -> None:
-    """Each turn of one accumulation pass, where the rollout ends at its first step and at its last."""
+    """Each turn of one accumulation pass, where the rollout ends at its first step and at its
+    last."""
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(report, file, Path(folder))
         trainer = build(config, report)
         report.measurements["accumulate"] = "1 here, as against the recipe's own"
         last = trainer.method.num_steps - 1
         for turn in ("fake_score", "student"):
-            report.attempt(f"{turn}, warm-up_s", lambda: run_turn(trainer, turn, last, report)["seconds"])
+            report.attempt(
+                f"{turn}, warm-up_s", lambda: run_turn(trainer, turn, last, report)["seconds"]
+            )
             report.attempt(f"{turn}, gradient", lambda: gradient_of(trainer, turn, last))
             for exit_index in (last, 0):
-                report.attempt(f"{turn}, exit {exit_index}", lambda: run_turn(trainer, turn, exit_index, report))
+                report.attempt(
+                    f"{turn}, exit {exit_index}",
+                    lambda: run_turn(trainer, turn, exit_index, report),
+                )
         report.attempt("estimate", lambda: _estimated(config))
 
 
@@ -69,14 +90,18 @@ def build(config: RunConfig, report: Report) -> Trainer:
     """As ``build_trainer``, with random weights in place of a checkpoint's."""
     sizes, lora = sizes_of(config.student.path, "student.path"), config.student.lora
     teacher = WanTeacher(
-        random_network(WanTransformer3DModel, sizes, DTYPES[config.teacher.dtype], report.device), None, shift=1.0
+        random_network(WanTransformer3DModel, sizes, DTYPES[config.teacher.dtype], report.device),
+        None,
+        shift=1.0,
     )
     student = random_network(CausalWanTransformer3DModel, sizes, DTYPES[lora.dtype], report.device)
     student.load_state_dict(teacher.transformer.state_dict())
     if lora.rank:
         student = adapt(student, lora, config.train.seed, "student")
         share_teacher(config, student, teacher)
-    teacher.uncond = keyed_normal((text_tokens_of(config), int(sizes["text_dim"])), "gpu check", "uncond").to(report.device)
+    teacher.uncond = keyed_normal(
+        (text_tokens_of(config), int(sizes["text_dim"])), "gpu check", "uncond"
+    ).to(report.device)
     fake_score = build_fake_score(config, teacher)
     method = build_method(config, student, teacher.uncond, teacher, fake_score)
     report.free()
@@ -93,12 +118,17 @@ class RandomPrompts:
         self.shape = (tokens, width)
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict[str, Any]:
-        return {"cond": torch.stack([keyed_normal(self.shape, "gpu check", i) for i in indices]), "keys": list(indices)}
+        return {
+            "cond": torch.stack([keyed_normal(self.shape, "gpu check", i) for i in indices]),
+            "keys": list(indices),
+        }
 
 
 def _step_of(trainer: Trainer, turn: str, exit_index: int) -> int:
     """A step of the run whose rollout ends there."""
-    return next(i for i in itertools.count() if trainer.method.decide(turn, i).exit_index == exit_index)
+    return next(
+        i for i in itertools.count() if trainer.method.decide(turn, i).exit_index == exit_index
+    )
 
 
 def run_turn(trainer: Trainer, turn: str, exit_index: int, report: Report) -> dict[str, Any]:
@@ -106,7 +136,11 @@ def run_turn(trainer: Trainer, turn: str, exit_index: int, report: Report) -> di
     trainer.step = _step_of(trainer, turn, exit_index)
     reset_peak(report.device)
     seconds = timed_s(lambda: trainer._run_turn(turn, 0), report.device)
-    numbers = {key: value for key, value in trainer.means.take().items() if key.endswith(("loss", "grad_norm"))}
+    numbers = {
+        key: value
+        for key, value in trainer.means.take().items()
+        if key.endswith(("loss", "grad_norm"))
+    }
     return {"seconds": seconds, "peak_gib": peak_gib(report.device), **numbers}
 
 
@@ -129,5 +163,8 @@ def gradient_of(trainer: Trainer, turn: str, exit_index: int) -> dict[str, Any]:
 def _estimated(config: RunConfig) -> dict[str, Any]:
     """The dry run's figures where rollouts end at their last step, in GiB and TFLOP."""
     whole = estimate(replace(config, options=replace(config.options, exit="last")))
-    turns = {turn.name: {"peak_beyond_gib": turn.peak / GIB, "tflop": turn.flops / 1e12} for turn in whole.turns}
+    turns = {
+        turn.name: {"peak_beyond_gib": turn.peak / GIB, "tflop": turn.flops / 1e12}
+        for turn in whole.turns
+    }
     return {"networks_gib": whole.state_bytes / GIB, "peak_gib": whole.peak_bytes / GIB, **turns}

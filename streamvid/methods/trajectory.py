@@ -1,15 +1,16 @@
 """Regression on a teacher's trajectories: the start of a few-step causal student.
 
-CausVid, arXiv 2412.07772 (ODE initialisation, also Self-Forcing's); the teacher-forced form is Causal-Forcing's,
-arXiv 2602.02214. The teacher's probability flow is solved once for many prompts and its states x_t are kept at the
-student's own times. The student, block-causal, is to say from a state where its trajectory ends:
+CausVid, arXiv 2412.07772 (ODE initialisation, also Self-Forcing's); the teacher-forced form is
+Causal-Forcing's, arXiv 2602.02214. The teacher's probability flow is solved once for many prompts
+and its states x_t are kept at the student's own times. The student, block-causal, is to say from a
+state where its trajectory ends:
 
     minimise mean |x0_hat(x_t, t) - x_0|^2 over the entries with t > 0,  x0_hat = x_t - t v
 
 ``mode`` chooses what a chunk sees of the chunks before it:
 
-- ``diffusion_forcing``: their states, each at its own time of the student's list or at 0 (data), as CausVid; with
-  ``level: clip`` all at one time of the list;
+- ``diffusion_forcing``: their states, each at its own time of the student's list or at 0 (data), as
+  CausVid; with ``level: clip`` all at one time of the list;
 - ``teacher_forcing``: their ends, clean, as the student will see its own finished chunks.
 
 Departure from CausVid: the last chunk is never at 0, as no later one would learn from it.
@@ -29,11 +30,11 @@ from torch import Tensor, nn
 
 from streamvid.core.process import expand_time, x0_from_v
 from streamvid.data.trajectories import SAME_TIME, check_falling, time_indices
-from streamvid.training.method import as_floats
 from streamvid.rollout.sampler import GuidedModel, stream_latents
 from streamvid.rollout.schedule import StreamConfig, build_schedule
 from streamvid.seeding import keyed_generator
 from streamvid.teachers.base import Teacher
+from streamvid.training.method import as_floats
 
 
 @dataclass
@@ -43,10 +44,14 @@ class Config:
     mode: Literal["diffusion_forcing", "teacher_forcing"] = "diffusion_forcing"
     """What a chunk sees of the chunks before it."""
     level: Literal["chunk", "clip"] = "chunk"
-    """Whether each chunk has its own step of the list (CausVid) or all have the same (Causal-Forcing)."""
+    """Whether each chunk has its own step of the list (CausVid) or all have the same
+    (Causal-Forcing)."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("mode", ("diffusion_forcing", "teacher_forcing")), ("level", ("chunk", "clip"))):
+        for name, choices in (
+            ("mode", ("diffusion_forcing", "teacher_forcing")),
+            ("level", ("chunk", "clip")),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}, expected one of {choices}")
 
@@ -79,15 +84,22 @@ class TrajectoryRegression:
         """All steps cost the same."""
 
     def loss(self, turn: str, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, float]]:
-        """Batches hold ``states [B, K, C, T, h, w]``, ``times [B, K]``, ``cond [B, L, D]`` and ``keys``.
+        """Batches hold ``states [B, K, C, T, h, w]``, ``times [B, K]``, ``cond [B, L, D]`` and
+        ``keys``.
 
         Raises:
-            ValueError: if a time of the student's list is not stored, or the chunks do not fit the clips.
+            ValueError: if a time of the student's list is not stored, or the chunks do not fit the
+                clips.
         """
         states, times = batch["states"], batch["times"][0]
         levels = self._draw_levels(batch["keys"], times.tolist(), self._num_chunks(states.shape[3]))
         x_t = select_states(states, levels.to(states.device), self.stream.chunk_frames)
-        t = times[levels.to(times.device)].repeat_interleave(self.stream.chunk_frames, dim=1).to(states.device)  # [B, T]
+        # [B, T]
+        t = (
+            times[levels.to(times.device)]
+            .repeat_interleave(self.stream.chunk_frames, dim=1)
+            .to(states.device)
+        )
         x0 = states[:, time_indices(times.tolist(), [0.0])[0]]
         v = self._predict(x_t, t, batch["cond"], x0)
         error = (x0_from_v(x_t, v, t) - x0).square()
@@ -110,7 +122,9 @@ class TrajectoryRegression:
         longest = max(len(indices) for indices in steps)
         rows = []
         for key in keys:
-            draws = torch.rand(num_chunks, generator=keyed_generator(self.seed, "level", key), dtype=torch.float64)
+            draws = torch.rand(
+                num_chunks, generator=keyed_generator(self.seed, "level", key), dtype=torch.float64
+            )
             if shared:  # a chunk with a shorter list stays at its last step
                 step = int(draws[0] * longest)
                 rows.append([indices[min(step, len(indices) - 1)] for indices in steps])
@@ -121,7 +135,8 @@ class TrajectoryRegression:
     def _num_chunks(self, frames: int) -> int:
         if frames % self.stream.chunk_frames:
             raise ValueError(
-                f"chunk_frames={self.stream.chunk_frames} does not divide the trajectories' {frames} latent frames"
+                f"chunk_frames={self.stream.chunk_frames} does not divide the trajectories'"
+                f" {frames} latent frames"
             )
         return frames // self.stream.chunk_frames
 
@@ -136,9 +151,12 @@ def chunk_times(stream: StreamConfig, num_chunks: int) -> list[list[float]]:
 
 
 def select_states(states: Tensor, levels: Tensor, chunk_frames: int) -> Tensor:
-    """``[B, K, C, T, h, w]``, each chunk at its own of the K times, ``levels [B, n]``, to ``[B, C, T, h, w]``."""
+    """``[B, K, C, T, h, w]``, each chunk at its own of the K times, ``levels [B, n]``, to ``[B, C,
+    T, h, w]``."""
     chunks = rearrange(states, "b k c (n f) h w -> b n k c f h w", f=chunk_frames)
-    b, n = torch.meshgrid(*(torch.arange(size, device=states.device) for size in levels.shape), indexing="ij")
+    b, n = torch.meshgrid(
+        *(torch.arange(size, device=states.device) for size in levels.shape), indexing="ij"
+    )
     return rearrange(chunks[b, n, levels], "b n c f h w -> b c (n f) h w")
 
 
@@ -146,8 +164,8 @@ def select_states(states: Tensor, levels: Tensor, chunk_frames: int) -> Tensor:
 
 
 def grid_through(times: Sequence[float], grid: Sequence[float]) -> tuple[float, ...]:
-    """The times of an Euler sampler with more of them, so that ``times`` are on it exactly and nothing has to be
-    interpolated; one that is there already costs no step."""
+    """The times of an Euler sampler with more of them, so that ``times`` are on it exactly and
+    nothing has to be interpolated; one that is there already costs no step."""
     between = [t for t in grid if all(abs(t - kept) > SAME_TIME for kept in times)]
     return tuple(sorted({*times, *between} - {0.0}, reverse=True))
 
@@ -189,8 +207,12 @@ def solve_trajectories(
 
     missing = set(check_falling(times)) - {*grid, 0.0}
     if missing:
-        raise ValueError(f"the sampler's grid does not pass t={sorted(missing)}; make it with grid_through")
-    sampler = StreamConfig(step_table=(tuple(grid),), chunk_frames=latent_frames, commit="none", stepper="euler")
+        raise ValueError(
+            f"the sampler's grid does not pass t={sorted(missing)}; make it with grid_through"
+        )
+    sampler = StreamConfig(
+        step_table=(tuple(grid),), chunk_frames=latent_frames, commit="none", stepper="euler"
+    )
     uncond = None if teacher.uncond is None else teacher.uncond.to(cond).expand(len(cond), -1, -1)
     model = GuidedModel(teacher.predict, uncond, guidance_scale)
     results = stream_latents(

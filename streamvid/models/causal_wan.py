@@ -1,14 +1,15 @@
-"""The student: a Wan transformer that is bidirectional, block-causal over a clip, or streams over a cache.
+"""The student: a Wan transformer that is bidirectional, block-causal over a clip, or streams over a
+cache.
 
-Parameters and configuration are those of ``diffusers.WanTransformer3DModel`` (Wan, arXiv 2503.20314), so a
-Wan folder opens here and a student's folder opens in diffusers. What differs is who attends to whom
-(``attention.Span``), where frames are (``rope``), and that the modulation is computed a frame, not a token:
-hidden states keep a frame axis. Blocks are pure: what a cache holds goes in as tensors and what a pass
-leaves comes out as detached tensors, so activation checkpointing recomputes exactly what it computed and no
-gradient crosses from a chunk to the ones before it.
+Parameters and configuration are those of ``diffusers.WanTransformer3DModel`` (Wan, arXiv
+2503.20314), so a Wan folder opens here and a student's folder opens in diffusers. What differs is
+who attends to whom (``attention.Span``), where frames are (``rope``), and that the modulation is
+computed a frame, not a token: hidden states keep a frame axis. Blocks are pure: what a cache holds
+goes in as tensors and what a pass leaves comes out as detached tensors, so activation checkpointing
+recomputes exactly what it computed and no gradient crosses from a chunk to the ones before it.
 
-Legend: B batch, C latent channels, T latent frames, H W latent size, F frames in the sequence (T, or clean
-and noisy ones together), S tokens a frame, L tokens, D model size, N heads, E head size.
+Legend: B batch, C latent channels, T latent frames, H W latent size, F frames in the sequence (T,
+or clean and noisy ones together), S tokens a frame, L tokens, D model size, N heads, E head size.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ QK_NORM = "rms_norm_across_heads"
 
 @dataclass
 class CausalWanOutput(BaseOutput):
-    """``sample``: velocity [B, C, T, H, W]. ``kv``: if asked for, what ``StreamKVCache.append`` takes."""
+    """``sample``: velocity [B, C, T, H, W]. ``kv``: if asked for, what ``StreamKVCache.append``
+    takes."""
 
     sample: Tensor
     kv: tuple[KeyValue, ...] | None = None
@@ -65,7 +67,8 @@ class ConditionEmbedder(nn.Module):
     def forward(
         self, timestep: Tensor, text: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Timesteps [B, F] and text [B, L, text_dim] to [B, F, D], [B, F, 6, D] and [B, L, D]; None stays None."""
+        """Timesteps [B, F] and text [B, L, text_dim] to [B, F, D], [B, F, 6, D] and [B, L, D]; None
+        stays None."""
         waves = self.timesteps_proj(timestep.flatten()).unflatten(0, timestep.shape)
         temb = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype)).to(dtype)
         modulation = self.time_proj(self.act_fn(temb)).unflatten(-1, (6, -1))
@@ -102,14 +105,19 @@ class HeadAttention(nn.Module):
 
 
 class CausalWanBlock(nn.Module):
-    """Self-attention over the context and the frames given, cross-attention to text, feed-forward."""
+    """Self-attention over the context and the frames given, cross-attention to text,
+    feed-forward."""
 
-    def __init__(self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float) -> None:
+    def __init__(
+        self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float
+    ) -> None:
         super().__init__()
         self.norm1 = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.attn1 = HeadAttention(dim, num_heads, eps)
         self.attn2 = HeadAttention(dim, num_heads, eps)
-        self.norm2 = FP32LayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
+        self.norm2 = (
+            FP32LayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
+        )
         self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.norm3 = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
@@ -172,9 +180,9 @@ class CausalWanBlock(nn.Module):
 class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Text-to-video Wan transformer with block-causal, teacher-forced and cached passes.
 
-    Args: those of ``diffusers.WanTransformer3DModel``, with its defaults (Wan 14B). ``rope_max_seq_len`` is
-        kept for diffusers; positions here come from no table. ``image_dim``, ``added_kv_proj_dim`` and
-        ``pos_embed_seq_len`` must be None.
+    Args: those of ``diffusers.WanTransformer3DModel``, with its defaults (Wan 14B).
+        ``rope_max_seq_len`` is kept for diffusers; positions here come from no table.
+        ``image_dim``, ``added_kv_proj_dim`` and ``pos_embed_seq_len`` must be None.
 
     Raises:
         ValueError: for image conditioning, temporal patches, or an unknown ``qk_norm``.
@@ -211,18 +219,25 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         if not (image_dim is None and added_kv_proj_dim is None and pos_embed_seq_len is None):
             raise ValueError(
-                "image conditioning is not supported: image_dim, added_kv_proj_dim and pos_embed_seq_len must be "
-                "None; use a text-to-video Wan checkpoint"
+                "image conditioning is not supported: image_dim, added_kv_proj_dim and"
+                " pos_embed_seq_len must be None; use a text-to-video Wan checkpoint"
             )
         if patch_size[0] != 1:
-            raise ValueError(f"patch_size={tuple(patch_size)} joins frames; the first number must be 1")
+            raise ValueError(
+                f"patch_size={tuple(patch_size)} joins frames; the first number must be 1"
+            )
         if qk_norm != QK_NORM:
             raise ValueError(f"qk_norm={qk_norm!r} is not supported; Wan has {QK_NORM!r}")
         dim = num_attention_heads * attention_head_dim
-        self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=tuple(patch_size), stride=tuple(patch_size))
+        self.patch_embedding = nn.Conv3d(
+            in_channels, dim, kernel_size=tuple(patch_size), stride=tuple(patch_size)
+        )
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim)
         self.blocks = nn.ModuleList(
-            [CausalWanBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps) for _ in range(num_layers)]
+            [
+                CausalWanBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps)
+                for _ in range(num_layers)
+            ]
         )
         self.norm_out = FP32LayerNorm(dim, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, (out_channels or in_channels) * math.prod(patch_size))
@@ -241,18 +256,20 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return_kv: bool = False,
         return_dict: bool = True,
     ) -> CausalWanOutput | tuple[Tensor, ...]:
-        """The velocity of noisy latents. Inputs are cast to the weights' dtype, which is the output's.
+        """The velocity of noisy latents. Inputs are cast to the weights' dtype, which is the
+        output's.
 
         Args:
             hidden_states: noisy latents [B, C, T, H, W].
             timestep: [B], [B, T] (a frame each) or one number; 0 (data) to 1000 (noise).
             encoder_hidden_states: text embedding [B, L, text_dim].
-            cache: committed context, which the frames follow; it is not changed. Without gradient, the
-                text's keys and values are kept in it for the next call with the same tensor.
-            chunk_frames: None lets the frames see each other; otherwise a chunk of so many frames sees
-                itself and the chunks before it (and the context of ``cache``).
-            clean_context: data [B, C, T, H, W]; teacher forcing: a noisy chunk sees the clean chunks before
-                it instead of the noisy ones. Needs ``chunk_frames``, excludes ``cache`` and ``return_kv``.
+            cache: committed context, which the frames follow; it is not changed. Without gradient,
+                the text's keys and values are kept in it for the next call with the same tensor.
+            chunk_frames: None lets the frames see each other; otherwise a chunk of so many frames
+                sees itself and the chunks before it (and the context of ``cache``).
+            clean_context: data [B, C, T, H, W]; teacher forcing: a noisy chunk sees the clean
+                chunks before it instead of the noisy ones. Needs ``chunk_frames``, excludes
+                ``cache`` and ``return_kv``.
             context_timestep: that of ``clean_context``, as ``timestep``.
             return_kv: also return the frames' detached keys and values, for ``cache.append``.
             return_dict: False returns ``(sample,)`` or ``(sample, kv)``.
@@ -296,7 +313,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         positions: str = "absolute",
         max_trained_frames: int | None = None,
     ) -> StreamKVCache:
-        """An empty cache for ``batch_size`` streams of ``height`` x ``width`` latents; see ``StreamKVCache``."""
+        """An empty cache for ``batch_size`` streams of ``height`` x ``width`` latents; see
+        ``StreamKVCache``."""
         return StreamKVCache(
             num_layers=self.config.num_layers,
             batch_size=batch_size,
@@ -311,12 +329,16 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @torch.no_grad()
     def commit(
-        self, latents: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, cache: StreamKVCache
+        self,
+        latents: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        cache: StreamKVCache,
     ) -> None:
         """Append finished frames [B, C, T, H, W] to the cache, by a pass at the context timestep.
 
-        To keep the keys of a denoising pass instead, ask that pass for ``return_kv`` and ``cache.append`` them.
-        """
+        To keep the keys of a denoising pass instead, ask that pass for ``return_kv`` and
+        ``cache.append`` them."""
         cache.append(self(latents, timestep, encoder_hidden_states, cache=cache, return_kv=True).kv)
 
     def to_json_string(self) -> str:
@@ -335,12 +357,17 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         context: tuple[KeyValue, ...],
         cache: StreamKVCache | None,
     ) -> tuple[Tensor, Tensor, tuple[KeyValue, ...]]:
-        """Latents [B, C, F, H, W] to hidden states [B, F, S, D], time embedding [B, F, D], keys and values."""
+        """Latents [B, C, F, H, W] to hidden states [B, F, S, D], time embedding [B, F, D], keys and
+        values."""
         dtype = self.patch_embedding.weight.dtype
-        hidden = rearrange(self.patch_embedding(latents.to(dtype)), "b d f h w -> b f (h w) d").contiguous()
+        hidden = rearrange(
+            self.patch_embedding(latents.to(dtype)), "b d f h w -> b f (h w) d"
+        ).contiguous()
         keeps_text = cache is not None and not torch.is_grad_enabled()
         text_kv = cache.text_kv(prompt) if keeps_text else ()
-        temb, modulation, text = self.condition_embedder(timestep, None if text_kv else prompt, dtype)
+        temb, modulation, text = self.condition_embedder(
+            timestep, None if text_kv else prompt, dtype
+        )
         texts = text_kv or (text,) * len(self.blocks)
         contexts = context or (None,) * len(self.blocks)
         kv, new_text_kv = [], []
@@ -360,8 +387,11 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _head(self, hidden: Tensor, temb: Tensor, grid: tuple[int, int]) -> Tensor:
         """Hidden states [B, T, S, D] and time embedding [B, T, D] to velocity [B, C, T, H, W]."""
-        shift, scale = (self.scale_shift_table + temb.unsqueeze(2)).unsqueeze(2).unbind(-2)  # [B, T, 1, D] each
-        hidden = self.proj_out(_modulate(self.norm_out(hidden.float()), shift, scale).type_as(hidden))
+        # [B, T, 1, D] each
+        shift, scale = (self.scale_shift_table + temb.unsqueeze(2)).unsqueeze(2).unbind(-2)
+        hidden = self.proj_out(
+            _modulate(self.norm_out(hidden.float()), shift, scale).type_as(hidden)
+        )
         _, rows, columns = self.config.patch_size
         pattern = "b t (h w) (p q c) -> b c t (h p) (w q)"
         return rearrange(hidden, pattern, h=grid[0], w=grid[1], p=rows, q=columns)
@@ -370,13 +400,19 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self, latents: Tensor, prompt: Tensor, cache: StreamKVCache | None, chunk_frames: int | None
     ) -> None:
         if latents.ndim != 5 or latents.shape[1] != self.config.in_channels:
-            raise ValueError(f"expected latents [B, {self.config.in_channels}, T, H, W], got {list(latents.shape)}")
+            raise ValueError(
+                f"expected latents [B, {self.config.in_channels}, T, H, W], got"
+                f" {list(latents.shape)}"
+            )
         batch_size, _, frames, height, width = latents.shape
         if prompt.ndim != 3 or prompt.shape[0] != batch_size:
-            raise ValueError(f"expected a text embedding [{batch_size}, L, D], got {list(prompt.shape)}")
+            raise ValueError(
+                f"expected a text embedding [{batch_size}, L, D], got {list(prompt.shape)}"
+            )
         if height % self.config.patch_size[1] or width % self.config.patch_size[2]:
             raise ValueError(
-                f"latent size {height} x {width} is not a multiple of the patch {tuple(self.config.patch_size[1:])}"
+                f"latent size {height} x {width} is not a multiple of the patch"
+                f" {tuple(self.config.patch_size[1:])}"
             )
         if chunk_frames is not None and (chunk_frames < 1 or frames % chunk_frames):
             raise ValueError(f"chunk_frames={chunk_frames} does not divide {frames} latent frames")
@@ -395,13 +431,16 @@ def _frame_timesteps(timestep: Tensor | float, latents: Tensor) -> Tensor:
         return torch.full((batch_size, 1), float(timestep), device=latents.device)
     shape = tuple(timestep.shape)
     if shape not in ((), (batch_size,), (batch_size, frames)):
-        raise ValueError(f"expected timesteps [{batch_size}] or [{batch_size}, {frames}], got {list(shape)}")
+        raise ValueError(
+            f"expected timesteps [{batch_size}] or [{batch_size}, {frames}], got {list(shape)}"
+        )
     timestep = timestep.to(latents.device)
     return timestep if timestep.ndim == 2 else timestep.expand(batch_size).unsqueeze(1)
 
 
 def _joined_timesteps(past: Tensor, timestep: Tensor, num_past: int, frames: int) -> Tensor:
-    """Timesteps of the first ``num_past`` past frames and all noisy ones: [B, 1] or [B, T] each to [B, F]."""
+    """Timesteps of the first ``num_past`` past frames and all noisy ones: [B, 1] or [B, T] each to
+    [B, F]."""
     past = past.expand(-1, frames)[:, :num_past]
     return torch.cat([past.to(timestep.dtype), timestep.expand(-1, frames)], dim=1)
 
@@ -416,15 +455,22 @@ def _check_teacher_forcing(
     if chunk_frames is None:
         raise ValueError("clean_context needs chunk_frames")
     if cache is not None or return_kv:
-        raise ValueError("clean_context takes the place of a cache; it goes with neither cache nor return_kv")
+        raise ValueError(
+            "clean_context takes the place of a cache; it goes with neither cache nor return_kv"
+        )
     if clean_context.shape != latents.shape:
         raise ValueError(
-            f"clean_context {list(clean_context.shape)} and hidden_states {list(latents.shape)} differ in shape"
+            f"clean_context {list(clean_context.shape)} and hidden_states {list(latents.shape)}"
+            " differ in shape"
         )
 
 
 def _spans(
-    frames: int, frame_tokens: int, chunk_frames: int | None, context: tuple[KeyValue, ...], teacher_forcing: bool
+    frames: int,
+    frame_tokens: int,
+    chunk_frames: int | None,
+    context: tuple[KeyValue, ...],
+    teacher_forcing: bool,
 ) -> tuple[Span, ...]:
     context_tokens = context[0][0].shape[1] if context else 0
     if chunk_frames is None:

@@ -1,15 +1,17 @@
-"""Checkpoints as the published causal students come, mostly in the original Wan naming: names, containers, LoRA.
+"""Checkpoints as the published causal students come, mostly in the original Wan naming: names,
+containers, LoRA.
 
-The original Wan repository and what descends from it (CausVid, Self-Forcing, Causal-Forcing, LongLive, DiagDistill,
-Krea realtime) name the same tensors otherwise than diffusers does, and save them in the wrapping of their trainer: a
-`generator` and a `generator_ema` in one pickled dictionary, names with a `model.` before them, and pieces of FSDP,
-activation checkpointing or `torch.compile` inside them. `open_original` unwraps, renames, merges a LoRA and checks
-that every tensor of the model is there, in its shape, and no other. Names that are diffusers' already, as FastVideo
-publishes its students, stay.
+The original Wan repository and what descends from it (CausVid, Self-Forcing, Causal-Forcing,
+LongLive, DiagDistill, Krea realtime) name the same tensors otherwise than diffusers does, and save
+them in the wrapping of their trainer: a `generator` and a `generator_ema` in one pickled
+dictionary, names with a `model.` before them, and pieces of FSDP, activation checkpointing or
+`torch.compile` inside them. `open_original` unwraps, renames, merges a LoRA and checks that every
+tensor of the model is there, in its shape, and no other. Names that are diffusers' already, as
+FastVideo publishes its students, stay.
 
-The table of names is that of `scripts/convert_wan_to_diffusers.py` in huggingface/diffusers; its trap is that what Wan
-calls norm3 (before the attention to text) is norm2 in diffusers, and the other way round.
-"""
+The table of names is that of `scripts/convert_wan_to_diffusers.py` in huggingface/diffusers; its
+trap is that what Wan calls norm3 (before the attention to text) is norm2 in diffusers, and the
+other way round."""
 
 from __future__ import annotations
 
@@ -38,19 +40,22 @@ from streamvid.weights import (
 )
 
 HEAD_DIM = 128
-"""Size of a head in every published Wan; a checkpoint's shapes say only how wide all heads are together."""
+"""Size of a head in every published Wan; a checkpoint's shapes say only how wide all heads are
+together."""
 
 CONTAINERS = ("generator_ema", "generator", "model", "state_dict")
 """Keys under which trainers save the student, the one that is taken if there are several first."""
 LORA_CONTAINERS = ("generator_lora",)
-ROLES = ("generator_ema", "generator", "critic")  # what a flat file may have before the names instead of containers
+# what a flat file may have before the names instead of containers
+ROLES = ("generator_ema", "generator", "critic")
 INDEX_SUFFIX = ".safetensors.index.json"
 
 _WRAPPINGS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 _PREFIX = re.compile(r"^(?:(?:model|module|base_model|diffusion_model|transformer)\.)+")
 _BLOCK = re.compile(r"^(blocks\.\d+\.)(.*)$")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_UNSEEN = ("attention_head_dim", "eps", "rope_max_seq_len")  # of a configuration, what no shape shows
+# of a configuration, what no shape shows
+_UNSEEN = ("attention_head_dim", "eps", "rope_max_seq_len")
 _SHOWN = 3  # names of a kind that an error shows
 
 # original module or parameter -> diffusers'
@@ -65,9 +70,18 @@ _OUTSIDE = {
     "head.modulation": "scale_shift_table",
 }
 _ATTENTIONS = {"self_attn": "attn1", "cross_attn": "attn2"}
-_PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
+_PROJECTIONS = {
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "o": "to_out.0",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+}
 _IN_BLOCK = {
-    **{f"{a}.{p}": f"{_ATTENTIONS[a]}.{_PROJECTIONS[p]}" for a in _ATTENTIONS for p in _PROJECTIONS},
+    **{
+        f"{a}.{p}": f"{_ATTENTIONS[a]}.{_PROJECTIONS[p]}" for a in _ATTENTIONS for p in _PROJECTIONS
+    },
     "norm3": "norm2",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
@@ -81,7 +95,8 @@ _IN_BLOCK_BACK = {new: old for old, new in _IN_BLOCK.items()}
 
 
 def diffusers_name(name: str) -> str | None:
-    """Diffusers' name of a module or parameter in the original naming, without wrapping; None if there is none."""
+    """Diffusers' name of a module or parameter in the original naming, without wrapping; None if
+    there is none."""
     return _renamed(name, _OUTSIDE, _IN_BLOCK)
 
 
@@ -104,7 +119,8 @@ def original_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def bare_name(name: str) -> str:
-    """A name without what FSDP, checkpointing, compilation and the trainer's own modules put around it."""
+    """A name without what FSDP, checkpointing, compilation and the trainer's own modules put around
+    it."""
     for wrapping in _WRAPPINGS:
         name = name.replace(wrapping, "")
     return _PREFIX.sub("", name)
@@ -125,19 +141,21 @@ def _renamed(name: str, outside: Mapping[str, str], in_block: Mapping[str, str])
 def open_original(
     path: str | Path, which: str | None = None, lora: str | Path | None = None
 ) -> CausalWanTransformer3DModel:
-    """A student of a checkpoint in the original or in diffusers' naming, in the precision that the file has, on the CPU.
+    """A student of a checkpoint in the original or in diffusers' naming, in the precision that the
+    file has, on the CPU.
 
-    Weights stay in the file (memory-mapped) until they are used; those that a LoRA changes are read.
+    Weights stay in the file (memory-mapped) until they are used; those that a LoRA changes are
+    read.
 
     Args:
-        path: a .pt, .pth or .safetensors file, a .safetensors.index.json, or a folder with .safetensors, in it or in its
-            transformer/.
+        path: a .pt, .pth or .safetensors file, a .safetensors.index.json, or a folder with
+            .safetensors, in it or in its transformer/.
         which: the container of the file to take; None is the first of ``CONTAINERS`` that is there.
         lora: a file of low-rank updates to merge.
 
     Raises:
-        ValueError: one line, if a file is missing, damaged or holds code, if a name is missing, unknown or of another
-            shape, or if the weights are of an image-to-video model.
+        ValueError: one line, if a file is missing, damaged or holds code, if a name is missing,
+            unknown or of another shape, or if the weights are of an image-to-video model.
     """
     path = _weights_place(Path(path))
     tensors, unknown, shown = _read_renamed(path, which)
@@ -154,7 +172,8 @@ def open_original(
 
 
 def read_checkpoint(path: str | Path, which: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under the names that its file has for them, without its container.
+    """The tensors of a checkpoint under the names that its file has for them, without its
+    container.
 
     Args: see ``open_original``.
 
@@ -169,7 +188,8 @@ def read_checkpoint(path: str | Path, which: str | None = None) -> dict[str, Ten
 
 
 def _weights_place(path: Path) -> Path:
-    """Where the transformer's files are: of a whole diffusers folder its transformer/, else the path itself.
+    """Where the transformer's files are: of a whole diffusers folder its transformer/, else the
+    path itself.
 
     Raises:
         ValueError: for a folder of two experts, half of which would be lost.
@@ -177,12 +197,18 @@ def _weights_place(path: Path) -> Path:
     if not (path / "transformer").is_dir():
         return path
     if (path / "transformer_2").is_dir():
-        raise ValueError(f"{path} has two experts, a student is one; name {path / 'transformer'} or {path / 'transformer_2'}")
+        raise ValueError(
+            f"{path} has two experts, a student is one; name {path / 'transformer'} or"
+            f" {path / 'transformer_2'}"
+        )
     return path / "transformer"
 
 
-def _read_renamed(path: Path, which: str | None) -> tuple[dict[str, Tensor], list[str], Callable[[str], str | None]]:
-    """Tensors by diffusers' names, the file's own names that have none, and what the file calls a name of diffusers."""
+def _read_renamed(
+    path: Path, which: str | None
+) -> tuple[dict[str, Tensor], list[str], Callable[[str], str | None]]:
+    """Tensors by diffusers' names, the file's own names that have none, and what the file calls a
+    name of diffusers."""
     tensors: dict[str, Tensor] = {}
     unknown = []
     table = read_checkpoint(path, which)
@@ -195,7 +221,9 @@ def _read_renamed(path: Path, which: str | None) -> tuple[dict[str, Tensor], lis
         if new is None:
             unknown.append(old)
         elif new in tensors:
-            raise ValueError(f"{path} has {old} twice, the second time as {wrapped}; expected each tensor once")
+            raise ValueError(
+                f"{path} has {old} twice, the second time as {wrapped}; expected each tensor once"
+            )
         else:
             tensors[new] = table[wrapped]
     return tensors, unknown, str if in_diffusers else original_name
@@ -211,31 +239,54 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files or (len(files) > 1 and len(indices) != 1):
-        raise ValueError(f"{path} holds {len(files)} .safetensors files and {len(indices)} indices; name the one to take")
+        raise ValueError(
+            f"{path} holds {len(files)} .safetensors files and {len(indices)} indices; name the one"
+            " to take"
+        )
     return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
 
 
-def _unpacked(table: Mapping[str, Any], containers: Iterable[str], which: str | None, path: Path) -> dict[str, Tensor]:
-    """The tensors in the container ``which``, or in the first of ``containers`` that is there, or in no container."""
-    there = {str(key): value for key, value in table.items() if isinstance(value, Mapping)} or _roles(table)
+def _unpacked(
+    table: Mapping[str, Any], containers: Iterable[str], which: str | None, path: Path
+) -> dict[str, Tensor]:
+    """The tensors in the container ``which``, or in the first of ``containers`` that is there, or
+    in no container."""
+    there = {
+        str(key): value for key, value in table.items() if isinstance(value, Mapping)
+    } or _roles(table)
     if which is None:
         which = next((name for name in containers if name in there), None)
     if which is not None:
         if which not in there:
-            raise ValueError(f"{path} has no {which}; it has {', '.join(there) or 'no containers, its tensors are bare'}")
+            raise ValueError(
+                f"{path} has no {which}; it has"
+                f" {', '.join(there) or 'no containers, its tensors are bare'}"
+            )
         table = there[which]
     elif there and not any(isinstance(value, Tensor) for value in table.values()):
-        raise ValueError(f"{path} has {', '.join(there)}, expected one of {', '.join(containers)}; name one with --which")
-    if any(isinstance(value, Mapping) for value in table.values()):  # such as {"state_dict": {"model": ...}}
+        raise ValueError(
+            f"{path} has {', '.join(there)}, expected one of {', '.join(containers)}; name one with"
+            " --which"
+        )
+    # such as {"state_dict": {"model": ...}}
+    if any(isinstance(value, Mapping) for value in table.values()):
         return _unpacked(table, containers, None, path)
-    strange = [str(name) for name, value in table.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    strange = [
+        str(name)
+        for name, value in table.items()
+        if not isinstance(name, str) or not isinstance(value, Tensor)
+    ]
     if strange or not table:
-        raise ValueError(f"{path}: expected named tensors, got {f'{_few(strange)} besides' if strange else 'none'}")
+        raise ValueError(
+            f"{path}: expected named tensors, got"
+            f" {f'{_few(strange)} besides' if strange else 'none'}"
+        )
     return dict(table)
 
 
 def _roles(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Containers that a format without nesting has written into all names: `generator_ema.model.blocks...`."""
+    """Containers that a format without nesting has written into all names:
+    `generator_ema.model.blocks...`."""
     found: dict[str, dict[str, Any]] = {}
     for name, value in table.items():
         role, _, rest = str(name).partition(".")
@@ -249,10 +300,13 @@ def _roles(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def geometry(
-    tensors: Mapping[str, Tensor], source: str, head_dim: int = HEAD_DIM,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    head_dim: int = HEAD_DIM,
     shown: Callable[[str], str | None] = original_name,
 ) -> dict[str, Any]:
-    """The configuration that a model of these tensors, by diffusers' names, has where it differs from the class's defaults.
+    """The configuration that a model of these tensors, by diffusers' names, has where it differs
+    from the class's defaults.
 
     Args:
         source: what an error calls them.
@@ -274,8 +328,10 @@ def geometry(
     }
     (dim, in_channels, *patch), text, time, ffn, head = told.values()
     if dim % head_dim or head[0] % math.prod(patch):
-        raise ValueError(f"{source}: width {dim} is no multiple of heads of {head_dim}, or the head makes {head[0]} numbers "
-                         f"for a patch {tuple(patch)}; expected a Wan transformer")
+        raise ValueError(
+            f"{source}: width {dim} is no multiple of heads of {head_dim}, or the head makes"
+            f" {head[0]} numbers for a patch {tuple(patch)}; expected a Wan transformer"
+        )
     return {
         "patch_size": tuple(patch),
         "num_attention_heads": dim // head_dim,
@@ -293,15 +349,25 @@ def _count_blocks(tensors: Mapping[str, Tensor], source: str) -> int:
     blocks = {int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")}
     gap = next(number for number in itertools.count() if number not in blocks)
     if gap != len(blocks):
-        raise ValueError(f"{source} has nothing of blocks.{gap} but has a later block; is one of its files missing?")
+        raise ValueError(
+            f"{source} has nothing of blocks.{gap} but has a later block; is one of its files"
+            " missing?"
+        )
     return gap
 
 
 def _shape(
-    tensors: Mapping[str, Tensor], name: str, dimensions: int, source: str, shown: Callable[[str], str | None]
+    tensors: Mapping[str, Tensor],
+    name: str,
+    dimensions: int,
+    source: str,
+    shown: Callable[[str], str | None],
 ) -> tuple[int, ...]:
     if name not in tensors:
-        raise ValueError(f"{source} has no {shown(name)}; expected a checkpoint in Wan's original naming or in diffusers'")
+        raise ValueError(
+            f"{source} has no {shown(name)}; expected a checkpoint in Wan's original naming or in"
+            " diffusers'"
+        )
     if tensors[name].ndim != dimensions:
         shape = tuple(tensors[name].shape)
         raise ValueError(f"{source}: {shown(name)} is {shape}, expected {dimensions} dimensions")
@@ -316,7 +382,10 @@ def _diffusers_config(path: Path) -> dict[str, Any]:
     check_kinds(CausalWanTransformer3DModel, file)
     config = {"attention_head_dim": HEAD_DIM, **read_json(file)}
     if not config["attention_head_dim"]:
-        raise ValueError(f"{file} has attention_head_dim={config['attention_head_dim']}, expected such as {HEAD_DIM}")
+        raise ValueError(
+            f"{file} has attention_head_dim={config['attention_head_dim']}, expected such as"
+            f" {HEAD_DIM}"
+        )
     return {name: config[name] for name in _UNSEEN if config.get(name) is not None}
 
 
@@ -330,59 +399,91 @@ def _head_dim(path: Path) -> int:
         return HEAD_DIM
     dim, heads = config["dim"], config["num_heads"]
     if type(dim) is not int or type(heads) is not int or heads < 1 or dim % heads:
-        raise ValueError(f"{file} has dim={dim!r} and num_heads={heads!r}, expected a multiple of a number of heads")
+        raise ValueError(
+            f"{file} has dim={dim!r} and num_heads={heads!r}, expected a multiple of a number of"
+            " heads"
+        )
     return dim // heads
 
 
 def _check_text_to_video(source: str, config: Mapping[str, Any]) -> None:
-    """A ValueError for a model that sees more than the latents that it makes: an image and its mask beside them."""
+    """A ValueError for a model that sees more than the latents that it makes: an image and its mask
+    beside them."""
     sees, makes = config["in_channels"], config["out_channels"]
     if sees != makes:
         raise ValueError(
-            f"{source} takes {sees} channels and makes {makes}: it holds image-to-video weights, which see an image beside "
-            "the latents; take text-to-video ones"
+            f"{source} takes {sees} channels and makes {makes}: it holds image-to-video weights,"
+            " which see an image beside the latents; take text-to-video ones"
         )
 
 
 def _check_strictly(
-    source: str, tensors: Mapping[str, Tensor], unknown: list[str], expected: Mapping[str, Tensor],
+    source: str,
+    tensors: Mapping[str, Tensor],
+    unknown: list[str],
+    expected: Mapping[str, Tensor],
     shown: Callable[[str], str | None],
 ) -> None:
-    """A ValueError of one line with everything that is missing, unknown or of another shape or kind of number."""
+    """A ValueError of one line with everything that is missing, unknown or of another shape or kind
+    of number."""
     missing = [shown(name) for name in expected if name not in tensors]
     unknown = unknown + [shown(name) for name in tensors if name not in expected]
     wrong = [
         f"{shown(name)} {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected if name in tensors and tensors[name].shape != expected[name].shape
+        for name in expected
+        if name in tensors and tensors[name].shape != expected[name].shape
     ]
-    numbers = [f"{shown(name)} {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
-    kinds = {"missing": missing, "unknown": unknown, "of another shape": wrong, "no 16- or 32-bit floats": numbers}
+    numbers = [
+        f"{shown(name)} {tensor.dtype}"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in _FLOATS
+    ]
+    kinds = {
+        "missing": missing,
+        "unknown": unknown,
+        "of another shape": wrong,
+        "no 16- or 32-bit floats": numbers,
+    }
     faults = [f"{len(names)} {kind}: {_few(names)}" for kind, names in kinds.items() if names]
     if faults:
         seen = any("img" in name or "image_embedder" in name for name in unknown)
         image = "; it is an image-to-video model, take a text-to-video one" if seen else ""
-        raise ValueError(f"{source} is no Wan text-to-video transformer: {'; '.join(faults)}{image}")
+        raise ValueError(
+            f"{source} is no Wan text-to-video transformer: {'; '.join(faults)}{image}"
+        )
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return ", ".join(names[:_SHOWN]) + (
+        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    )
 
 
 # ---- LoRA ---------------------------------------------------------------------------------------------
 
 _LORA_KEY = re.compile(r"^(.+)\.(lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.(weight|bias)$")
 _SIDES = {
-    ("lora_A", "weight"): "down", ("lora_down", "weight"): "down", ("lora_B", "weight"): "up", ("lora_up", "weight"): "up",
-    ("lora_B", "bias"): "bias", ("lora_up", "bias"): "bias",
-}  # fmt: skip
-_DIFFERENCES = {".diff": ".weight", ".diff_b": ".bias", ".diff_m": ".modulation"}  # lightx2v's, of whole parameters
+    ("lora_A", "weight"): "down",
+    ("lora_down", "weight"): "down",
+    ("lora_B", "weight"): "up",
+    ("lora_up", "weight"): "up",
+    ("lora_B", "bias"): "bias",
+    ("lora_up", "bias"): "bias",
+}
+# lightx2v's, of whole parameters
+_DIFFERENCES = {".diff": ".weight", ".diff_b": ".bias", ".diff_m": ".modulation"}
 _FLAT = "lora_unet_"  # kohya's and musubi's names, which have _ for every dot
-_FLAT_NAMES = {name.replace(".", "_"): name for table in (_IN_BLOCK, _OUTSIDE) for name in (*table, *table.values())}
+_FLAT_NAMES = {
+    name.replace(".", "_"): name
+    for table in (_IN_BLOCK, _OUTSIDE)
+    for name in (*table, *table.values())
+}
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """An update of a weight [O, I]: ``scale * up @ down``; up [O, R], down [R, I] (LoRA, arXiv 2106.09685).
+    """An update of a weight [O, I]: ``scale * up @ down``; up [O, R], down [R, I] (LoRA, arXiv
+    2106.09685).
 
     Of a convolution I is several axes, and up [O, R, 1, ..].
     """
@@ -396,7 +497,9 @@ class LowRank:
         return (self.up.shape[0], *self.down.shape[1:])
 
     def value(self) -> Tensor:
-        return self.scale * (self.up.flatten(1).float() @ self.down.flatten(1).float()).view(self.shape)
+        return self.scale * (self.up.flatten(1).float() @ self.down.flatten(1).float()).view(
+            self.shape
+        )
 
 
 @dataclass(frozen=True)
@@ -418,20 +521,26 @@ Update = LowRank | Difference
 
 
 def read_lora(file: str | Path) -> dict[str, Update]:
-    """The updates in a file, see ``lora_updates``; without an alpha of the layers' own, that of peft's configuration beside
-    the file, or in its header, counts."""
+    """The updates in a file, see ``lora_updates``; without an alpha of the layers' own, that of
+    peft's configuration beside the file, or in its header, counts."""
     file = Path(file)
     table = read_pickled(file) if file.suffix in TORCH_SUFFIXES else read_tensors(file)
-    return lora_updates(_unpacked(table, LORA_CONTAINERS, None, file), str(file), _adapter_alpha(file))
+    return lora_updates(
+        _unpacked(table, LORA_CONTAINERS, None, file), str(file), _adapter_alpha(file)
+    )
 
 
-def lora_updates(tensors: Mapping[str, Tensor], source: str, alpha: float | None = None) -> dict[str, Update]:
-    """The updates in the published forms: a ``LowRank`` by its module, a ``Difference`` by its parameter, in either naming.
+def lora_updates(
+    tensors: Mapping[str, Tensor], source: str, alpha: float | None = None
+) -> dict[str, Update]:
+    """The updates in the published forms: a ``LowRank`` by its module, a ``Difference`` by its
+    parameter, in either naming.
 
-    The forms are PEFT's (`lora_A`, `lora_B`, with a bias or none), ComfyUI's (`lora_down`, `lora_up`), lightx2v's `.diff`,
-    `.diff_b` and `.diff_m` of whole weights, biases and modulations, and kohya's and musubi's names (`lora_unet_..`).
-    The scale of a pair, and of its bias, is alpha / R. Alpha is a module's own `.alpha`, else ``alpha``, else R, as
-    LongLive's files have it, which say nothing.
+    The forms are PEFT's (`lora_A`, `lora_B`, with a bias or none), ComfyUI's (`lora_down`,
+    `lora_up`), lightx2v's `.diff`, `.diff_b` and `.diff_m` of whole weights, biases and
+    modulations, and kohya's and musubi's names (`lora_unet_..`). The scale of a pair, and of its
+    bias, is alpha / R. Alpha is a module's own `.alpha`, else ``alpha``, else R, as LongLive's
+    files have it, which say nothing.
 
     Args:
         source: what an error calls them.
@@ -450,21 +559,41 @@ def lora_updates(tensors: Mapping[str, Tensor], source: str, alpha: float | None
         if side is not None:
             _put(sides.setdefault(key[1], {}), side, tensor, source, wrapped)
         elif name.endswith(".alpha"):
-            _put(sides.setdefault(name.removesuffix(".alpha"), {}), "alpha", tensor, source, wrapped)
+            _put(
+                sides.setdefault(name.removesuffix(".alpha"), {}), "alpha", tensor, source, wrapped
+            )
         elif ending is not None:
-            _put(updates, name.removesuffix(ending) + _DIFFERENCES[ending], Difference(tensor), source, wrapped)
+            _put(
+                updates,
+                name.removesuffix(ending) + _DIFFERENCES[ending],
+                Difference(tensor),
+                source,
+                wrapped,
+            )
         else:
             unknown.append(wrapped)
     halves = [name for name, side in sides.items() if not {"up", "down"} <= side.keys()]
     if unknown or halves or not (sides or updates):
-        kind = f"{len(unknown or halves)} {'unknown' if unknown else 'without their other half'}: {_few(unknown or halves)}"
-        raise ValueError(f"{source} is no LoRA that can be merged: {kind if unknown or halves else 'it is empty'}")
+        kind = (
+            f"{len(unknown or halves)} {'unknown' if unknown else 'without their other half'}:"
+            f" {_few(unknown or halves)}"
+        )
+        raise ValueError(
+            f"{source} is no LoRA that can be merged:"
+            f" {kind if unknown or halves else 'it is empty'}"
+        )
     for module, side in sides.items():
         rank = side["down"].shape[0]
         scale = float(side["alpha"] if "alpha" in side else rank if alpha is None else alpha) / rank
         updates[module] = LowRank(side["down"], side["up"], scale)
         if "bias" in side:
-            _put(updates, f"{module}.bias", Difference(side["bias"], scale), source, f"a second bias of {module}")
+            _put(
+                updates,
+                f"{module}.bias",
+                Difference(side["bias"], scale),
+                source,
+                f"a second bias of {module}",
+            )
     return updates
 
 
@@ -475,7 +604,8 @@ def _put(table: dict[str, Any], key: str, value: Any, source: str, name: str) ->
 
 
 def _dotted(name: str) -> str:
-    """A name of kohya's form with its dots; one of another form, or one that is not known, as it is."""
+    """A name of kohya's form with its dots; one of another form, or one that is not known, as it
+    is."""
     if not name.startswith(_FLAT):
         return name
     flat, dot, ending = name.removeprefix(_FLAT).partition(".")
@@ -485,7 +615,8 @@ def _dotted(name: str) -> str:
 
 
 def _adapter_alpha(file: Path) -> float | None:
-    """`lora_alpha` of PEFT's configuration, beside the file or, as diffusers writes it, in its header; None if not there."""
+    """`lora_alpha` of PEFT's configuration, beside the file or, as diffusers writes it, in its
+    header; None if not there."""
     place, config = file.parent / "adapter_config.json", {}
     if place.is_file():
         config = read_json(place)
@@ -509,13 +640,16 @@ def resolved_updates(
         source: what an error calls the updates.
 
     Raises:
-        ValueError: if an update is of a weight that is not there, or of another shape: it is for another model.
+        ValueError: if an update is of a weight that is not there, or of another shape: it is for
+            another model.
     """
     found, strange = [], []
     for key, update in updates.items():
         own = f"{key}.weight" if isinstance(update, LowRank) else key
         name = own if own in tensors else diffusers_name(own)
-        pair = not isinstance(update, LowRank) or update.up.flatten(1).shape[1] == update.down.shape[0]
+        pair = (
+            not isinstance(update, LowRank) or update.up.flatten(1).shape[1] == update.down.shape[0]
+        )
         if name not in tensors:
             strange.append(f"{key} is not there")
         elif not pair or tensors[name].shape != update.shape:
@@ -527,9 +661,11 @@ def resolved_updates(
     return found
 
 
-def merge_lora(tensors: Mapping[str, Tensor], updates: Mapping[str, Update], source: str) -> dict[str, Tensor]:
-    """Weights by diffusers' names with updates by either naming: the sum in float32, then in the weight's kind; see
-    ``resolved_updates``."""
+def merge_lora(
+    tensors: Mapping[str, Tensor], updates: Mapping[str, Update], source: str
+) -> dict[str, Tensor]:
+    """Weights by diffusers' names with updates by either naming: the sum in float32, then in the
+    weight's kind; see ``resolved_updates``."""
     sums: dict[str, Tensor] = {}
     for name, update in resolved_updates(tensors, updates, source):
         sums[name] = sums.get(name, tensors[name].float()) + update.value()

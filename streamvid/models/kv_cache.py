@@ -1,12 +1,14 @@
 """What a stream remembers: keys and values of the frames that were committed.
 
-The tensors in a cache are never written to. ``append`` installs new ones, so a denoising pass, a backward
-pass or a clone that holds the old ones is not disturbed, and everything in a cache is detached. Keys are
-kept as they are before the rotary embedding, so that a frame's position may change while it stays.
+The tensors in a cache are never written to. ``append`` installs new ones, so a denoising pass, a
+backward pass or a clone that holds the old ones is not disturbed, and everything in a cache is
+detached. Keys are kept as they are before the rotary embedding, so that a frame's position may
+change while it stays.
 
-The window counts the frames being denoised: over a window of 6 a chunk of 3 sees 3 frames of context, of
-which the first ``sink_frames`` are the stream's first ones and the rest the most recent ones. The store
-holds up to a whole window, because how many frames come next is known only when they come.
+The window counts the frames being denoised: over a window of 6 a chunk of 3 sees 3 frames of
+context, of which the first ``sink_frames`` are the stream's first ones and the rest the most recent
+ones. The store holds up to a whole window, because how many frames come next is known only when
+they come.
 
 Legend: B batch, F frames, S tokens a frame, L = F S tokens, N heads, D head size.
 """
@@ -36,12 +38,12 @@ class StreamKVCache:
         patch_size: latent rows and columns in a token.
         window_frames: frames that attention spans, with those being denoised; None keeps all.
         sink_frames: frames from the stream's start that stay in the window for ever.
-        positions: "absolute" gives each frame its index in the stream. "window" does so until the stream is
-            ``max_trained_frames`` long; from then on the newest frame stays at the last trained position,
-            distances between recent frames stay true, and the sink stays at the first positions, that is,
-            as far away as the model has ever seen anything.
-        max_trained_frames: length in latent frames of the clips that the model was trained on. None means
-            ``window_frames`` under "window", and unlimited under "absolute".
+        positions: "absolute" gives each frame its index in the stream. "window" does so until the
+            stream is ``max_trained_frames`` long; from then on the newest frame stays at the last
+            trained position, distances between recent frames stay true, and the sink stays at the
+            first positions, that is, as far away as the model has ever seen anything.
+        max_trained_frames: length in latent frames of the clips that the model was trained on. None
+            means ``window_frames`` under "window", and unlimited under "absolute".
 
     Raises:
         ValueError: if these do not fit together.
@@ -60,7 +62,9 @@ class StreamKVCache:
         max_trained_frames: int | None = None,
     ) -> None:
         if height % patch_size[0] or width % patch_size[1]:
-            raise ValueError(f"latent size {height} x {width} is not a multiple of the patch {patch_size}")
+            raise ValueError(
+                f"latent size {height} x {width} is not a multiple of the patch {patch_size}"
+            )
         if positions == "window" and max_trained_frames is None:
             max_trained_frames = window_frames
         _check_policy(window_frames, sink_frames, positions, max_trained_frames)
@@ -83,7 +87,8 @@ class StreamKVCache:
         self._text: tuple[Tensor, int | None, tuple[KeyValue, ...]] | None = None
 
     def clone(self) -> StreamKVCache:
-        """A cache that goes on from here by itself. The two share tensors, which neither ever changes."""
+        """A cache that goes on from here by itself. The two share tensors, which neither ever
+        changes."""
         return copy.copy(self)
 
     @property
@@ -100,7 +105,8 @@ class StreamKVCache:
         return sum(tensors.values())
 
     def visible_frames(self, num_frames: int) -> tuple[int, ...]:
-        """Indices in the stream of the context that a pass over the next ``num_frames`` frames sees."""
+        """Indices in the stream of the context that a pass over the next ``num_frames`` frames
+        sees."""
         committed = self.num_committed_frames
         if self.window_frames is None or committed + num_frames <= self.window_frames:
             return tuple(range(committed))
@@ -111,11 +117,14 @@ class StreamKVCache:
         """Temporal positions of the visible context and of the next ``num_frames`` frames."""
         end = self.num_committed_frames + num_frames
         shift = max(0, end - self.max_trained_frames) if self.positions == "window" else 0
-        context = (i if i < self.sink_frames else i - shift for i in self.visible_frames(num_frames))
+        context = (
+            i if i < self.sink_frames else i - shift for i in self.visible_frames(num_frames)
+        )
         return tuple(context), tuple(range(end - num_frames - shift, end - shift))
 
     def context(self, num_frames: int) -> tuple[KeyValue, ...]:
-        """What a pass over the next ``num_frames`` frames sees: per layer, turned keys and values [B, L, N, D].
+        """What a pass over the next ``num_frames`` frames sees: per layer, turned keys and values
+        [B, L, N, D].
 
         Empty before the first commit. Computed once between commits, not once a denoising step.
         """
@@ -126,7 +135,8 @@ class StreamKVCache:
         return self._context[1]
 
     def append(self, kv: Sequence[KeyValue]) -> None:
-        """Commit frames: per layer, their keys before the rotary embedding and their values [B, F, S, N, D].
+        """Commit frames: per layer, their keys before the rotary embedding and their values [B, F,
+        S, N, D].
 
         Raises:
             ValueError: if layers, batch or frame size are not this cache's.
@@ -135,18 +145,22 @@ class StreamKVCache:
         new = tuple((k.detach(), v.detach()) for k, v in kv)
         if self._layers:
             pairs = zip(self._layers, new, strict=True)
-            new = tuple((torch.cat([k0, k1], 1), torch.cat([v0, v1], 1)) for (k0, v0), (k1, v1) in pairs)
+            new = tuple(
+                (torch.cat([k0, k1], 1), torch.cat([v0, v1], 1)) for (k0, v0), (k1, v1) in pairs
+            )
         self._layers = tuple((self._evicted(k), self._evicted(v)) for k, v in new)
         self.num_committed_frames += kv[0][0].shape[1]
         self._context = None
 
     def check_pass(self, batch_size: int, num_frames: int, height: int, width: int) -> None:
-        """Raise ValueError unless a pass over ``num_frames`` frames of this size can follow the context."""
+        """Raise ValueError unless a pass over ``num_frames`` frames of this size can follow the
+        context."""
         if batch_size != self.batch_size:
             raise ValueError(f"the cache holds {self.batch_size} streams, the input {batch_size}")
         if (height, width) != (self.height, self.width):
             raise ValueError(
-                f"the cache is for latents of {self.height} x {self.width}, the input is {height} x {width}"
+                f"the cache is for latents of {self.height} x {self.width}, the input is {height} x"
+                f" {width}"
             )
         if self.window_frames is not None and num_frames + self.sink_frames > self.window_frames:
             raise ValueError(
@@ -154,14 +168,19 @@ class StreamKVCache:
                 f"sink_frames={self.sink_frames}; use at least {num_frames + self.sink_frames}"
             )
         end = self.num_committed_frames + num_frames
-        if self.positions == "absolute" and self.max_trained_frames is not None and end > self.max_trained_frames:
+        if (
+            self.positions == "absolute"
+            and self.max_trained_frames is not None
+            and end > self.max_trained_frames
+        ):
             raise ValueError(
-                f"the stream would be {end} frames long and the model was trained on {self.max_trained_frames}; "
-                "use positions='window'"
+                f"the stream would be {end} frames long and the model was trained on"
+                f" {self.max_trained_frames}; use positions='window'"
             )
 
     def text_kv(self, prompt: Tensor) -> tuple[KeyValue, ...]:
-        """The keys and values that ``keep_text`` kept for this very tensor, unchanged since; else empty."""
+        """The keys and values that ``keep_text`` kept for this very tensor, unchanged since; else
+        empty."""
         if self._text is None or self._text[0] is not prompt or self._text[1] != _version(prompt):
             return ()
         return self._text[2]
@@ -169,8 +188,8 @@ class StreamKVCache:
     def keep_text(self, prompt: Tensor, kv: Sequence[KeyValue]) -> None:
         """Keep a prompt's keys and values per layer [B, L, N, D], in place of the last prompt's.
 
-        Only for passes without gradient: kept text has no graph, and the weights must not change meanwhile.
-        """
+        Only for passes without gradient: kept text has no graph, and the weights must not change
+        meanwhile."""
         self._text = (prompt, _version(prompt), tuple((k.detach(), v.detach()) for k, v in kv))
 
     def _evicted(self, x: Tensor) -> Tensor:
@@ -199,7 +218,9 @@ class StreamKVCache:
 
     def _check_kv(self, kv: Sequence[KeyValue]) -> None:
         if len(kv) != self.num_layers:
-            raise ValueError(f"the cache has {self.num_layers} layers, the keys and values {len(kv)}")
+            raise ValueError(
+                f"the cache has {self.num_layers} layers, the keys and values {len(kv)}"
+            )
         frame = (self.batch_size, self.grid[0] * self.grid[1])
         for x in (x for pair in kv for x in pair):
             if x.ndim != 5 or (x.shape[0], x.shape[2]) != frame:
@@ -210,7 +231,8 @@ class StreamKVCache:
 
 
 def _ends(x: Tensor, num_first: int, num_last: int) -> Tensor:
-    """The first and the last frames of ``x`` [B, F, ...]; ``x`` itself where that is all of them."""
+    """The first and the last frames of ``x`` [B, F, ...]; ``x`` itself where that is all of
+    them."""
     frames = x.shape[1]
     if num_first + num_last == frames:
         return x
@@ -234,8 +256,11 @@ def _check_policy(
     if window_frames is None and positions == "window":
         raise ValueError("positions='window' needs window_frames")
     if window_frames is not None and window_frames <= sink_frames:
-        raise ValueError(f"window_frames={window_frames} has no room beside sink_frames={sink_frames}")
+        raise ValueError(
+            f"window_frames={window_frames} has no room beside sink_frames={sink_frames}"
+        )
     if positions == "window" and max_trained_frames < window_frames:
         raise ValueError(
-            f"window_frames={window_frames} is more than the model was trained on ({max_trained_frames} frames)"
+            f"window_frames={window_frames} is more than the model was trained on"
+            f" ({max_trained_frames} frames)"
         )

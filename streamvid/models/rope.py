@@ -1,12 +1,13 @@
 """Three-axis rotary position embedding, as Wan has it, at any positions.
 
-A head's D channels are D / 2 interleaved pairs; time takes D - 4 (D // 6) channels, height and width
-2 (D // 6) each, in this order. A pair of frequency f at position p is turned by the angle p f. Tables are
-computed from the positions in float64, so that there is no table that a long stream can run out of, and
-are kept as complex64: a complex tensor is left alone by the float casts of mixed-precision wrappers.
+A head's D channels are D / 2 interleaved pairs; time takes D - 4 (D // 6) channels, height and
+width 2 (D // 6) each, in this order. A pair of frequency f at position p is turned by the angle p
+f. Tables are computed from the positions in float64, so that there is no table that a long stream
+can run out of, and are kept as complex64: a complex tensor is left alone by the float casts of
+mixed-precision wrappers.
 
-Legend: B batch, F frames, S tokens a frame (height x width of the token grid), N heads, D head size.
-"""
+Legend: B batch, F frames, S tokens a frame (height x width of the token grid), N heads, D head
+size."""
 
 from __future__ import annotations
 
@@ -43,15 +44,20 @@ def rotary_table(
     with torch.inference_mode(False), torch.no_grad():
         time = torch.tensor(frame_positions, dtype=torch.float64)
         axes = (time, *(torch.arange(size, dtype=torch.float64) for size in grid))
-        angles = [torch.outer(p, _frequencies(d)) for p, d in zip(axes, axis_sizes(head_size), strict=True)]
+        angles = [
+            torch.outer(p, _frequencies(d))
+            for p, d in zip(axes, axis_sizes(head_size), strict=True)
+        ]
         shape = (len(time), *grid, -1)
         views = (angles[0][:, None, None], angles[1][None, :, None], angles[2][None, None])
-        angle = torch.cat([view.expand(shape) for view in views], dim=-1).flatten(1, 2)  # [F, S, D / 2]
+        # [F, S, D / 2]
+        angle = torch.cat([view.expand(shape) for view in views], dim=-1).flatten(1, 2)
         return torch.polar(torch.ones_like(angle), angle).to(device, torch.complex64).unsqueeze(2)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """``x`` [B, F, S, N, D] turned by ``table`` [F, S, 1, D / 2]; computed in float32, returned as ``x``."""
+    """``x`` [B, F, S, N, D] turned by ``table`` [F, S, 1, D / 2]; computed in float32, returned as
+    ``x``."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
 

@@ -1,8 +1,8 @@
 """Published distillation objectives as compositions of the loss core, one short function each.
 
-``all_presets()`` maps a name to a function of a guidance scale that returns a ``Preset``; see ``objectives/base.py`` for what
-one is, and ``streamvid/settings/plane.py`` for the laboratory in which all of them distil the same small teachers.
-"""
+``all_presets()`` maps a name to a function of a guidance scale that returns a ``Preset``; see
+``objectives/base.py`` for what one is, and ``streamvid/settings/plane.py`` for the laboratory in
+which all of them distil the same small teachers."""
 
 from __future__ import annotations
 
@@ -17,4 +17,8 @@ def all_presets() -> dict[str, Callable[[float], Preset]]:
     """Name to preset function, family after family."""
     from streamvid.objectives import adversarial, flowmap, preferences, score
 
-    return {name: getattr(family, name) for family in (score, adversarial, flowmap, preferences) for name in family.__all__}
+    return {
+        name: getattr(family, name)
+        for family in (score, adversarial, flowmap, preferences)
+        for name in family.__all__
+    }

@@ -1,12 +1,13 @@
 """What a preset is made of, and what its losses may use.
 
-A preset is data: one loss a phase, and how often the phases take turns. A loss is a function of a ``Context``, which holds
-the networks as callables, this step's batch, and the only source of random numbers. Nothing here knows how large a sample
-is, so the same presets serve points, images ``[B, C, H, W]`` and clips ``[B, C, T, H, W]``.
+A preset is data: one loss a phase, and how often the phases take turns. A loss is a function of a
+``Context``, which holds the networks as callables, this step's batch, and the only source of random
+numbers. Nothing here knows how large a sample is, so the same presets serve points, images ``[B, C,
+H, W]`` and clips ``[B, C, T, H, W]``.
 
-Phases: "student", "critic" (the fake score), "disc" (heads on frozen features). In a phase only its own network's
-parameters require gradients; gradients through the *inputs* of the others reach the student where a loss asks for them.
-"""
+Phases: "student", "critic" (the fake score), "disc" (heads on frozen features). In a phase only its
+own network's parameters require gradients; gradients through the *inputs* of the others reach the
+student where a loss asks for them."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ class Preset:
     critic_updates: int = 2
     """Updates of the fake score for each of the student."""
     critic_knows_step: bool = True
-    """Of several steps, tell the fake score which one made a sample. Papers fit one to the mixture of all steps' outputs,
-    which can be right while every step is wrong."""
+    """Of several steps, tell the fake score which one made a sample. Papers fit one to the mixture
+    of all steps' outputs, which can be right while every step is wrong."""
     guidance: GuidanceSpec = field(default_factory=GuidanceSpec)
     """Of teacher and fake score."""
     heads: Literal["token", "film", "query"] = "token"
@@ -56,7 +57,8 @@ class Preset:
     average: float | None = None
     """Decay of the student's average, where a loss uses it as target."""
     sampler: Literal["renoise", "jump", "euler"] = "renoise"
-    """From step to step: fresh noise on the data prediction, the flow map's own jump, or an Euler step of its velocity."""
+    """From step to step: fresh noise on the data prediction, the flow map's own jump, or an Euler
+    step of its velocity."""
     after_student: Callable[[Context], None] | None = None
     """Called after each update of the student."""
     role: Literal["complete", "add-on", "baseline"] = "complete"
@@ -82,17 +84,23 @@ class Sample:
 class Networks(Protocol):
     """The networks of a laboratory or a run, as callables of ``(x, t [B], ..., cond)``."""
 
-    def student(self, x: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor: ...  # mean velocity from t to s
+    # mean velocity from t to s
+    def student(self, x: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor: ...
 
-    def average(self, x: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor: ...  # of the student's averaged weights
+    # of the student's averaged weights
+    def average(self, x: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor: ...
 
-    def lagged(self, x: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor: ...  # a slow copy: an old policy
+    # a slow copy: an old policy
+    def lagged(self, x: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor: ...
 
-    def start(self, x: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor: ...  # the student before distillation
+    # the student before distillation
+    def start(self, x: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor: ...
 
-    def teacher(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...  # velocity; cond None is unconditional
+    # velocity; cond None is unconditional
+    def teacher(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...
 
-    def critic(self, x: Tensor, t: Tensor, cond: Any, made_at: Tensor) -> Tensor: ...  # made_at: of ``Sample.t``
+    # made_at: of ``Sample.t``
+    def critic(self, x: Tensor, t: Tensor, cond: Any, made_at: Tensor) -> Tensor: ...
 
     def logits(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...  # [B, K]
 
@@ -101,8 +109,8 @@ class Networks(Protocol):
 class Context:
     """This step: networks, batch, and random numbers.
 
-    Everything random comes from ``rng``, so that an option at its neutral value leaves the stream of numbers alone.
-    """
+    Everything random comes from ``rng``, so that an option at its neutral value leaves the stream
+    of numbers alone."""
 
     networks: Networks
     cond: Tensor  # [B], the prompts of the batch
@@ -110,11 +118,13 @@ class Context:
     rng: torch.Generator
     preset: Preset
     data: Callable[[Tensor], Tensor]  # prompts to real samples
-    pairs: Callable[[Tensor], tuple[Tensor, Tensor]]  # prompts to (noise, the guided teacher's sample of it)
+    # prompts to (noise, the guided teacher's sample of it)
+    pairs: Callable[[Tensor], tuple[Tensor, Tensor]]
     reward: Callable[[Tensor, Tensor], Tensor] | None = None  # samples and prompts to [B]
     progress: float = 0.0  # of the run, in [0, 1]
     dtype: torch.dtype = torch.float32
-    made_at: Tensor | None = None  # when the last sample was predicted, which the fake score is told
+    # when the last sample was predicted, which the fake score is told
+    made_at: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -128,8 +138,17 @@ class Context:
     def uniform(self) -> Tensor:
         return torch.rand(self.batch_size, generator=self.rng, dtype=self.dtype)
 
-    def times(self, law: str = "uniform", low: float = 0.02, high: float = 0.98, mean: float = 0.0, std: float = 1.0) -> Tensor:
-        return sample_times(self.batch_size, law, 1.0, self.rng, low, high, mean, std).to(self.dtype)
+    def times(
+        self,
+        law: str = "uniform",
+        low: float = 0.02,
+        high: float = 0.98,
+        mean: float = 0.0,
+        std: float = 1.0,
+    ) -> Tensor:
+        return sample_times(self.batch_size, law, 1.0, self.rng, low, high, mean, std).to(
+            self.dtype
+        )
 
     def noised(self, x: Tensor, t: Tensor) -> Tensor:
         """Detached ``x`` with fresh noise; use ``add_noise`` where gradients are to pass."""
@@ -145,17 +164,22 @@ class Context:
     def flow_map(self, name: str = "student") -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The mean velocity ``u(x, t, s)`` of "student", "average", "lagged" or "start"."""
         network = getattr(self.networks, name)
-        return lambda x, t, s: network(x, t, torch.as_tensor(s, dtype=x.dtype).expand_as(t), self.cond)
+        return lambda x, t, s: network(
+            x, t, torch.as_tensor(s, dtype=x.dtype).expand_as(t), self.cond
+        )
 
     def sample(self, exit_index: int | None = None) -> Sample:
-        """A sample by the student's own steps, of which only the last has gradients (backward simulation, DMD2).
+        """A sample by the student's own steps, of which only the last has gradients (backward
+        simulation, DMD2).
 
         Args:
             exit_index: the step that it ends with; None draws one for the batch.
         """
         times = step_times(self.preset.steps, 1.0)
         if exit_index is None:
-            exit_index = int(torch.randint(len(times), (), generator=self.rng)) if len(times) > 1 else 0
+            exit_index = (
+                int(torch.randint(len(times), (), generator=self.rng)) if len(times) > 1 else 0
+            )
         x_t = self.noise()
         for i, time in enumerate(times[: exit_index + 1]):
             t = torch.full((self.batch_size,), time, dtype=self.dtype)
@@ -172,15 +196,20 @@ class Context:
 
     def real(self, x_t: Tensor, t: Tensor, scale: Tensor | float | None = None) -> Tensor:
         """The teacher's velocity, guided; None is the preset's scale."""
-        return self._guided(self.networks.teacher, x_t, t, self.scales()[0] if scale is None else scale)
+        return self._guided(
+            self.networks.teacher, x_t, t, self.scales()[0] if scale is None else scale
+        )
 
     def fake(self, x_t: Tensor, t: Tensor, scale: Tensor | float | None = None) -> Tensor:
-        """The fake score's velocity for what ``sample`` made last, guided; None is the preset's scale where it is compared."""
+        """The fake score's velocity for what ``sample`` made last, guided; None is the preset's
+        scale where it is compared."""
         return self._guided(self.critic, x_t, t, self.scales()[1] if scale is None else scale)
 
     def critic(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
         """The fake score's own velocity for what ``sample`` made last."""
-        return self.networks.critic(x_t, t, cond, torch.ones_like(t) if self.made_at is None else self.made_at)
+        return self.networks.critic(
+            x_t, t, cond, torch.ones_like(t) if self.made_at is None else self.made_at
+        )
 
     def _guided(self, network: Any, x_t: Tensor, t: Tensor, scale: Tensor | float) -> Tensor:
         cond = network(x_t, t, self.cond)
@@ -191,24 +220,29 @@ class Context:
     def predictions(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The data predictions of fake score and teacher at one point, with this step's scales."""
         real_scale, fake_scale = self.scales()
-        return x0_from_v(x_t, self.fake(x_t, t, fake_scale), t), x0_from_v(x_t, self.real(x_t, t, real_scale), t)
+        return x0_from_v(x_t, self.fake(x_t, t, fake_scale), t), x0_from_v(
+            x_t, self.real(x_t, t, real_scale), t
+        )
 
     def logits(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self.networks.logits(x_t, t, self.cond)
 
 
 def fit_critic(law: str = "uniform", weight: Callable[[Tensor], Tensor] | None = None) -> Loss:
-    """Flow matching of the fake score to the student's samples, in the preset's ``fake_train`` combination.
+    """Flow matching of the fake score to the student's samples, in the preset's ``fake_train``
+    combination.
 
-    Where that is guided, or the fake score is compared without the prompt, one batch in five has no prompt.
-    """
+    Where that is guided, or the fake score is compared without the prompt, one batch in five has no
+    prompt."""
 
     def loss(ctx: Context) -> Tensor:
         with torch.no_grad():
             x = ctx.sample().x
         t, eps = ctx.times(law), ctx.noise()
         spec = ctx.preset.guidance
-        unconditional = spec != GuidanceSpec(real=spec.real) and float(torch.rand((), generator=ctx.rng)) < 0.2
+        unconditional = (
+            spec != GuidanceSpec(real=spec.real) and float(torch.rand((), generator=ctx.rng)) < 0.2
+        )
         x_t = add_noise(x, eps, t)
         v = ctx.critic(x_t, t, None) if unconditional else ctx.fake(x_t, t, spec.fake_train)
         return flow_matching_loss(v, x, eps, None if weight is None else weight(t))

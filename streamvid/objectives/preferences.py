@@ -1,4 +1,5 @@
-"""Objectives that join a host: moments of sets, preferences, relations; and Distillation++, a hook of the sampler."""
+"""Objectives that join a host: moments of sets, preferences, relations; and Distillation++, a hook
+of the sampler."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ __all__ = ["embedding_loss", "pso", "distillation_dpo", "rdd"]
 
 
 def embedding_loss(scale: float = 1.0, weight: float = 0.1, num_nets: int = 2) -> Preset:
-    """Embedding Loss: DMD, and the mean features of student and teacher samples in networks drawn anew each step."""
+    """Embedding Loss: DMD, and the mean features of student and teacher samples in networks drawn
+    anew each step."""
 
     def student(ctx: Context) -> Tensor:
         x, (_, real) = ctx.sample().x, ctx.pairs(ctx.cond)
@@ -31,13 +33,18 @@ def embedding_loss(scale: float = 1.0, weight: float = 0.1, num_nets: int = 2) -
             total = total + weight / num_nets * mmd2(net(x), net(real), unbiased=False)
         return total
 
-    note = "our reading of kernel, nets, weight; its batch noise takes the host from 1.2 to 2.5; compares all prompts together"
-    return Preset("2604.22379", student, fit_critic(), guidance=specs.dmd(scale), covers=True, note=note)
+    note = (
+        "our reading of kernel, nets, weight; its batch noise takes the host from 1.2 to 2.5;"
+        " compares all prompts together"
+    )
+    return Preset(
+        "2604.22379", student, fit_critic(), guidance=specs.dmd(scale), covers=True, note=note
+    )
 
 
 def pso(scale: float = 1.0, beta: float = 5.0, hold: float = 1.0) -> Preset:
-    """PSO: of two next states that the student draws, the one with the better reward is made more likely than the other,
-    against the student as it was; DMD holds the law meanwhile. Two steps."""
+    """PSO: of two next states that the student draws, the one with the better reward is made more
+    likely than the other, against the student as it was; DMD holds the law meanwhile. Two steps."""
 
     def student(ctx: Context) -> Tensor:
         first, zero = ctx.sample(0), torch.zeros(ctx.batch_size, dtype=ctx.dtype)
@@ -46,27 +53,41 @@ def pso(scale: float = 1.0, beta: float = 5.0, hold: float = 1.0) -> Preset:
         with torch.no_grad():
             x0_old = euler_step(first.x_t, old(first.x_t, first.t, zero), first.t, zero)
             states = [renoise_step(x0_old, ctx.noise(), t) for _ in range(2)]
-            rewards = [ctx.reward(euler_step(s, old(s, t, zero), t, zero), ctx.cond) for s in states]
-        ratios = [step_logp(s, first.x, t, "mean") - step_logp(s, x0_old, t, "mean") for s in states]
+            rewards = [
+                ctx.reward(euler_step(s, old(s, t, zero), t, zero), ctx.cond) for s in states
+            ]
+        ratios = [
+            step_logp(s, first.x, t, "mean") - step_logp(s, x0_old, t, "mean") for s in states
+        ]
         better = (rewards[0] > rewards[1]).to(ctx.dtype)
         winner = better * ratios[0] + (1 - better) * ratios[1]
         loser = better * ratios[1] + (1 - better) * ratios[0]
         return hold * dmd_term(ctx, ctx.sample().x) + 0.1 * pairwise(winner, loser, beta, clip=0.1)
 
     note = "chases a reward, here the teacher's density: modes narrow"
-    return Preset("2410.03190", student, fit_critic(), steps=2, guidance=specs.dmd(scale), role="add-on", note=note)
+    return Preset(
+        "2410.03190",
+        student,
+        fit_critic(),
+        steps=2,
+        guidance=specs.dmd(scale),
+        role="add-on",
+        note=note,
+    )
 
 
 def distillation_dpo(scale: float = 1.0, eta: float = 0.2, stop: float = 0.1) -> Preset:
-    """Distillation-DPO: a fake score of winners and one of losers; samples move by DMD's direction of their own side.
+    """Distillation-DPO: a fake score of winners and one of losers; samples move by DMD's direction
+    of their own side.
 
-    Half of the samples are losers whatever they are, and to be pushed off has no end: so a loser is pushed, with the weight
-    ``eta``, only while its fake score's data prediction is within ``stop`` of the teacher's, and drawn as a winner is beyond.
-    The released code has a small rate and clipped gradients (1e-5, norm .05) in place of such a bound.
-    """
+    Half of the samples are losers whatever they are, and to be pushed off has no end: so a loser is
+    pushed, with the weight ``eta``, only while its fake score's data prediction is within ``stop``
+    of the teacher's, and drawn as a winner is beyond. The released code has a small rate and
+    clipped gradients (1e-5, norm .05) in place of such a bound."""
 
     def split(ctx: Context, x: Tensor) -> Tensor:
-        """1 for samples whose reward is not below their prompt's median; the only one of its prompt has nobody to lose to."""
+        """1 for samples whose reward is not below their prompt's median; the only one of its prompt
+        has nobody to lose to."""
         reward = ctx.reward(x.detach(), ctx.cond)
         side = torch.zeros(ctx.batch_size, dtype=ctx.dtype)
         for prompt in ctx.cond.unique():
@@ -95,14 +116,22 @@ def distillation_dpo(scale: float = 1.0, eta: float = 0.2, stop: float = 0.1) ->
         loss = flow_matching_loss(ctx.critic(x_t, t, ctx.cond), x, eps, mask=side)
         if bool(side.all()):
             return loss
-        return loss + flow_matching_loss(ctx.networks.second_critic(x_t, t, ctx.cond), x, eps, mask=1 - side)
+        return loss + flow_matching_loss(
+            ctx.networks.second_critic(x_t, t, ctx.cond), x, eps, mask=1 - side
+        )
 
-    note = "prefers the denser half of each prompt; the push of the other half ends at a distance, or it diverges"
-    return Preset("2504.11447", student, critic, guidance=specs.dmd(scale), role="add-on", note=note)
+    note = (
+        "prefers the denser half of each prompt; the push of the other half ends at a distance, or"
+        " it diverges"
+    )
+    return Preset(
+        "2504.11447", student, critic, guidance=specs.dmd(scale), role="add-on", note=note
+    )
 
 
 def rdd(scale: float = 1.0, relation: float = 0.05) -> Preset:
-    """RDD: two teacher steps in one of the student's, and who is like whom, in the frozen start's features."""
+    """RDD: two teacher steps in one of the student's, and who is like whom, in the frozen start's
+    features."""
 
     def student(ctx: Context) -> Tensor:
         noise, _ = ctx.pairs(ctx.cond)
@@ -119,10 +148,11 @@ def rdd(scale: float = 1.0, relation: float = 0.05) -> Preset:
 
 
 def teacher_refinement(ctx: Context, x0: Tensor, s: Tensor, weight: float) -> Tensor:
-    """Distillation++ (arXiv 2412.08871): a student's data prediction, mixed with the teacher's of it re-noised to ``s``.
+    """Distillation++ (arXiv 2412.08871): a student's data prediction, mixed with the teacher's of
+    it re-noised to ``s``.
 
-    A hook of the sampler, used after the first step or two; ``weight`` 0 calls no network and draws nothing.
-    """
+    A hook of the sampler, used after the first step or two; ``weight`` 0 calls no network and draws
+    nothing."""
     if weight == 0:
         return x0
     x_s = add_noise(x0, ctx.noise(), s)

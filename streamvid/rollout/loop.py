@@ -1,17 +1,18 @@
 """The chunk x step loop. There is one: training, streaming and export consume this generator.
 
-For each event of a schedule: cut the chunks' states together, run the student once, turn its velocity into
-data predictions, and step every chunk to its next noise level. A chunk that reaches 0 is yielded, and is
-committed to the cache as context just before the next event, so a viewer never waits for a commit and the
-last one never runs.
+For each event of a schedule: cut the chunks' states together, run the student once, turn its
+velocity into data predictions, and step every chunk to its next noise level. A chunk that reaches 0
+is yielded, and is committed to the cache as context just before the next event, so a viewer never
+waits for a commit and the last one never runs.
 
-Gradient: a tapped prediction has the consumer's grad mode, everything else runs without. No gradient passes
-from step to step (arXiv 2506.08009), nor from chunk to chunk: states and context are detached. Nothing is
-yielded inside a ``no_grad`` block, which would turn gradients off for the consumer.
+Gradient: a tapped prediction has the consumer's grad mode, everything else runs without. No
+gradient passes from step to step (arXiv 2506.08009), nor from chunk to chunk: states and context
+are detached. Nothing is yielded inside a ``no_grad`` block, which would turn gradients off for the
+consumer.
 
-Shapes: B batch, C channels, f latent frames a chunk, T = f times the chunks of an event, h w latent size.
-States are float32 (float64 if the prompts are); the student may cast them and return lower precision.
-"""
+Shapes: B batch, C channels, f latent frames a chunk, T = f times the chunks of an event, h w latent
+size. States are float32 (float64 if the prompts are); the student may cast them and return lower
+precision."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class ChunkResult:
 
     index: int
     latents: Tensor  # [B, C, f, h, w], its last data prediction; detached
-    prediction: Tensor  # the data prediction of its last tapped step, with gradient; ``latents`` if none was
+    # the data prediction of its last tapped step, with gradient; ``latents`` if none was
+    prediction: Tensor
     t: float  # noise level of the state that ``prediction`` was made from
     nfe: int  # student forwards that this chunk was part of
 
@@ -60,36 +62,44 @@ def rollout(
     """Run a schedule; yields each chunk as soon as it is finished, in order.
 
     Args:
-        student: ``models.causal_wan`` or anything with its call, possibly wrapped for data parallelism.
+        student: ``models.causal_wan`` or anything with its call, possibly wrapped for data
+            parallelism.
         encoder_hidden_states: the prompts ``[B, L, D]``, on the student's device.
         schedule: from ``rollout.schedule``; may be endless.
         noise: one sample a prompt.
         latent_shape: (C, h, w).
         chunk_frames: f.
         cache: from ``student.new_cache``; None for a model without context, with ``commit="none"``.
-        commit: "clean" runs the student over the finished chunk at ``context_t``, "reuse" keeps the keys and
-            values of its last denoising pass, "none" keeps nothing.
+        commit: "clean" runs the student over the finished chunk at ``context_t``, "reuse" keeps the
+            keys and values of its last denoising pass, "none" keeps nothing.
         context_t: noise level in [0, 1) of clean commits; fresh noise is added if it is not 0.
         stepper: "renoise" puts fresh noise on the data prediction, "euler" follows the flow.
-        commit_last: also commit what the schedule's last event finished, so that a later rollout over the
-            same cache, with a schedule that begins at the next chunk, continues the stream.
+        commit_last: also commit what the schedule's last event finished, so that a later rollout
+            over the same cache, with a schedule that begins at the next chunk, continues the
+            stream.
         before_step: (chunk, t, x_t) to the ``x_t`` to use instead, ``[B, C, f, h, w]``.
         after_x0: (chunk, t, x0) to the data prediction to use instead.
 
     Raises:
-        ValueError: if the arguments contradict each other, or, while running, on a schedule that does not
-            finish chunks in order or leaves some unfinished, or a hook that changes a chunk's shape.
+        ValueError: if the arguments contradict each other, or, while running, on a schedule that
+            does not finish chunks in order or leaves some unfinished, or a hook that changes a
+            chunk's shape.
     """
     if stepper not in _STEPPERS:
         raise ValueError(f"stepper={stepper!r}, expected one of {tuple(_STEPPERS)}")
     if commit not in ("clean", "reuse", "none"):
         raise ValueError(f"commit={commit!r}, expected 'clean', 'reuse' or 'none'")
     if commit != "none" and cache is None:
-        raise ValueError(f"commit={commit!r} needs a cache; pass student.new_cache(...), or set commit='none'")
+        raise ValueError(
+            f"commit={commit!r} needs a cache; pass student.new_cache(...), or set commit='none'"
+        )
     if not 0 <= context_t < 1:
         raise ValueError(f"context_t={context_t}, expected a noise level in [0, 1)")
     if context_t and commit != "clean":
-        raise ValueError(f"context_t={context_t} is the level of clean commits; with commit={commit!r} set it to 0")
+        raise ValueError(
+            f"context_t={context_t} is the level of clean commits; with commit={commit!r} set it"
+            " to 0"
+        )
     batch = encoder_hidden_states.shape[0]
     if len(noise) != batch:
         raise ValueError(f"{len(noise)} noise seeds for {batch} prompts; give one a prompt")
@@ -150,41 +160,56 @@ class _Run:
             self.write_context(finished, kv)
             self.admit(event, chunks, oldest)
             kv = self.denoise(event, chunks)
-            finished = [_finish(i, chunks.pop(i)) for i, t in zip(event.chunks, event.t_next) if t == 0]
+            finished = [
+                _finish(i, chunks.pop(i)) for i, t in zip(event.chunks, event.t_next) if t == 0
+            ]
             oldest += len(finished)
             yield from finished
         if chunks:
-            raise ValueError(f"the schedule ends with chunks {tuple(chunks)} unfinished; end each at t_next=0")
+            raise ValueError(
+                f"the schedule ends with chunks {tuple(chunks)} unfinished; end each at t_next=0"
+            )
         if commit_last:
             self.write_context(finished, kv)
 
     def admit(self, event: Denoise, chunks: dict[int, _Chunk], oldest: int) -> None:
-        """Begin an event's new chunks as noise, and check that the event continues what is under way.
+        """Begin an event's new chunks as noise, and check that the event continues what is under
+        way.
 
         The student places the frames that it is given right behind its context, hence the order.
         """
         expected = tuple(range(oldest, oldest + len(event.chunks)))
         if event.chunks != expected:
-            raise ValueError(f"an event over chunks {event.chunks} where {expected} follow the finished ones")
+            raise ValueError(
+                f"an event over chunks {event.chunks} where {expected} follow the finished ones"
+            )
         for chunk, t in zip(event.chunks, event.t):
             if chunk not in chunks:
                 chunks[chunk] = _Chunk(self.draw(chunk, INITIAL_EVENT), t)
             if chunks[chunk].t != t:
-                raise ValueError(f"chunk {chunk} is at t={chunks[chunk].t}, the schedule continues from t={t}")
+                raise ValueError(
+                    f"chunk {chunk} is at t={chunks[chunk].t}, the schedule continues from t={t}"
+                )
         leaving = [t_next == 0 for t_next in event.t_next]
         if leaving != sorted(leaving, reverse=True):
-            raise ValueError(f"chunks {event.chunks} go to {event.t_next}; an older chunk must finish first")
+            raise ValueError(
+                f"chunks {event.chunks} go to {event.t_next}; an older chunk must finish first"
+            )
         if self.commit == "reuse" and any(leaving) and not all(leaving):
             raise ValueError(
-                "commit='reuse' keeps the keys of a whole forward, but only some of its chunks finish; "
-                "use commit='clean' with a rolling schedule"
+                "commit='reuse' keeps the keys of a whole forward, but only some of its chunks"
+                " finish; use commit='clean' with a rolling schedule"
             )
 
     def denoise(self, event: Denoise, chunks: dict[int, _Chunk]) -> Any:
-        """One forward over the chunks of an event, and their steps; returns the keys and values to reuse."""
+        """One forward over the chunks of an event, and their steps; returns the keys and values to
+        reuse."""
         states = [chunks[i] for i in event.chunks]
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(event.tap)):
-            x_t = [_hooked("before_step", self.before_step, i, s.t, s.x_t) for i, s in zip(event.chunks, states)]
+            x_t = [
+                _hooked("before_step", self.before_step, i, s.t, s.x_t)
+                for i, s in zip(event.chunks, states)
+            ]
             v, kv = self.predict(torch.cat(x_t, dim=2), event.t)
             v = v.split(self.chunk_shape[1], dim=2)
             x0 = [
@@ -196,21 +221,28 @@ class _Run:
         return kv
 
     def predict(self, x_t: Tensor, t: tuple[float, ...]) -> tuple[Tensor, Any]:
-        """The student's velocity ``[B, C, T, h, w]`` and, if they are reused, its keys and values."""
+        """The student's velocity ``[B, C, T, h, w]`` and, if they are reused, its keys and
+        values."""
         timestep = self.timestep(t)
         if self.commit != "reuse":
             return self.student(x_t, timestep, self.prompts, cache=self.cache).sample, None
         output = self.student(x_t, timestep, self.prompts, cache=self.cache, return_kv=True)
         return output.sample, _detached(output.kv)  # sg
 
-    def advance(self, chunk: int, state: _Chunk, x_t: Tensor, x0: Tensor, t_next: float, tap: bool) -> None:
+    def advance(
+        self, chunk: int, state: _Chunk, x_t: Tensor, x0: Tensor, t_next: float, tap: bool
+    ) -> None:
         """Take a chunk to its next noise level, and keep its prediction."""
         if tap or not state.tapped:
             state.prediction, state.prediction_t = (x0 if tap else x0.detach()), state.t
         state.tapped = state.tapped or tap
         state.nfe += 1
         x_t, x0 = x_t.detach(), x0.detach()  # sg, sg
-        state.x_t = x0 if t_next == 0 else self.step(x_t, x0, state.t, t_next, partial(self.draw, chunk, state.nfe))
+        state.x_t = (
+            x0
+            if t_next == 0
+            else self.step(x_t, x0, state.t, t_next, partial(self.draw, chunk, state.nfe))
+        )
         state.t = t_next
 
     @torch.no_grad()
@@ -225,7 +257,9 @@ class _Run:
             latents = result.latents
             if self.context_t > 0:
                 latents = add_noise(latents, self.draw(result.index, CONTEXT_EVENT), self.context_t)
-            unwrapped(self.student).commit(latents, self.timestep((self.context_t,)), self.prompts, self.cache)
+            unwrapped(self.student).commit(
+                latents, self.timestep((self.context_t,)), self.prompts, self.cache
+            )
 
     def draw(self, chunk: int, event: int) -> Tensor:
         """Noise ``[B, C, f, h, w]``, in the precision of the states."""
@@ -233,21 +267,28 @@ class _Run:
         return self.noise.draw(chunk, event, self.chunk_shape, self.prompts.device, dtype)
 
     def timestep(self, t: tuple[float, ...]) -> Tensor:
-        """The backbone's native time, 0 to 1000: ``[B]`` where all chunks share it, else ``[B, T]``."""
+        """The backbone's native time, 0 to 1000: ``[B]`` where all chunks share it, else ``[B,
+        T]``."""
         dtype = torch.promote_types(self.prompts.dtype, torch.float32)
         batch, frames = self.prompts.shape[0], self.chunk_shape[1]
-        fill = lambda level, *shape: 1000 * torch.full(shape, level, dtype=dtype, device=self.prompts.device)  # noqa: E731
+        fill = lambda level, *shape: (
+            1000 * torch.full(shape, level, dtype=dtype, device=self.prompts.device)
+        )
         if len(set(t)) == 1:
-            return fill(t[0], batch)  # filled where it is used: a copy from the host would wait for the device
+            # filled where it is used: a copy from the host would wait for the device
+            return fill(t[0], batch)
         return torch.cat([fill(level, batch, frames) for level in t], dim=1)
 
 
-def _renoise(x_t: Tensor, x0: Tensor, t: float, t_next: float, draw: Callable[[], Tensor]) -> Tensor:
+def _renoise(
+    x_t: Tensor, x0: Tensor, t: float, t_next: float, draw: Callable[[], Tensor]
+) -> Tensor:
     return renoise_step(x0, draw(), t_next)
 
 
 def _euler(x_t: Tensor, x0: Tensor, t: float, t_next: float, draw: Callable[[], Tensor]) -> Tensor:
-    return euler_step(x_t, v_from_x0(x_t, x0, t), t, t_next)  # from x0, which a hook may have changed
+    # from x0, which a hook may have changed
+    return euler_step(x_t, v_from_x0(x_t, x0, t), t, t_next)
 
 
 _STEPPERS = {"renoise": _renoise, "euler": _euler}
@@ -267,7 +308,10 @@ def _hooked(name: str, hook: ChunkHook, chunk: int, t: float, x: Tensor) -> Tens
     changed = hook(chunk, t, x)
     if not isinstance(changed, Tensor) or changed.shape != x.shape:
         came = list(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
-        raise ValueError(f"{name} gave {came} for chunk {chunk}, expected a tensor {list(x.shape)} as it was given")
+        raise ValueError(
+            f"{name} gave {came} for chunk {chunk}, expected a tensor {list(x.shape)} as it was"
+            " given"
+        )
     return changed
 
 

@@ -1,8 +1,7 @@
 """The noise of a rollout: every draw is named by (seed, chunk, event).
 
-So a sample's noise does not depend on the batch it is in, on the rank that makes it, on how often the stream was
-interrupted, or on how the draws of different chunks interleave.
-"""
+So a sample's noise does not depend on the batch it is in, on the rank that makes it, on how often
+the stream was interrupted, or on how the draws of different chunks interleave."""
 
 from __future__ import annotations
 
@@ -53,7 +52,10 @@ class KeyedNoise:
         dtype: torch.dtype,
     ) -> Tensor:
         """The noise ``[B, *shape_per_sample]`` of an event of a chunk."""
-        samples = torch.stack([keyed_normal(shape_per_sample, "rollout", seed, chunk, event) for seed in self.seeds])
-        if torch.device(device).type == "cuda":  # from pinned memory the host needn't wait for the device
+        samples = torch.stack(
+            [keyed_normal(shape_per_sample, "rollout", seed, chunk, event) for seed in self.seeds]
+        )
+        # from pinned memory the host needn't wait for the device
+        if torch.device(device).type == "cuda":
             return samples.pin_memory().to(device=device, non_blocking=True).to(dtype)
         return samples.to(device=device, dtype=dtype)

@@ -1,9 +1,9 @@
 """Streaming a student, and sampling anything else through the same loop.
 
-``stream`` yields the frames of each chunk as soon as they exist; ``generate``, the exported clip, is its
-concatenation, and so equal to it bit for bit. A bidirectional teacher is sampled by ``generate_latents`` of
-a ``GuidedModel`` under ``StreamConfig(order="full_sequence", stepper="euler", commit="none", ...)``.
-"""
+``stream`` yields the frames of each chunk as soon as they exist; ``generate``, the exported clip,
+is its concatenation, and so equal to it bit for bit. A bidirectional teacher is sampled by
+``generate_latents`` of a ``GuidedModel`` under ``StreamConfig(order="full_sequence",
+stepper="euler", commit="none", ...)``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.schedule import StreamConfig, build_schedule
 
 MOST_PIXELS = 7680 * 4320
-"""Of a frame; no model here is made for so many, and a slip of the keyboard would take all memory."""
+"""Of a frame; no model here is made for so many, and a slip of the keyboard would take all
+memory."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,16 @@ def stream(
         codec: decodes chunk by chunk.
         encoder_hidden_states: the prompts ``[B, L, D]``.
         config: how the student wants to be streamed.
-        seeds: one a prompt; a sample depends on its prompt and its seed, up to rounding of the batch's matrix products.
+        seeds: one a prompt; a sample depends on its prompt and its seed, up to rounding of the
+            batch's matrix products.
         height, width: of the frames, in pixels.
         num_frames: None streams for ever.
         before_step, after_x0: as in ``rollout``.
 
     Raises:
-        ValueError: if codec and patches do not divide the size, the size is beyond ``MOST_PIXELS``, or ``num_frames`` is no
-            whole number of chunks; at the first chunk, if prompts, latents or frames are not finite.
+        ValueError: if codec and patches do not divide the size, the size is beyond ``MOST_PIXELS``,
+            or ``num_frames`` is no whole number of chunks; at the first chunk, if prompts, latents
+            or frames are not finite.
     """
     results = stream_latents(
         student,
@@ -71,7 +74,9 @@ def stream(
         config,
         seeds=seeds,
         latent_shape=_latent_shape(codec, student, height, width),
-        num_chunks=None if num_frames is None else _num_chunks(num_frames, config.chunk_frames, codec),
+        num_chunks=(
+            None if num_frames is None else _num_chunks(num_frames, config.chunk_frames, codec)
+        ),
         before_step=before_step,
         after_x0=after_x0,
     )
@@ -89,7 +94,8 @@ def generate(
     width: int,
     num_frames: int,
 ) -> Tensor:
-    """The frames ``[B, num_frames, 3, H, W]`` of a whole stream, with the arguments and errors of ``stream``."""
+    """The frames ``[B, num_frames, 3, H, W]`` of a whole stream, with the arguments and errors of
+    ``stream``."""
     size = {"height": height, "width": width, "num_frames": num_frames}
     chunks = stream(student, codec, encoder_hidden_states, config, seeds=seeds, **size)
     return torch.cat([chunk.frames for chunk in chunks], dim=1)
@@ -140,12 +146,19 @@ def generate_latents(
 ) -> Tensor:
     """The latents ``[B, C, num_chunks * chunk_frames, h, w]`` of a whole stream."""
     results = stream_latents(
-        model, encoder_hidden_states, config, seeds=seeds, latent_shape=latent_shape, num_chunks=num_chunks
+        model,
+        encoder_hidden_states,
+        config,
+        seeds=seeds,
+        latent_shape=latent_shape,
+        num_chunks=num_chunks,
     )
     return torch.cat([result.latents for result in results], dim=2)
 
 
-def new_cache(student: Any, config: StreamConfig, batch_size: int, latent_shape: tuple[int, int, int]) -> Any:
+def new_cache(
+    student: Any, config: StreamConfig, batch_size: int, latent_shape: tuple[int, int, int]
+) -> Any:
     """The cache that a configuration asks for; None if it commits nothing."""
     if config.commit == "none":
         return None
@@ -170,7 +183,8 @@ class Velocity:
 
 @dataclass(frozen=True)
 class GuidedModel:
-    """A teacher's ``predict(x_t, t, cond) -> velocity``, guided, in the call of a student without a cache.
+    """A teacher's ``predict(x_t, t, cond) -> velocity``, guided, in the call of a student without a
+    cache.
 
     Raises:
         ValueError: if guidance lacks ``uncond``.
@@ -182,10 +196,17 @@ class GuidedModel:
 
     def __post_init__(self) -> None:
         if self.guidance_scale != 1 and self.uncond is None:
-            raise ValueError(f"guidance_scale={self.guidance_scale} needs uncond; pass it, or use 1 for no guidance")
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale} needs uncond; pass it, or use 1 for no"
+                " guidance"
+            )
 
     def __call__(
-        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, cache: None = None
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        cache: None = None,
     ) -> Velocity:
         """The velocity at ``timestep`` 0 to 1000, ``[B]`` or ``[B, T]``."""
         t = timestep / 1000
@@ -206,7 +227,9 @@ def _without_gradient(results: Iterator[ChunkResult]) -> Iterator[ChunkResult]:
         yield result
 
 
-def _decoded(results: Iterator[ChunkResult], codec: VideoCodec, encoder_hidden_states: Tensor) -> Iterator[StreamChunk]:
+def _decoded(
+    results: Iterator[ChunkResult], codec: VideoCodec, encoder_hidden_states: Tensor
+) -> Iterator[StreamChunk]:
     state, device = codec.new_decoder_state(), encoder_hidden_states.device
     start_s, first = _now_s(device), True
     for result in results:
@@ -217,21 +240,25 @@ def _decoded(results: Iterator[ChunkResult], codec: VideoCodec, encoder_hidden_s
             _check_finite(encoder_hidden_states, result.latents, frames)
             first = False
         decoded_s = _now_s(device)
-        yield StreamChunk(frames, result.latents, result.index, denoised_s - start_s, decoded_s - denoised_s)
+        yield StreamChunk(
+            frames, result.latents, result.index, denoised_s - start_s, decoded_s - denoised_s
+        )
         start_s = _now_s(device)  # the viewer's time is not ours
 
 
 def _check_finite(encoder_hidden_states: Tensor, latents: Tensor, frames: Tensor) -> None:
-    """Refuse a stream that would be black; which part is damaged shows in what it made of finite inputs.
+    """Refuse a stream that would be black; which part is damaged shows in what it made of finite
+    inputs.
 
-    The first chunk is enough: damaged weights are damaged from the start, and a check makes the device wait.
-    """
+    The first chunk is enough: damaged weights are damaged from the start, and a check makes the
+    device wait."""
     made = {"text encoder": encoder_hidden_states, "transformer": latents, "codec": frames}
     for part, tensor in made.items():
         if not tensor.isfinite().all():
             raise ValueError(
-                f"the {part} gave numbers that are not finite (NaN or infinite): its weights are damaged, or too large for "
-                "the precision; copy the checkpoint again, or use float32"
+                f"the {part} gave numbers that are not finite (NaN or infinite): its weights are"
+                " damaged, or too large for the precision; copy the checkpoint again, or use"
+                " float32"
             )
 
 
@@ -245,14 +272,21 @@ def _now_s(device: torch.device) -> float:
 def _latent_shape(codec: VideoCodec, student: Any, height: int, width: int) -> tuple[int, int, int]:
     """(C, h, w) of frames in pixels, which codec and patches have to divide."""
     if height * width > MOST_PIXELS:
-        raise ValueError(f"frames of {height} x {width} pixels are too large; expected at most {MOST_PIXELS:,} pixels, 8K")
+        raise ValueError(
+            f"frames of {height} x {width} pixels are too large; expected at most {MOST_PIXELS:,}"
+            " pixels, 8K"
+        )
     ratio = codec.spatial_ratio
     patch = getattr(getattr(unwrapped(student), "config", None), "patch_size", (1, 1, 1))
     units = [ratio * side for side in patch[1:]]
     if any(size < unit or size % unit for size, unit in zip((height, width), units)):
-        nearest = " x ".join(str(max(1, round(size / unit)) * unit) for size, unit in zip((height, width), units))
+        nearest = " x ".join(
+            str(max(1, round(size / unit)) * unit) for size, unit in zip((height, width), units)
+        )
         several = units[0] if units[0] == units[1] else " and ".join(map(str, units))
-        raise ValueError(f"frames of {height} x {width} pixels, expected multiples of {several}; use {nearest}")
+        raise ValueError(
+            f"frames of {height} x {width} pixels, expected multiples of {several}; use {nearest}"
+        )
     return codec.latent_channels, height // ratio, width // ratio
 
 

@@ -1,21 +1,21 @@
 """Schedules: in which order, and at which noise levels, the chunks of a stream are denoised.
 
-A schedule is data, a lazily generated sequence of ``Denoise`` events, finite or endless. One event is one
-student forward over one or several neighbouring chunks. ``rollout.loop`` runs it; nothing else decides an
-order. For two steps a chunk, at times 1 and .8 (a row is a chunk, a column an event):
+A schedule is data, a lazily generated sequence of ``Denoise`` events, finite or endless. One event
+is one student forward over one or several neighbouring chunks. ``rollout.loop`` runs it; nothing
+else decides an order. For two steps a chunk, at times 1 and .8 (a row is a chunk, a column an
+event):
 
     autoregressive       rolling             full_sequence
     1 .8                 1 .8                1 .8
          1 .8               1 .8             1 .8
               1 .8             1 .8          1 .8
 
-Self-forcing is ``autoregressive`` (arXiv 2506.08009) and its random exit ``move_tap``, or ``truncate`` where the exit
-ends the chunk; first-frame enhancement gives chunk 0 its own ``first_times`` (arXiv 2511.01419); diagonal denoising is a
-``table``
-(arXiv 2603.09488); rolling forcing is ``rolling`` (arXiv 2509.25161); a bidirectional teacher samples a
-``full_sequence``. Times are continuous in (0, 1], after the shift, and fall along a list; a chunk begins as
-pure noise at the first time of its list, and its last step goes to 0.
-"""
+Self-forcing is ``autoregressive`` (arXiv 2506.08009) and its random exit ``move_tap``, or
+``truncate`` where the exit ends the chunk; first-frame enhancement gives chunk 0 its own
+``first_times`` (arXiv 2511.01419); diagonal denoising is a ``table`` (arXiv 2603.09488); rolling
+forcing is ``rolling`` (arXiv 2509.25161); a bidirectional teacher samples a ``full_sequence``.
+Times are continuous in (0, 1], after the shift, and fall along a list; a chunk begins as pure noise
+at the first time of its list, and its last step goes to 0."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ STREAM_CONFIG_FILE = "stream_config.json"  # beside a student's weights
 class Denoise:
     """One student forward over neighbouring chunks; every field has one entry a chunk.
 
-    A chunk that goes to ``t_next`` 0 is finished. ``tap`` marks the prediction that carries the gradient.
-    """
+    A chunk that goes to ``t_next`` 0 is finished. ``tap`` marks the prediction that carries the
+    gradient."""
 
     chunks: tuple[int, ...]
     t: tuple[float, ...]
@@ -69,7 +69,9 @@ def autoregressive(
 def table(step_table: Sequence[Times], num_chunks: int | None = None) -> Iterator[Denoise]:
     """Chunk after chunk, chunk k through the k-th list of ``step_table``; its last list repeats."""
     if not step_table:
-        raise ValueError("the step table is empty, expected a list of times for each of the first chunks")
+        raise ValueError(
+            "the step table is empty, expected a list of times for each of the first chunks"
+        )
     for times in step_table:
         _check_times(times)
     return (
@@ -83,8 +85,8 @@ def table(step_table: Sequence[Times], num_chunks: int | None = None) -> Iterato
 def rolling(times: Times, num_chunks: int | None = None) -> Iterator[Denoise]:
     """As many chunks jointly as there are times, one time apart, the oldest the cleanest.
 
-    Every event finishes its oldest chunk and, until ``num_chunks`` have begun, the next one joins as noise.
-    The window fills up chunk by chunk at the start, so that each chunk takes all steps.
+    Every event finishes its oldest chunk and, until ``num_chunks`` have begun, the next one joins
+    as noise. The window fills up chunk by chunk at the start, so that each chunk takes all steps.
     """
     _check_times(times)
     depth = len(times)
@@ -107,7 +109,8 @@ def full_sequence(times: Times, num_chunks: int) -> Iterator[Denoise]:
 
 
 def _event(steps: Sequence[tuple[int, Times, int]]) -> Denoise:
-    """The joint forward of chunks given as (chunk, its times, which of them); the last one is tapped."""
+    """The joint forward of chunks given as (chunk, its times, which of them); the last one is
+    tapped."""
     return Denoise(
         chunks=tuple(chunk for chunk, _, _ in steps),
         t=tuple(times[step] for _, times, step in steps),
@@ -120,7 +123,9 @@ def _chunk_range(num_chunks: int | None) -> Iterable[int]:
     if num_chunks is None:
         return itertools.count()
     if num_chunks < 1:
-        raise ValueError(f"num_chunks={num_chunks}, expected at least 1, or None for an endless stream")
+        raise ValueError(
+            f"num_chunks={num_chunks}, expected at least 1, or None for an endless stream"
+        )
     return range(num_chunks)
 
 
@@ -128,37 +133,45 @@ def _check_times(times: Times) -> None:
     falling = all(later < earlier for earlier, later in itertools.pairwise(times))
     if not len(times) or not falling or times[0] > 1 or times[-1] <= 0:
         raise ValueError(
-            f"times {tuple(times)}, expected at least one, falling, in (0, 1] and without the final 0, "
-            "as core.times.step_times gives them"
+            f"times {tuple(times)}, expected at least one, falling, in (0, 1] and without the final"
+            " 0, as core.times.step_times gives them"
         )
 
 
 # ---- what can be done to a schedule -------------------------------------------------------------------
 
 
-def truncate(schedule: Iterable[Denoise], exit_index: int | Callable[[int], int]) -> Iterator[Denoise]:
+def truncate(
+    schedule: Iterable[Denoise], exit_index: int | Callable[[int], int]
+) -> Iterator[Denoise]:
     """The same schedule, in which every chunk ends with its step ``exit_index``, which is tapped.
 
-    Self-forcing's random exit: up to the exit the steps, levels and noises are those of the full schedule,
-    and the exit's prediction is the finished chunk. A chunk with fewer steps ends with its own last one.
+    Self-forcing's random exit: up to the exit the steps, levels and noises are those of the full
+    schedule, and the exit's prediction is the finished chunk. A chunk with fewer steps ends with
+    its own last one.
 
     Args:
         schedule: any schedule.
-        exit_index: the number of steps before the last, for all chunks or as a function of the chunk.
+        exit_index: the number of steps before the last, for all chunks or as a function of the
+            chunk.
     """
     return _truncated(schedule, _exit_of(exit_index))
 
 
-def move_tap(schedule: Iterable[Denoise], exit_index: int | Callable[[int], int]) -> Iterator[Denoise]:
-    """The same schedule, in which step ``exit_index`` of every chunk is tapped in place of its last.
+def move_tap(
+    schedule: Iterable[Denoise], exit_index: int | Callable[[int], int]
+) -> Iterator[Denoise]:
+    """The same schedule, in which step ``exit_index`` of every chunk is tapped in place of its
+    last.
 
-    The exit's prediction carries the gradient, and the chunk takes the rest of its steps before it becomes context, which
-    so is written from the state and at the time at which a stream writes it. A chunk with fewer steps is tapped at its
-    last one.
+    The exit's prediction carries the gradient, and the chunk takes the rest of its steps before it
+    becomes context, which so is written from the state and at the time at which a stream writes it.
+    A chunk with fewer steps is tapped at its last one.
 
     Args:
         schedule: any schedule.
-        exit_index: the number of steps before the tapped one, for all chunks or as a function of the chunk.
+        exit_index: the number of steps before the tapped one, for all chunks or as a function of
+            the chunk.
     """
     return _tapped(schedule, _exit_of(exit_index))
 
@@ -210,7 +223,10 @@ class Cost:
 
 
 def cost_of(
-    schedule: Iterable[Denoise], chunk_frames: int, commit: Commit = "clean", commit_last: bool = False
+    schedule: Iterable[Denoise],
+    chunk_frames: int,
+    commit: Commit = "clean",
+    commit_last: bool = False,
 ) -> Cost:
     """The cost of a *finite* schedule, with the arguments that ``rollout`` will have."""
     nfe = frames = finished = 0
@@ -261,14 +277,15 @@ class StreamConfig:
     """
 
     num_steps: int = 4
-    """Steps a chunk, at ``step_times(num_steps, shift)``; students have 1 to 4, teachers about 50."""
+    """Steps a chunk, at ``step_times(num_steps, shift)``; students have 1 to 4, teachers about
+    50."""
     shift: float = 5.0
     """Timestep shift, > 0; 1 is none, Wan has 3 to 8."""
     first_steps: int | None = None
     """Steps of chunk 0 (first-frame enhancement); None is ``num_steps``."""
     step_table: tuple[tuple[float, ...], ...] = ()
-    """Explicit times, after the shift, of each of the first chunks, the last list repeating (diagonal).
-    If not empty it stands in for ``num_steps`` and ``shift``."""
+    """Explicit times, after the shift, of each of the first chunks, the last list repeating
+    (diagonal). If not empty it stands in for ``num_steps`` and ``shift``."""
     chunk_frames: int = 3
     """Latent frames denoised together, 1 to about 8."""
     window_frames: int | None = None
@@ -278,8 +295,8 @@ class StreamConfig:
     context_t: float = 0.0
     """Noise level of the context, in [0, 1); "clean" commits are re-noised to it."""
     commit: Commit = "clean"
-    """"clean" runs an extra pass over the finished chunk, "reuse" keeps the keys of its last step, "none"
-    has no context."""
+    """"clean" runs an extra pass over the finished chunk, "reuse" keeps the keys of its last step,
+    "none" has no context."""
     stepper: Stepper = "renoise"
     """From step to step: fresh noise on the data prediction, or an Euler step of the flow."""
     positions: Literal["absolute", "window"] = "absolute"
@@ -309,20 +326,26 @@ class StreamConfig:
                 "leave first_steps at null and order at 'autoregressive', or drop it"
             )
         if self.first_steps is not None and self.order != "autoregressive":
-            raise ValueError(f"first_steps={self.first_steps} needs order='autoregressive', not {self.order!r}")
+            raise ValueError(
+                f"first_steps={self.first_steps} needs order='autoregressive', not {self.order!r}"
+            )
         if self.context_t and self.commit != "clean":
             raise ValueError(
-                f"context_t={self.context_t} is the level of clean commits; with commit={self.commit!r} set it to 0"
+                f"context_t={self.context_t} is the level of clean commits; with"
+                f" commit={self.commit!r} set it to 0"
             )
         if self.order == "full_sequence" and self.commit != "none":
             raise ValueError("order='full_sequence' has no context; set commit='none'")
         if self.order == "rolling" and self.commit == "reuse":
-            raise ValueError("commit='reuse' keeps keys of whole forwards, not of a rolling one; set 'clean'")
+            raise ValueError(
+                "commit='reuse' keeps keys of whole forwards, not of a rolling one; set 'clean'"
+            )
         joint_frames = self.chunk_frames * (self.num_steps if self.order == "rolling" else 1)
         if self.window_frames is not None and self.window_frames < self.sink_frames + joint_frames:
             raise ValueError(
-                f"window_frames={self.window_frames} cannot hold {self.sink_frames} sink frames and the "
-                f"{joint_frames} being denoised; use at least {self.sink_frames + joint_frames}"
+                f"window_frames={self.window_frames} cannot hold {self.sink_frames} sink frames and"
+                f" the {joint_frames} being denoised; use at least"
+                f" {self.sink_frames + joint_frames}"
             )
 
     def to_json(self) -> str:
@@ -334,16 +357,21 @@ class StreamConfig:
         """The configuration that ``to_json`` wrote; absent keys have their defaults.
 
         Raises:
-            ValueError: on text that is no JSON object, an unknown key, or what the constructor refuses.
+            ValueError: on text that is no JSON object, an unknown key, or what the constructor
+                refuses.
         """
         values = parse_json(text)  # a JSONDecodeError is a ValueError with line and column
         if not isinstance(values, dict):
-            raise ValueError(f"a stream configuration is a JSON object, not a {type(values).__name__}")
+            raise ValueError(
+                f"a stream configuration is a JSON object, not a {type(values).__name__}"
+            )
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
                 (nearest,) = difflib.get_close_matches(key, known, n=1, cutoff=0)
-                raise ValueError(f"unknown key {key!r} in the stream configuration; the nearest is {nearest!r}")
+                raise ValueError(
+                    f"unknown key {key!r} in the stream configuration; the nearest is {nearest!r}"
+                )
         return cls(**values)
 
 
@@ -362,7 +390,9 @@ def build_schedule(config: StreamConfig, num_chunks: int | None = None) -> Itera
         if num_chunks is None:
             raise ValueError("order='full_sequence' denoises all chunks together; give it a length")
         return full_sequence(times, num_chunks)
-    first_times = None if config.first_steps is None else step_times(config.first_steps, config.shift)
+    first_times = (
+        None if config.first_steps is None else step_times(config.first_steps, config.shift)
+    )
     return autoregressive(times, num_chunks, first_times)
 
 
@@ -375,16 +405,26 @@ def _check_integer(name: str, value: Any, least: int, most: int) -> None:
     if value is None and name in _OPTIONAL:
         return
     ok = type(value) is int and value >= least  # a bool is no integer here
-    _expect(ok, name, value, f"an integer of at least {least}" + (" or null" if name in _OPTIONAL else ""))
+    _expect(
+        ok,
+        name,
+        value,
+        f"an integer of at least {least}" + (" or null" if name in _OPTIONAL else ""),
+    )
     _expect(value <= most, name, value, f"at most {most:,}")
 
 
 def _checked_table(rows: Any) -> tuple[tuple[float, ...], ...]:
-    is_table = isinstance(rows, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in rows)
+    is_table = isinstance(rows, (list, tuple)) and all(
+        isinstance(row, (list, tuple)) for row in rows
+    )
     numbers = is_table and all(type(t) in (int, float) for row in rows for t in row)
     _expect(numbers, "step_table", rows, "a list of lists of times")
     if len(rows) > _MOST_ROWS or any(len(row) > _MOST["num_steps"] for row in rows):
-        raise ValueError(f"step_table has {len(rows):,} rows, expected at most {_MOST_ROWS:,} of {_MOST['num_steps']:,} times")
+        raise ValueError(
+            f"step_table has {len(rows):,} rows, expected at most {_MOST_ROWS:,} of"
+            f" {_MOST['num_steps']:,} times"
+        )
     for row in rows:
         _check_times(row)
     return tuple(tuple(float(t) for t in row) for row in rows)

@@ -1,4 +1,5 @@
-"""The networks of the laboratory: one small perceptron in four roles, and heads on a frozen one's features."""
+"""The networks of the laboratory: one small perceptron in four roles, and heads on a frozen one's
+features."""
 
 from __future__ import annotations
 
@@ -12,11 +13,13 @@ from streamvid.objectives.base import Preset
 from streamvid.settings.targets import Target
 
 WIDTH = 128
-NUM_WAVES = 3  # octaves of the time features: high ones make du/dt rough, and the exact tangents unusable
+# octaves of the time features: high ones make du/dt rough, and the exact tangents unusable
+NUM_WAVES = 3
 
 
 class PointNet(nn.Module):
-    """``u(x [B, 2, 1, 1], t [B], s [B], cond [B] or None)``: a mean velocity, of the same shape as ``x``."""
+    """``u(x [B, 2, 1, 1], t [B], s [B], cond [B] or None)``: a mean velocity, of the same shape as
+    ``x``."""
 
     def __init__(self, num_prompts: int):
         super().__init__()
@@ -64,7 +67,9 @@ class Laboratory:
         if preset.disc is not None:
             dims = [WIDTH] * len(start.hidden)
             self.trained["disc"] = FeatureHeads(dims, preset.heads, preset.num_logits, hidden=64)
-        self.average_net, self.lagged_net = (copy.deepcopy(start).requires_grad_(False) for _ in range(2))
+        self.average_net, self.lagged_net = (
+            copy.deepcopy(start).requires_grad_(False) for _ in range(2)
+        )
 
     def parameters(self, phase: str) -> list[nn.Parameter]:
         """What a phase trains."""
@@ -93,7 +98,8 @@ class Laboratory:
         return self.target.velocity(x, t, cond)
 
     def critic(self, x: Tensor, t: Tensor, cond: Tensor | None, made_at: Tensor) -> Tensor:
-        return self.trained["critic"](x, t, t * made_at, cond)  # the start knows s = t, which is that of one step
+        # the start knows s = t, which is that of one step
+        return self.trained["critic"](x, t, t * made_at, cond)
 
     def second_critic(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
         return self.second(x, t, t, cond)
@@ -105,9 +111,16 @@ class Laboratory:
         return self.trained["disc"](self.frozen.features(x, t, t, cond), t)
 
     def refresh_heads(self, share: float, rng: torch.Generator) -> None:
-        """Make some heads anew, as ``core.adversary.HeadPool`` does; here the heads of the layers are the pool."""
+        """Make some heads anew, as ``core.adversary.HeadPool`` does; here the heads of the layers
+        are the pool."""
         heads = self.trained["disc"].heads
-        pool = HeadPool(lambda g: type(heads[0])(WIDTH, self.preset.num_logits, 64, self.preset.heads == "film"), len(heads), 1)
+        pool = HeadPool(
+            lambda g: type(heads[0])(
+                WIDTH, self.preset.num_logits, 64, self.preset.heads == "film"
+            ),
+            len(heads),
+            1,
+        )
         pool.groups = nn.ModuleList(nn.ModuleList([head]) for head in heads)
         if float(torch.rand((), generator=rng)) < share * len(heads):
             pool.refresh(1 / len(heads), rng)

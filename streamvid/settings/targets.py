@@ -1,4 +1,5 @@
-"""Teachers that are mixtures of Gaussians in the plane: their velocity is exact, and so is what a student should become.
+"""Teachers that are mixtures of Gaussians in the plane: their velocity is exact, and so is what a
+student should become.
 
 Points are ``[B, 2, 1, 1]``, images of one pixel, so that the loss core runs on them as it is.
 """
@@ -19,15 +20,16 @@ from streamvid.core.process import euler_step
 class Target:
     """A mixture for each prompt, all components of one width.
 
-    ``prompts[p]`` holds the weights ``[K]`` of the components under prompt p; without a prompt they are averaged.
-    """
+    ``prompts[p]`` holds the weights ``[K]`` of the components under prompt p; without a prompt they
+    are averaged."""
 
     name: str
     means: Tensor  # [K, 2]
     width: float
     prompts: Tensor  # [P, K], rows that add up to 1
     scale: float = 1.0  # of the guidance that students are distilled with
-    known: int | None = None  # components that the start was pretrained on, the first so many; None is all
+    # components that the start was pretrained on, the first so many; None is all
+    known: int | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -38,7 +40,12 @@ class Target:
         """The law that the start knows."""
         if self.known is None:
             return self
-        return Target(self.name, self.means[: self.known], self.width, torch.full((1, self.known), 1 / self.known))
+        return Target(
+            self.name,
+            self.means[: self.known],
+            self.width,
+            torch.full((1, self.known), 1 / self.known),
+        )
 
     def weights(self, cond: Tensor | None, count: int) -> Tensor:
         """``[B, K]`` for prompts ``[B]``, or without."""
@@ -50,9 +57,12 @@ class Target:
         t = t.reshape(-1, 1, 1)
         a, variance = 1 - t, (1 - t) ** 2 * self.width**2 + t**2
         residual = (x - a * means) / variance  # [B, K, 2]
-        log_share = self.weights(cond, len(x)).to(x_t).log() - (residual.square() * variance).sum(2) / 2
+        log_share = (
+            self.weights(cond, len(x)).to(x_t).log() - (residual.square() * variance).sum(2) / 2
+        )
         share = log_share.softmax(1)[..., None]
-        each = t * residual - means - a * self.width**2 * residual  # E[eps] - E[x0] of each component
+        # E[eps] - E[x0] of each component
+        each = t * residual - means - a * self.width**2 * residual
         return (share * each).sum(1).reshape(x_t.shape)
 
     def sample(self, cond: Tensor, generator: torch.Generator) -> Tensor:
@@ -98,14 +108,16 @@ def moons(num: int = 32, width: float = 0.12) -> Target:
 
 
 def prompts(width: float = 0.3, scale: float = 2.0) -> Target:
-    """Two prompts with two modes each, of which they have the inner ones nearly in common; guidance parts them."""
+    """Two prompts with two modes each, of which they have the inner ones nearly in common; guidance
+    parts them."""
     means = torch.tensor([[-1.8, 0.8], [-0.6, -0.8], [0.6, -0.8], [1.8, 0.8]])
     weights = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]])
     return Target("prompts", means, width, weights, scale)
 
 
 def narrow() -> Target:
-    """The ring, for a student that has seen three of its modes: what does an objective make of the other five?"""
+    """The ring, for a student that has seen three of its modes: what does an objective make of the
+    other five?"""
     base = ring()
     return Target("narrow", base.means, base.width, base.prompts, known=3)
 

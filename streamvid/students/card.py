@@ -1,4 +1,5 @@
-"""Model cards: what a student folder says of itself in its README.md, in the form that the Hugging Face hub reads."""
+"""Model cards: what a student folder says of itself in its README.md, in the form that the Hugging
+Face hub reads."""
 
 from __future__ import annotations
 
@@ -9,7 +10,10 @@ from streamvid.files import atomic_file
 from streamvid.printing import markdown_text
 from streamvid.rollout.schedule import StreamConfig
 
-FRONT = "---\nlibrary_name: diffusers\npipeline_tag: text-to-video\ntags:\n- streamvid\n- causal\n- distilled\n---\n"
+FRONT = (
+    "---\nlibrary_name: diffusers\npipeline_tag: text-to-video\ntags:\n- streamvid\n- causal\n-"
+    " distilled\n---\n"
+)
 SCORES = "\n## Scores\n"
 """The heading of the part that ``add_scores`` writes anew; it is the card's last."""
 
@@ -19,11 +23,17 @@ def model_card(name: str, facts: Mapping[str, str], stream: StreamConfig) -> str
 
     Args:
         name: the title.
-        facts: such as method, teacher, data, in order. All are texts, shown as they are and not as markup.
+        facts: such as method, teacher, data, in order. All are texts, shown as they are and not as
+            markup.
         stream: how the student is streamed.
     """
-    lines = "".join(f"- {markdown_text(key)}: {markdown_text(value)}\n" for key, value in facts.items())
-    return f"{FRONT}\n# {markdown_text(name)}\n\nA causal Wan student, made with streamvid.\n\n{lines}- streamed with: {streamed(stream)}\n"
+    lines = "".join(
+        f"- {markdown_text(key)}: {markdown_text(value)}\n" for key, value in facts.items()
+    )
+    return (
+        f"{FRONT}\n# {markdown_text(name)}\n\nA causal Wan student, made with"
+        f" streamvid.\n\n{lines}- streamed with: {streamed(stream)}\n"
+    )
 
 
 def streamed(stream: StreamConfig) -> str:
@@ -31,13 +41,21 @@ def streamed(stream: StreamConfig) -> str:
     frames = f"{stream.chunk_frames} latent frames"
     if stream.step_table:
         counts = "-".join(str(len(times)) for times in stream.step_table)
-        steps = f"{counts} steps in chunks of {frames}, times {[list(times) for times in stream.step_table]}"
+        steps = (
+            f"{counts} steps in chunks of {frames}, times"
+            f" {[list(times) for times in stream.step_table]}"
+        )
     else:
         first = f" (the first chunk {stream.first_steps})" if stream.first_steps else ""
         steps = f"{stream.num_steps} steps a chunk of {frames}{first}, shift {stream.shift:g}"
     context = f", context at {stream.context_t:g}" if stream.context_t else ""
-    commit = {"clean": "written clean", "reuse": "kept from the last step", "none": "none"}[stream.commit]
-    return f"{steps}, window {stream.window_frames}, sink {stream.sink_frames}, context {commit}{context}, order {stream.order}"
+    commit = {"clean": "written clean", "reuse": "kept from the last step", "none": "none"}[
+        stream.commit
+    ]
+    return (
+        f"{steps}, window {stream.window_frames}, sink {stream.sink_frames}, context"
+        f" {commit}{context}, order {stream.order}"
+    )
 
 
 def add_scores(folder: str | Path, scores: Mapping[str, float], about: Sequence[str] = ()) -> None:
@@ -53,7 +71,9 @@ def add_scores(folder: str | Path, scores: Mapping[str, float], about: Sequence[
     """
     path = Path(folder) / "README.md"
     if not path.is_file():
-        raise ValueError(f"{folder} has no README.md to write scores into; expected a student folder")
+        raise ValueError(
+            f"{folder} has no README.md to write scores into; expected a student folder"
+        )
     text = path.read_text(encoding="utf-8").partition(SCORES)[0].rstrip("\n")
     table = "| " + " | ".join(map(markdown_text, scores)) + " |\n|" + "---|" * len(scores) + "\n"
     table += "| " + " | ".join(f"{value:.3f}" for value in scores.values()) + " |\n"

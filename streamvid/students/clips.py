@@ -29,10 +29,12 @@ class Exported:
 
 
 def name_outs(out: str, num: int, listed: bool = False) -> list[str]:
-    """A path for each of ``num`` clips: ``out`` itself for one, a pattern with ``{}``, or .mp4 files in a folder.
+    """A path for each of ``num`` clips: ``out`` itself for one, a pattern with ``{}``, or .mp4
+    files in a folder.
 
     Args:
-        listed: the clips are of a list, which may have one entry: a folder holds .mp4 files then too, not PNGs.
+        listed: the clips are of a list, which may have one entry: a folder holds .mp4 files then
+            too, not PNGs.
 
     Raises:
         ValueError: if ``out`` is one file for several clips.
@@ -42,13 +44,25 @@ def name_outs(out: str, num: int, listed: bool = False) -> list[str]:
     if num == 1 and (suffix_of(out) or not listed):
         return [out]
     if suffix_of(out):
-        raise ValueError(f"{out} is one file for {num} prompts; name a folder, or a pattern such as clips/{{}}.gif")
+        raise ValueError(
+            f"{out} is one file for {num} prompts; name a folder, or a pattern such as"
+            " clips/{}.gif"
+        )
     return [str(Path(out) / f"{index:03d}.mp4") for index in range(num)]
 
 
 def export_clip(
-    model: Any, codec: VideoCodec, embedding: Tensor, config: StreamConfig, path: str, *, seed: int,
-    size: tuple[int, int], num_frames: int | None, fps: float, live: bool = False,
+    model: Any,
+    codec: VideoCodec,
+    embedding: Tensor,
+    config: StreamConfig,
+    path: str,
+    *,
+    seed: int,
+    size: tuple[int, int],
+    num_frames: int | None,
+    fps: float,
+    live: bool = False,
 ) -> Exported:
     """Stream one clip into its file, frames as they come.
 
@@ -57,16 +71,28 @@ def export_clip(
         path: see ``video.VideoWriter``.
         size: height and width in pixels.
         num_frames: None streams until Ctrl-C.
-        live: PNGs are there as soon as each is complete, and Ctrl-C ends the clip instead of dropping it.
+        live: PNGs are there as soon as each is complete, and Ctrl-C ends the clip instead of
+            dropping it.
 
     Raises:
-        ValueError: before anything is written, for a size, a length or a path that can't be, or damaged weights.
+        ValueError: before anything is written, for a size, a length or a path that can't be, or
+            damaged weights.
     """
     started, first_frame_s, num_chunks = time.perf_counter(), 0.0, 0
     height, width = size
-    chunks = stream(model, codec, embedding, config, seeds=[seed], height=height, width=width, num_frames=num_frames)
+    chunks = stream(
+        model,
+        codec,
+        embedding,
+        config,
+        seeds=[seed],
+        height=height,
+        width=width,
+        num_frames=num_frames,
+    )
     writer = VideoWriter(path, fps, live)
-    chunks = itertools.chain([next(chunks)], chunks)  # one that can't be made leaves what is at the path as it is
+    # one that can't be made leaves what is at the path as it is
+    chunks = itertools.chain([next(chunks)], chunks)
     with writer, tqdm(total=num_frames, unit="frame", desc=printable(path)) as bar:
         try:
             for num_chunks, chunk in enumerate(chunks, 1):

@@ -17,9 +17,9 @@ from streamvid.core.times import euler_times
 from streamvid.files import atomic_file
 from streamvid.objectives import all_presets
 from streamvid.objectives.base import Context, Preset
-from streamvid.studies.plane_metrics import NUM_POINTS, median_distance, modes_covered
 from streamvid.settings.plane import Laboratory, PointNet
 from streamvid.settings.targets import COVERAGE, TARGETS, Target
+from streamvid.studies.plane_metrics import NUM_POINTS, median_distance, modes_covered
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,13 @@ QUICK = Effort(student_updates=3, batch_size=32, start_steps=3, num_sets=1)
 LENGTHS = {
     **dict.fromkeys(("lcm", "slam", "boot", "tcd"), 4),
     **dict.fromkeys(("snoopi", "few_step_sid"), 3),
-    **dict.fromkeys(("dmd2", "uni_dad", "flash_dmd", "sid", "tdm", "twinflow", "ladd", "scott", "add", "dmdx"), 2),
-}  # fmt: skip
-"""Presets that take more updates than ``Effort`` says: of cheap ones many, of several steps each gets a part of all."""
+    **dict.fromkeys(
+        ("dmd2", "uni_dad", "flash_dmd", "sid", "tdm", "twinflow", "ladd", "scott", "add", "dmdx"),
+        2,
+    ),
+}
+"""Presets that take more updates than ``Effort`` says: of cheap ones many, of several steps each
+gets a part of all."""
 
 
 def pretrain(target: Target, effort: Effort, seed: int = 0) -> PointNet:
@@ -55,7 +59,9 @@ def pretrain(target: Target, effort: Effort, seed: int = 0) -> PointNet:
         cond = torch.randint(target.num_prompts, (effort.batch_size,), generator=generator)
         x0, t = target.sample(cond, generator), torch.rand(len(cond), generator=generator)
         eps = torch.randn(x0.shape, generator=generator)
-        shown = torch.where(torch.rand(len(cond), generator=generator) < 0.15, target.num_prompts, cond)
+        shown = torch.where(
+            torch.rand(len(cond), generator=generator) < 0.15, target.num_prompts, cond
+        )
         loss = flow_matching_loss(net(add_noise(x0, eps, t), t, t, shown), x0, eps)
         optimizer.zero_grad()
         loss.backward()
@@ -75,25 +81,40 @@ def load_start(target: Target, effort: Effort, folder: Path) -> PointNet:
 
 
 def distil(
-    preset: Preset, target: Target, start: PointNet, effort: Effort, seed: int = 0, updates: int | None = None
+    preset: Preset,
+    target: Target,
+    start: PointNet,
+    effort: Effort,
+    seed: int = 0,
+    updates: int | None = None,
 ) -> Laboratory:
-    """Train for so many updates of the student, by default the effort's; it is then the average of its last weights."""
+    """Train for so many updates of the student, by default the effort's; it is then the average of
+    its last weights."""
     updates = effort.student_updates if updates is None else updates
     torch.manual_seed(seed)
     lab, rng = Laboratory(target, start, preset), torch.Generator().manual_seed(seed + 1)
     bank = _bank(target, effort, seed + 2)
-    phases = [name for name, loss in (("critic", preset.critic), ("disc", preset.disc)) if loss is not None]
+    phases = [
+        name
+        for name, loss in (("critic", preset.critic), ("disc", preset.disc))
+        if loss is not None
+    ]
     rates = {"student": effort.rate / 2 * preset.rate, "critic": effort.rate, "disc": effort.rate}
     betas = (0.5, 0.99) if phases else (0.9, 0.99)
     optimizers = {
-        name: torch.optim.Adam(lab.parameters(name), rates[name], betas=betas) for name in [*phases, "student"]
+        name: torch.optim.Adam(lab.parameters(name), rates[name], betas=betas)
+        for name in [*phases, "student"]
     }
     final = [p.detach().clone() for p in lab.student_parameters()]
     for step in range(updates):
         progress = step / updates
-        for phase in [p for p in phases for _ in range(preset.critic_updates if p == "critic" else 1)] + ["student"]:
+        for phase in [
+            p for p in phases for _ in range(preset.critic_updates if p == "critic" else 1)
+        ] + ["student"]:
             ctx = _context(lab, preset, target, effort, rng, bank, progress)
-            optimizers[phase].param_groups[0]["lr"] = rates[phase] * min(1.0, 2 * (1 - progress), 0.05 + progress / 0.05)
+            optimizers[phase].param_groups[0]["lr"] = rates[phase] * min(
+                1.0, 2 * (1 - progress), 0.05 + progress / 0.05
+            )
             _update(getattr(preset, phase), ctx, lab, phase, optimizers[phase])
         if preset.average is not None:
             couple(lab.average_net.parameters(), lab.student_parameters(), preset.average)
@@ -105,7 +126,9 @@ def distil(
     return lab
 
 
-def _update(loss: Any, ctx: Context, lab: Laboratory, phase: str, optimizer: torch.optim.Optimizer) -> None:
+def _update(
+    loss: Any, ctx: Context, lab: Laboratory, phase: str, optimizer: torch.optim.Optimizer
+) -> None:
     for name in lab.trained:
         for parameter in lab.parameters(name):
             parameter.requires_grad_(name == phase)
@@ -118,7 +141,9 @@ def _update(loss: Any, ctx: Context, lab: Laboratory, phase: str, optimizer: tor
     optimizer.step()
 
 
-def _bank(target: Target, effort: Effort, seed: int, size: int = 16384) -> list[tuple[Tensor, Tensor]]:
+def _bank(
+    target: Target, effort: Effort, seed: int, size: int = 16384
+) -> list[tuple[Tensor, Tensor]]:
     """Stored pairs (noise, the guided teacher's sample) of each prompt."""
     generator = torch.Generator().manual_seed(seed)
     size = max(min(size, effort.batch_size * 32), 64)
@@ -127,7 +152,13 @@ def _bank(target: Target, effort: Effort, seed: int, size: int = 16384) -> list[
 
 
 def _context(
-    lab: Laboratory, preset: Preset, target: Target, effort: Effort, rng: torch.Generator, bank: list, progress: float
+    lab: Laboratory,
+    preset: Preset,
+    target: Target,
+    effort: Effort,
+    rng: torch.Generator,
+    bank: list,
+    progress: float,
 ) -> Context:
     def pairs(cond: Tensor) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(bank[0][0]), (len(cond),), generator=rng)
@@ -135,9 +166,16 @@ def _context(
         return noise[cond, rows], sample[cond, rows]
 
     return Context(
-        networks=lab, cond=torch.randint(target.num_prompts, (effort.batch_size,), generator=rng), shape=(2, 1, 1), rng=rng,
-        preset=preset, data=lambda cond: target.sample(cond, rng), pairs=pairs, reward=target.log_density, progress=progress,
-    )  # fmt: skip
+        networks=lab,
+        cond=torch.randint(target.num_prompts, (effort.batch_size,), generator=rng),
+        shape=(2, 1, 1),
+        rng=rng,
+        preset=preset,
+        data=lambda cond: target.sample(cond, rng),
+        pairs=pairs,
+        reward=target.log_density,
+        progress=progress,
+    )
 
 
 # ---- sampling and measuring ---------------------------------------------------------------------------
@@ -148,15 +186,19 @@ def sample(net: Any, cond: Tensor, steps: int, sampler: str, generator: torch.Ge
     """Points ``[B, 2, 1, 1]`` of a student ``u(x, t, s, cond)``.
 
     Args:
-        sampler: "renoise", fresh noise on each data prediction; "jump", from each time to the next; "euler", with the
-            velocity u(x, t, t): how a start and a policy are sampled.
+        sampler: "renoise", fresh noise on each data prediction; "jump", from each time to the next;
+            "euler", with the velocity u(x, t, t): how a start and a policy are sampled.
     """
     x, times = torch.randn(len(cond), 2, 1, 1, generator=generator), euler_times(steps, 1.0)
     for now, after in zip(times, times[1:]):
         t, s = torch.full((len(cond),), now), torch.full((len(cond),), after)
         if sampler == "renoise":
             x = euler_step(x, net(x, t, torch.zeros_like(t), cond), t, 0.0)
-            x = x if after == 0 else renoise_step(x, torch.randn(x.shape, generator=generator), after)
+            x = (
+                x
+                if after == 0
+                else renoise_step(x, torch.randn(x.shape, generator=generator), after)
+            )
         else:
             x = euler_step(x, net(x, t, s if sampler == "jump" else t, cond), t, s)
     return x
@@ -179,32 +221,54 @@ def measure(points: Tensor, target: Target, effort: Effort) -> dict[str, float]:
     return {"distance": distance, "floor": floor, "ratio": distance / floor, "modes": covered}
 
 
-def run(name: str, preset: Preset, target: Target, start: PointNet, effort: Effort, seed: int = 0) -> dict[str, Any]:
+def run(
+    name: str, preset: Preset, target: Target, start: PointNet, effort: Effort, seed: int = 0
+) -> dict[str, Any]:
     """Distil, sample and measure; some points go with the result, for the picture."""
     began = time.process_time()  # of one core, whatever else the machine does
     updates = effort.student_updates * LENGTHS.get(name, 1)
     lab = distil(preset, target, start, effort, seed, updates)
     seconds = time.process_time() - began
     cond, _ = reference(target, effort)
-    points = sample(lab.student, cond, preset.steps, preset.sampler, torch.Generator().manual_seed(seed + 7))
+    points = sample(
+        lab.student, cond, preset.steps, preset.sampler, torch.Generator().manual_seed(seed + 7)
+    )
     return {
-        "preset": name, "target": target.name, "seed": seed, "steps": preset.steps, "seconds": seconds,
-        "updates": updates, "networks": 1 + sum(loss is not None for loss in (preset.critic, preset.disc)), **measure(points, target, effort),
+        "preset": name,
+        "target": target.name,
+        "seed": seed,
+        "steps": preset.steps,
+        "seconds": seconds,
+        "updates": updates,
+        "networks": 1 + sum(loss is not None for loss in (preset.critic, preset.disc)),
+        **measure(points, target, effort),
         "points": points[:600].flatten(1).tolist(),
-    }  # fmt: skip
+    }
 
 
 def baselines(target: Target, effort: Effort, folder: Path) -> list[dict[str, Any]]:
     """The start, and the teacher, sampled with few Euler steps: what distillation has to beat."""
     start, (cond, _) = load_start(target, effort, folder), reference(target, effort)
-    networks = {"start": lambda x, t, s, c: start(x, t, t, c), "teacher": lambda x, t, s, c: target.guided(x, t, c)}
+    networks = {
+        "start": lambda x, t, s, c: start(x, t, t, c),
+        "teacher": lambda x, t, s, c: target.guided(x, t, c),
+    }
     rows = []
     for label, steps in (("start", 1), ("start", 4), ("teacher", 4), ("teacher", 50)):
         points = sample(networks[label], cond, steps, "euler", torch.Generator().manual_seed(7))
-        rows.append({
-            "preset": f"{label}, {steps} steps", "target": target.name, "seed": 0, "steps": steps, "seconds": 0.0, "updates": 0, "networks": 1,
-            **measure(points, target, effort), "points": points[:600].flatten(1).tolist(),
-        })  # fmt: skip
+        rows.append(
+            {
+                "preset": f"{label}, {steps} steps",
+                "target": target.name,
+                "seed": 0,
+                "steps": steps,
+                "seconds": 0.0,
+                "updates": 0,
+                "networks": 1,
+                **measure(points, target, effort),
+                "points": points[:600].flatten(1).tolist(),
+            }
+        )
     return rows
 
 
@@ -232,16 +296,29 @@ def read_result(file: Path) -> dict[str, Any]:
 
 
 def run_job(job: Job) -> str:
-    """One run on one thread, unless it is done; a line about it. A run that diverges leaves no file."""
+    """One run on one thread, unless it is done; a line about it. A run that diverges leaves no
+    file."""
     name, target_name, seed, folder, effort = job
     torch.set_num_threads(1)
-    file, target = result_file(folder, name, target_name, seed), {**TARGETS, **COVERAGE}[target_name]()
+    file, target = (
+        result_file(folder, name, target_name, seed),
+        {**TARGETS, **COVERAGE}[target_name](),
+    )
     if file.exists():
         return f"{name} on {target_name}: done before"
     try:
-        result = run(name, all_presets()[name](target.scale), target, load_start(target, effort, folder), effort, seed)
+        result = run(
+            name,
+            all_presets()[name](target.scale),
+            target,
+            load_start(target, effort, folder),
+            effort,
+            seed,
+        )
     except ValueError as error:
         return f"{name} on {target_name}: {error}"
     with atomic_file(file) as temporary:
         temporary.write_text(json.dumps(result))
-    return f"{name} on {target_name}: {result['ratio']:.2f} times the floor, {result['seconds']:.0f} s"
+    return (
+        f"{name} on {target_name}: {result['ratio']:.2f} times the floor, {result['seconds']:.0f} s"
+    )

@@ -48,13 +48,15 @@ def _ensure_recipe(job: Job, result: dict[str, Any]) -> None:
     for name, value in job.recipe.items():
         if made.get(name) != value:
             raise ValueError(
-                f"{job.result_file}: {job.name} was run with {name}={made.get(name)!r}, the study now says {value!r}; "
-                f"give the variant a new name, or do it again with --redo {job.name}"
+                f"{job.result_file}: {job.name} was run with {name}={made.get(name)!r}, the study"
+                f" now says {value!r}; give the variant a new name, or do it again with --redo"
+                f" {job.name}"
             )
 
 
 def restore_results(report: Path, jobs: Sequence[Job], redo: Set[str] = frozenset()) -> set[str]:
-    """Results that an earlier report holds, as files for the jobs that have none; so a study goes on on another machine.
+    """Results that an earlier report holds, as files for the jobs that have none; so a study goes
+    on on another machine.
 
     Args:
         redo: variants that are not restored.
@@ -63,7 +65,8 @@ def restore_results(report: Path, jobs: Sequence[Job], redo: Set[str] = frozense
         The variants of which the report keeps means over seeds alone; they count as done.
 
     Raises:
-        ValueError: as ``read_results``, so that a result of other settings is found before the first run, not after it.
+        ValueError: as ``read_results``, so that a result of other settings is found before the
+            first run, not after it.
     """
     former = read_json(report) if report.exists() else {}
     held = {(result["variant"], result["seed"]): result for result in former.get("results", [])}
@@ -75,23 +78,47 @@ def restore_results(report: Path, jobs: Sequence[Job], redo: Set[str] = frozense
 
 
 def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a variant and way of streaming: mean and greatest distance between seeds of each score."""
+    """One row a variant and way of streaming: mean and greatest distance between seeds of each
+    score."""
     keys = list(dict.fromkeys((r["variant"], row["label"]) for r in results for row in r["rows"]))
-    teacher = next((row["scores"]["overall"] for r in results if r["variant"] == TEACHER for row in r["rows"]), None)
+    teacher = next(
+        (row["scores"]["overall"] for r in results if r["variant"] == TEACHER for row in r["rows"]),
+        None,
+    )
     rows = []
     for variant, label in keys:
-        own = [(r, row) for r in results if r["variant"] == variant for row in r["rows"] if row["label"] == label]
+        own = [
+            (r, row)
+            for r in results
+            if r["variant"] == variant
+            for row in r["rows"]
+            if row["label"] == label
+        ]
         scores = [row["scores"] for _, row in own]
         means = mean_of(scores)
         first = own[0][1]
-        rows.append({
-            "variant": variant, "label": label, "seeds": [r["seed"] for r, _ in own],
-            "scores": means, "spread": {name: max(e[name] for e in scores) - min(e[name] for e in scores) for name in means},
-            "of_teacher": statistics.mean(each["overall"] for each in scores) / teacher if teacher else None,
-            "steps": [r["steps"] for r, _ in own], "train_s": statistics.mean(r["train_s"] for r, _ in own),
-            **{name: first[name] for name in ("nfe", "commits", "work") if name in first},
-            "long": [row["long"] for _, row in own if "long" in row], "judge": [row["judge"] for _, row in own if "judge" in row],
-        })  # fmt: skip
+        rows.append(
+            {
+                "variant": variant,
+                "label": label,
+                "seeds": [r["seed"] for r, _ in own],
+                "scores": means,
+                "spread": {
+                    name: max(e[name] for e in scores) - min(e[name] for e in scores)
+                    for name in means
+                },
+                "of_teacher": (
+                    statistics.mean(each["overall"] for each in scores) / teacher
+                    if teacher
+                    else None
+                ),
+                "steps": [r["steps"] for r, _ in own],
+                "train_s": statistics.mean(r["train_s"] for r, _ in own),
+                **{name: first[name] for name in ("nfe", "commits", "work") if name in first},
+                "long": [row["long"] for _, row in own if "long" in row],
+                "judge": [row["judge"] for _, row in own if "judge" in row],
+            }
+        )
     return rows
 
 
@@ -107,10 +134,22 @@ def score_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         cells = [_cell(row, name) for name in SHOWN]
         ratio = "-" if row["of_teacher"] is None else f"{100 * row['of_teacher']:.1f}%"
-        forwards = "-" if "nfe" not in row else f"{row['nfe']}" + (f" + {row['commits']}" if row["commits"] else "")
-        lines.append([
-            row["variant"], row["label"], str(len(row["seeds"])), *cells, ratio, forwards, str(row.get("work", "-"))
-        ])  # fmt: skip
+        forwards = (
+            "-"
+            if "nfe" not in row
+            else f"{row['nfe']}" + (f" + {row['commits']}" if row["commits"] else "")
+        )
+        lines.append(
+            [
+                row["variant"],
+                row["label"],
+                str(len(row["seeds"])),
+                *cells,
+                ratio,
+                forwards,
+                str(row.get("work", "-")),
+            ]
+        )
     return markdown(lines)
 
 
@@ -133,36 +172,72 @@ def _change(runs: Sequence[dict[str, list[float]]], name: str) -> str:
 
 
 def long_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: first and last window of long streams, and how brightness and contrast changed between them."""
-    lines = [["trained as", "streamed as", "overall, first window", "last", "brightness, last / first", "contrast, last / first"]]
+    """Markdown: first and last window of long streams, and how brightness and contrast changed
+    between them."""
+    lines = [
+        [
+            "trained as",
+            "streamed as",
+            "overall, first window",
+            "last",
+            "brightness, last / first",
+            "contrast, last / first",
+        ]
+    ]
     for row in rows:
         runs = row["long"]
         if runs:
-            overall = [f"{value:.3f}" for value in _ends(runs, "overall")] if "overall" in runs[0] else ["-", "-"]
-            lines.append([row["variant"], row["label"], *overall, _change(runs, "brightness"), _change(runs, "contrast")])
+            overall = (
+                [f"{value:.3f}" for value in _ends(runs, "overall")]
+                if "overall" in runs[0]
+                else ["-", "-"]
+            )
+            lines.append(
+                [
+                    row["variant"],
+                    row["label"],
+                    *overall,
+                    _change(runs, "brightness"),
+                    _change(runs, "contrast"),
+                ]
+            )
     return markdown(lines) if len(lines) > 1 else ""
 
 
 def crossed_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: long streams of variants that are streamed in each other's ways: first and last window, change of contrast."""
-    long = {(row["variant"], row["label"]): row["long"] for row in rows if row["long"] and "overall" in row["long"][0]}
+    """Markdown: long streams of variants that are streamed in each other's ways: first and last
+    window, change of contrast."""
+    long = {
+        (row["variant"], row["label"]): row["long"]
+        for row in rows
+        if row["long"] and "overall" in row["long"][0]
+    }
     labels = [label for label, num in Counter(label for _, label in long).items() if num > 1]
     lines = [["long streams: trained as", *labels]]
     for variant in dict.fromkeys(variant for variant, label in long if label in labels):
         cells = []
         for label in labels:
             runs = long.get((variant, label), [])
-            cells.append("{:.3f} to {:.3f}, ".format(*_ends(runs, "overall")) + f"contrast x {_change(runs, 'contrast')}" if runs else "-")
+            cells.append(
+                "{:.3f} to {:.3f}, ".format(*_ends(runs, "overall"))
+                + f"contrast x {_change(runs, 'contrast')}"
+                if runs
+                else "-"
+            )
         lines.append([variant, *cells])
     return markdown(lines) if len(labels) > 1 else ""
 
 
 def judge_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: how often a judge that no training has seen takes a student's clip for the true one of its prompt."""
+    """Markdown: how often a judge that no training has seen takes a student's clip for the true one
+    of its prompt."""
     lines = [["trained as", "streamed as", "seeds", "win rate against true clips", "logit gap"]]
     for row in rows:
         if row["judge"]:
-            means = [f"{statistics.mean(each[name] for each in row['judge']):.3f}" for name in ("win_rate", "gap")]
+            means = [
+                f"{statistics.mean(each[name] for each in row['judge']):.3f}"
+                for name in ("win_rate", "gap")
+            ]
             lines.append([row["variant"], row["label"], str(len(row["judge"])), *means])
     return markdown(lines) if len(lines) > 1 else ""
 
@@ -170,7 +245,9 @@ def judge_table(rows: Sequence[dict[str, Any]]) -> str:
 def metric_table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: what the trainings logged of their discriminators, over their last quarter."""
     names = ("gap", "win_rate", "/r", "flow", "clipped")
-    wanted = lambda key: any(part in key for part in names) and "fake_real_gap" not in key and "real_gap" not in key  # noqa: E731
+    wanted = lambda key: (
+        any(part in key for part in names) and "fake_real_gap" not in key and "real_gap" not in key
+    )
     lines = [["training", "seed", "numbers of the last quarter"]]
     for result in results:
         shown = [f"{key} {value:.3g}" for key, value in result["metrics"].items() if wanted(key)]
@@ -180,32 +257,49 @@ def metric_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
-    """Write ``path`` (.json), the tables (.md) and the picture (.png) beside it; returns the tables.
+    """Write ``path`` (.json), the tables (.md) and the picture (.png) beside it; returns the
+    tables.
 
-    The .json holds all results, from which ``restore_results`` goes on, and what an earlier report at ``path`` kept as means
-    over seeds (``kept``), unless these variants have results again.
-    """
+    The .json holds all results, from which ``restore_results`` goes on, and what an earlier report
+    at ``path`` kept as means over seeds (``kept``), unless these variants have results again."""
     results, about = read_results(jobs), environment()
     again = {result["variant"] for result in results}
     former = read_json(path) if path.exists() else {}
     kept = [row for row in former.get("kept", []) if row["variant"] not in again]
-    about["machine"] = "; ".join(dict.fromkeys(each.get("machine", about["machine"]) for each in [*results, *kept]))
+    about["machine"] = "; ".join(
+        dict.fromkeys(each.get("machine", about["machine"]) for each in [*results, *kept])
+    )
     rows = in_order([*summary(results), *kept], study)
     held = {row["variant"] for row in kept}
-    missing = [f"{job.name}-{job.seed}" for job in jobs if not job.result_file.exists() and job.name not in held]
+    missing = [
+        f"{job.name}-{job.seed}"
+        for job in jobs
+        if not job.result_file.exists() and job.name not in held
+    ]
     head = f"{study.about.strip()}\n\n" if study.about else ""
     head += (
-        f"Scores on {study.prompts} held-out prompts, the same seeds of the noise for all; ± is half the distance between the"
-        f" greatest and the least of the training seeds, or of the noise's where nothing was trained. Forwards are denoising passes + passes that write context.\n"
+        f"Scores on {study.prompts} held-out prompts, the same seeds of the noise for all; ± is"
+        " half the distance between the greatest and the least of the training seeds, or of the"
+        " noise's where nothing was trained. Forwards are denoising passes + passes that write"
+        " context.\n"
     )
     if missing:
         head += f"\nNot finished: {markdown_text(', '.join(missing))}.\n"
-    tables = [score_table(rows), long_table(rows), crossed_table(rows), judge_table(rows), metric_table(results)]
+    tables = [
+        score_table(rows),
+        long_table(rows),
+        crossed_table(rows),
+        judge_table(rows),
+        metric_table(results),
+    ]
     notes = "".join(f"\n- {key}: {markdown_text(value)}" for key, value in about.items())
     text = "\n\n".join([head.rstrip("\n"), *filter(None, tables)])
     with atomic_file(path.with_suffix(".md")) as temporary:
         temporary.write_text(f"{text}\n{notes}\n")
-    write_result(path, {"environment": about, "missing": missing, "rows": rows, "kept": kept, "results": results})
+    write_result(
+        path,
+        {"environment": about, "missing": missing, "rows": rows, "kept": kept, "results": results},
+    )
     draw(path.with_suffix(".png"), study, rows)
     return text
 
@@ -223,18 +317,31 @@ def draw(path: Path, study: StudyConfig, rows: Sequence[dict[str, Any]]) -> None
         lines = study.variants[row["variant"]].curves if row["variant"] in study.variants else {}
         for name, labels in lines.items():
             if not labels or row["label"] in labels:
-                point = (row["nfe"] + row["commits"], row["scores"]["overall"], row["spread"]["overall"] / 2)
+                point = (
+                    row["nfe"] + row["commits"],
+                    row["scores"]["overall"],
+                    row["spread"]["overall"] / 2,
+                )
                 curves.setdefault(name, []).append(point)
     for name, points in curves.items():
         x, y, spread = zip(*sorted(points))
-        axes.errorbar(x, y, yerr=spread, marker="o", markersize=4, capsize=2, linewidth=1.2, label=name)
+        axes.errorbar(
+            x, y, yerr=spread, marker="o", markersize=4, capsize=2, linewidth=1.2, label=name
+        )
     for row in rows:
         if row["variant"] == TEACHER:
             style = ":" if row["label"] == TRUTH else "--"
-            axes.axhline(row["scores"]["overall"], color="grey", linestyle=style, linewidth=1, label=row["label"])
+            axes.axhline(
+                row["scores"]["overall"],
+                color="grey",
+                linestyle=style,
+                linewidth=1,
+                label=row["label"],
+            )
     axes.set_xlabel("student forwards a clip, commits included")
     axes.set_ylabel("world score, overall")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))  # beside the picture, not over its points
+    # beside the picture, not over its points
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes.grid(alpha=0.3)
     figure.tight_layout()
     with atomic_file(path) as temporary:

@@ -1,10 +1,10 @@
 """Studies: many short trainings and their evaluation, unattended, each finished one kept at once.
 
-A study file names *variants*: a run file with overrides, how many seeds, and the ways in which its student is then streamed.
-All start from the same networks and are scored on the same held-out prompts with the same noise. A variant without a run
-file is a student that is there already. Results are JSON files in a folder; what has one is not run again, and a training
-that was interrupted goes on from its last checkpoint, so a study may take several days.
-"""
+A study file names *variants*: a run file with overrides, how many seeds, and the ways in which its
+student is then streamed. All start from the same networks and are scored on the same held-out
+prompts with the same noise. A variant without a run file is a student that is there already.
+Results are JSON files in a folder; what has one is not run again, and a training that was
+interrupted goes on from its last checkpoint, so a study may take several days."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from streamvid.evaluation import runs
 from streamvid.evaluation.judge import win_rate
 from streamvid.evaluation.report import machine
 from streamvid.evaluation.world_score import mean_scores
+from streamvid.experiment.build import build_trainer, load_run
 from streamvid.files import atomic_file
 from streamvid.rollout.sampler import generate_latents
 from streamvid.rollout.schedule import StreamConfig, build_schedule, cost_of
 from streamvid.students.folder import TINY_TEACHER, Student, load_student
 from streamvid.teachers.wan import WanTeacher, load_wan_transformer
 from streamvid.training.metrics import read_metrics
-from streamvid.experiment.build import build_trainer, load_run
 from streamvid.training.trainer import TrainingError
 
 EVALUATION_MINUTES = 1.5  # of one way of streaming on 100 prompts, on one thread
@@ -52,20 +52,24 @@ class Variant:
     student: str | None = None
     """A student folder, where there is nothing to train."""
     after: str | None = None
-    """A variant whose student, of the same seed, this training starts from; null leaves it to the run file."""
+    """A variant whose student, of the same seed, this training starts from; null leaves it to the
+    run file."""
     overrides: tuple[str, ...] = ()
     """``key=value`` settings that replace the run file's."""
     seeds: int = 1
     """Training seeds, from 0; of a student that is there already, seeds of the noise."""
     deploy: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Ways to stream the student: a label, and fields of ``stream_config.json`` that differ, "none" for null. {} is as it
-    was trained."""
+    """Ways to stream the student: a label, and fields of ``stream_config.json`` that differ, "none"
+    for null. {} is as it was trained."""
     long: tuple[str, ...] = ()
-    """Labels of ``deploy`` that are also streamed for many times the clip length, scored by windows."""
+    """Labels of ``deploy`` that are also streamed for many times the clip length, scored by
+    windows."""
     noise_seeds: int = 1
-    """Seeds of the noise that each trained student's scores are means over; one scores 100 prompts to about 0.01."""
+    """Seeds of the noise that each trained student's scores are means over; one scores 100 prompts
+    to about 0.01."""
     judge: int = 0
-    """Pairs of true clips and its own, for a discriminator that no training has seen; 0 asks none."""
+    """Pairs of true clips and its own, for a discriminator that no training has seen; 0 asks
+    none."""
     curves: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Lines of the picture, and which labels of ``deploy`` are on each; [] is all of them."""
     minutes: float = 0.0
@@ -100,25 +104,39 @@ class StudyConfig:
             raise ValueError(f"max_seeds={self.max_seeds}, expected at least 1, or null")
         for name, variant in self.variants.items():
             if (variant.run is None) == (variant.student is None):
-                raise ValueError(f"variants.{name}: give either run, a run file, or student, a folder")
+                raise ValueError(
+                    f"variants.{name}: give either run, a run file, or student, a folder"
+                )
             if not variant.deploy:
                 variant.deploy = {name: {}}
             self._check_after(name, variant)
-            for key, labels in {"long": variant.long, **{f"curves.{line}": of for line, of in variant.curves.items()}}.items():
+            for key, labels in {
+                "long": variant.long,
+                **{f"curves.{line}": of for line, of in variant.curves.items()},
+            }.items():
                 for label in labels:
                     if label not in variant.deploy:
                         known = ", ".join(variant.deploy)
-                        raise ValueError(f"variants.{name}.{key} has {label!r}, expected labels of deploy: {known}")
+                        raise ValueError(
+                            f"variants.{name}.{key} has {label!r}, expected labels of deploy:"
+                            f" {known}"
+                        )
 
     def _check_after(self, name: str, variant: Variant) -> None:
         first = self.variants.get(variant.after) if variant.after is not None else None
         if variant.after is None or (
-            variant.run and first and first.run and first.after is None and first.seeds >= variant.seeds and first is not variant
+            variant.run
+            and first
+            and first.run
+            and first.after is None
+            and first.seeds >= variant.seeds
+            and first is not variant
         ):
             return
         raise ValueError(
-            f"variants.{name}.after={variant.after!r}, expected another variant that is trained, from its own run file's start "
-            f"and with at least {variant.seeds} seeds, and a run of this one"
+            f"variants.{name}.after={variant.after!r}, expected another variant that is trained,"
+            f" from its own run file's start and with at least {variant.seeds} seeds, and a run of"
+            " this one"
         )
 
 
@@ -143,14 +161,23 @@ class Job:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What of the study file its numbers rest on; kept with the result, and compared before that is used again."""
-        of_study = {name: getattr(self.study, name) for name in ("prompts", "num_frames", "guidance_scale", "max_steps")}
-        own = {"run": self.variant.run, "student": self.variant.student, "after": self.variant.after}
+        """What of the study file its numbers rest on; kept with the result, and compared before
+        that is used again."""
+        of_study = {
+            name: getattr(self.study, name)
+            for name in ("prompts", "num_frames", "guidance_scale", "max_steps")
+        }
+        own = {
+            "run": self.variant.run,
+            "student": self.variant.student,
+            "after": self.variant.after,
+        }
         return {**own, "overrides": list(self.variant.overrides), **of_study}
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
-    """Read and check a study file; every run file is read too, so that a wrong one is found before the first training.
+    """Read and check a study file; every run file is read too, so that a wrong one is found before
+    the first training.
 
     Raises:
         ValueError: one line that names the variant.
@@ -168,8 +195,13 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
 
 
 def jobs_of(study: StudyConfig, home: Path, folder: Path) -> list[Job]:
-    """All runs of a study: first seeds first, so that a study that is stopped early has something of everything."""
-    pairs = [(seed, name) for name, variant in study.variants.items() for seed in range(variant.seeds)[: study.max_seeds]]
+    """All runs of a study: first seeds first, so that a study that is stopped early has something
+    of everything."""
+    pairs = [
+        (seed, name)
+        for name, variant in study.variants.items()
+        for seed in range(variant.seeds)[: study.max_seeds]
+    ]
     order = {name: index for index, name in enumerate(study.variants)}
     pairs.sort(key=lambda pair: (pair[0], order[pair[1]]))
     return [Job(name, seed, study.variants[name], study, home, folder) for seed, name in pairs]
@@ -177,9 +209,12 @@ def jobs_of(study: StudyConfig, home: Path, folder: Path) -> list[Job]:
 
 def _run_config(job: Job) -> Any:
     overrides = [
-        *job.variant.overrides, f"train.name={job.run_dir.name}", f"train.output_dir={job.run_dir.parent}",
-        f"train.seed={job.seed}", f"train.max_minutes={job.study.minutes_per_run:g}",
-    ]  # fmt: skip
+        *job.variant.overrides,
+        f"train.name={job.run_dir.name}",
+        f"train.output_dir={job.run_dir.parent}",
+        f"train.seed={job.seed}",
+        f"train.max_minutes={job.study.minutes_per_run:g}",
+    ]
     if job.variant.after is not None:
         overrides.append(f"student.path={replace(job, name=job.variant.after).run_dir / 'student'}")
     if job.study.max_steps is not None:
@@ -191,10 +226,17 @@ def _run_config(job: Job) -> Any:
 
 
 def run_job(job: Job) -> str:
-    """Train and evaluate; a line about it. Where there is a result already, train only, if the student is not there."""
+    """Train and evaluate; a line about it. Where there is a result already, train only, if the
+    student is not there."""
     began = time.perf_counter()
     try:
-        result = {"variant": job.name, "seed": job.seed, "recipe": job.recipe, "machine": machine(), **_trained(job)}
+        result = {
+            "variant": job.name,
+            "seed": job.seed,
+            "recipe": job.recipe,
+            "machine": machine(),
+            **_trained(job),
+        }
         if job.result_file.exists():
             return f"{job.name}, seed {job.seed}: scored before"
         result["rows"] = evaluated(job, result.pop("path"))
@@ -208,22 +250,37 @@ def run_job(job: Job) -> str:
 def _trained(job: Job) -> dict[str, Any]:
     """The student's folder, and what its training has to tell."""
     if job.variant.run is None:
-        return {"path": str(job.home / job.variant.student), "steps": 0, "train_s": 0.0, "metrics": {}}
+        return {
+            "path": str(job.home / job.variant.student),
+            "steps": 0,
+            "train_s": 0.0,
+            "metrics": {},
+        }
     config = _run_config(job)
     if not (job.run_dir / "student").is_dir():
         build_trainer(config, progress=False).train()
     metrics = read_metrics(job.run_dir / "metrics.jsonl")
     return {
-        "path": str(job.run_dir / "student"), "steps": int(metrics[-1]["step"]), "train_s": metrics[-1]["seconds"],
+        "path": str(job.run_dir / "student"),
+        "steps": int(metrics[-1]["step"]),
+        "train_s": metrics[-1]["seconds"],
         "metrics": tail_means(metrics),
-    }  # fmt: skip
+    }
 
 
 def tail_means(metrics: Sequence[dict[str, float]], share: float = 0.25) -> dict[str, float]:
     """The mean of each number over the last part of a training, where the line has it."""
     tail = metrics[int(len(metrics) * (1 - share)) :]
-    values = {name: [line[name] for line in tail if line.get(name) is not None] for line in tail for name in line}
-    return {name: statistics.mean(each) for name, each in values.items() if each and name not in ("step", "seconds", "samples")}
+    values = {
+        name: [line[name] for line in tail if line.get(name) is not None]
+        for line in tail
+        for name in line
+    }
+    return {
+        name: statistics.mean(each)
+        for name, each in values.items()
+        if each and name not in ("step", "seconds", "samples")
+    }
 
 
 def evaluated(job: Job, path: str) -> list[dict[str, Any]]:
@@ -234,10 +291,19 @@ def evaluated(job: Job, path: str) -> list[dict[str, Any]]:
     noise_seeds = range(job.variant.noise_seeds) if job.variant.run is not None else [job.seed]
     rows = []
     for label, fields in job.variant.deploy.items():
-        stream = replace(student.stream, **{name: None if value == "none" else value for name, value in fields.items()})
+        stream = replace(
+            student.stream,
+            **{name: None if value == "none" else value for name, value in fields.items()},
+        )
         runner = runs.student_runner(label, student.transformer, stream)
-        by_seed = runs.score_by_seed(runner, student.codec, embeddings, prompts, noise_seeds, study.num_frames)
-        row = {"label": label, "scores": mean_of(by_seed), **cost_row(stream, study.num_frames, student.codec.temporal_ratio)}
+        by_seed = runs.score_by_seed(
+            runner, student.codec, embeddings, prompts, noise_seeds, study.num_frames
+        )
+        row = {
+            "label": label,
+            "scores": mean_of(by_seed),
+            **cost_row(stream, study.num_frames, student.codec.temporal_ratio),
+        }
         if label in job.variant.long:
             row["long"] = long_row(runner, student.codec, embeddings, prompts, study)
         if job.variant.judge:
@@ -248,43 +314,74 @@ def evaluated(job: Job, path: str) -> list[dict[str, Any]]:
 
 def mean_of(scores: Sequence[dict[str, float]]) -> dict[str, float]:
     """The means of numbers that all have."""
-    return {name: statistics.mean(each[name] for each in scores) for name in scores[0] if all(name in each for each in scores)}
+    return {
+        name: statistics.mean(each[name] for each in scores)
+        for name in scores[0]
+        if all(name in each for each in scores)
+    }
 
 
 def judged(runner: runs.Runner, student: Student, num: int, num_frames: int) -> dict[str, float]:
     """How often clips of unseen prompts are taken for true ones, see ``evaluation.judge``."""
-    frames, prompts = zip(*world_clips(WorldSet(num_clips=num, num_frames=num_frames, first_seed=JUDGE_SEED)))
-    true = torch.cat([student.codec.encode_frames(torch.stack(frames[i : i + 16])) for i in range(0, num, 16)])
+    frames, prompts = zip(
+        *world_clips(WorldSet(num_clips=num, num_frames=num_frames, first_seed=JUDGE_SEED))
+    )
+    true = torch.cat(
+        [student.codec.encode_frames(torch.stack(frames[i : i + 16])) for i in range(0, num, 16)]
+    )
     cond = student.prompts.encode([names[0] for names in prompts])
     shape, seeds = (true.shape[1], *true.shape[3:]), runs.evaluation_keys(0, num)
     made = [
         generate_latents(
-            runner.model, cond[i : i + 16], runner.stream, seeds=seeds[i : i + 16], latent_shape=shape,
+            runner.model,
+            cond[i : i + 16],
+            runner.stream,
+            seeds=seeds[i : i + 16],
+            latent_shape=shape,
             num_chunks=true.shape[2] // runner.stream.chunk_frames,
         )
         for i in range(0, num, 16)
-    ]  # fmt: skip
+    ]
     return win_rate(load_wan_transformer(TINY_TEACHER), true, torch.cat(made), cond, num_steps=num)
 
 
-def cost_row(stream: StreamConfig, num_frames: int, temporal_ratio: int, passes: int = 1) -> dict[str, int]:
-    """Forwards of a clip, commits among them apart, and the latent frames that they push through."""
+def cost_row(
+    stream: StreamConfig, num_frames: int, temporal_ratio: int, passes: int = 1
+) -> dict[str, int]:
+    """Forwards of a clip, commits among them apart, and the latent frames that they push
+    through."""
     chunks = latent_frames_of(num_frames, temporal_ratio) // stream.chunk_frames
     cost = cost_of(build_schedule(stream, chunks), stream.chunk_frames, stream.commit)
     return {"nfe": cost.nfe * passes, "commits": cost.commits, "work": cost.latent_frames * passes}
 
 
-def long_row(runner: runs.Runner, codec: Any, embeddings: Tensor, prompts: Sequence[str], study: StudyConfig) -> dict[str, Any]:
+def long_row(
+    runner: runs.Runner, codec: Any, embeddings: Tensor, prompts: Sequence[str], study: StudyConfig
+) -> dict[str, Any]:
     """Scores, brightness and contrast of long streams, window by window."""
     num, window = min(study.long_prompts, len(prompts)), study.num_frames - 1
-    frames = runs.long_frames(study.long_times, window, runner.stream.chunk_frames, codec.temporal_ratio)
-    clips = runs.make_clips(runner, codec, embeddings[:num], runs.evaluation_keys(0, num), frames, batch_size=8)
-    scores = [mean_scores(column) for column in zip(*(each.windows for each in runs.score_clips(clips, prompts[:num], window)))]
-    return {"num_frames": frames, "overall": [each["overall"] for each in scores], **appearance(clips, window)}
+    frames = runs.long_frames(
+        study.long_times, window, runner.stream.chunk_frames, codec.temporal_ratio
+    )
+    clips = runs.make_clips(
+        runner, codec, embeddings[:num], runs.evaluation_keys(0, num), frames, batch_size=8
+    )
+    scores = [
+        mean_scores(column)
+        for column in zip(
+            *(each.windows for each in runs.score_clips(clips, prompts[:num], window))
+        )
+    ]
+    return {
+        "num_frames": frames,
+        "overall": [each["overall"] for each in scores],
+        **appearance(clips, window),
+    }
 
 
 def appearance(clips: Tensor, window: int) -> dict[str, list[float]]:
-    """Brightness (mean) and contrast (standard deviation over pixels) of clips ``[B, T, 3, H, W]`` by windows of frames."""
+    """Brightness (mean) and contrast (standard deviation over pixels) of clips ``[B, T, 3, H, W]``
+    by windows of frames."""
     parts = [part for part in clips.split(window, dim=1) if part.shape[1] == window]
     return {
         "brightness": [part.mean().item() for part in parts],
@@ -310,9 +407,19 @@ def reference_job(job: Job) -> str:
     codec, teacher = open_codec(TINY_TEACHER), WanTeacher.from_pretrained(TINY_TEACHER)
     frames = latent_frames_of(study.num_frames, codec.temporal_ratio)
     runner = runs.teacher_runner("teacher, 50 steps", teacher, 50, study.guidance_scale, frames)
-    (scores,) = runs.score_by_seed(runner, codec, teacher.encode_prompt(prompts), prompts, [0], study.num_frames)
-    rows = [{"label": runner.label, "scores": scores, **cost_row(runner.stream, study.num_frames, codec.temporal_ratio, 2)}]
-    truth = runs.score_clips(runs.reconstructed_clips(codec, study.prompts, study.num_frames), prompts)
+    (scores,) = runs.score_by_seed(
+        runner, codec, teacher.encode_prompt(prompts), prompts, [0], study.num_frames
+    )
+    rows = [
+        {
+            "label": runner.label,
+            "scores": scores,
+            **cost_row(runner.stream, study.num_frames, codec.temporal_ratio, 2),
+        }
+    ]
+    truth = runs.score_clips(
+        runs.reconstructed_clips(codec, study.prompts, study.num_frames), prompts
+    )
     rows.append({"label": TRUTH, "scores": mean_scores(truth), "long": true_long(study)})
     about = {"variant": job.name, "seed": 0, "recipe": job.recipe, "machine": machine()}
     write_result(file, {**about, "steps": 0, "train_s": 0.0, "metrics": {}, "rows": rows})
@@ -323,7 +430,9 @@ def true_long(study: StudyConfig) -> dict[str, list[float]]:
     """Brightness and contrast of true clips as long as the long streams."""
     window = study.num_frames - 1
     seeds = range(runs.HELD_OUT_SEED, runs.HELD_OUT_SEED + study.long_prompts)
-    clips = torch.stack([render(sample_spec(seed, held_out=True), window * study.long_times) for seed in seeds])
+    clips = torch.stack(
+        [render(sample_spec(seed, held_out=True), window * study.long_times) for seed in seeds]
+    )
     return appearance(clips, window)
 
 
@@ -332,20 +441,32 @@ def do(job: Job) -> str:
     return reference_job(job) if job.name == TEACHER else run_job(job)
 
 
-def still_to_do(wanted: Sequence[Job], jobs: Sequence[Job], kept: Set[str] = frozenset()) -> list[Job]:
-    """Those of ``wanted`` that have no result, and those of all ``jobs`` whose students they start from and which are not there.
+def still_to_do(
+    wanted: Sequence[Job], jobs: Sequence[Job], kept: Set[str] = frozenset()
+) -> list[Job]:
+    """Those of ``wanted`` that have no result, and those of all ``jobs`` whose students they start
+    from and which are not there.
 
     Args:
         kept: variants that count as done.
     """
-    left = {(job.name, job.seed) for job in wanted if not job.result_file.exists() and job.name not in kept}
+    left = {
+        (job.name, job.seed)
+        for job in wanted
+        if not job.result_file.exists() and job.name not in kept
+    }
     first = {(job.variant.after, job.seed) for job in wanted if (job.name, job.seed) in left}
-    missing = {(job.name, job.seed) for job in jobs if (job.name, job.seed) in first and not (job.run_dir / "student").is_dir()}
+    missing = {
+        (job.name, job.seed)
+        for job in jobs
+        if (job.name, job.seed) in first and not (job.run_dir / "student").is_dir()
+    }
     return [job for job in jobs if (job.name, job.seed) in left | missing]
 
 
 def forecast(jobs: Sequence[Job], num_at_once: int) -> tuple[float, float]:
-    """The hours that the jobs should take by what has been measured, and the most that their limits allow."""
+    """The hours that the jobs should take by what has been measured, and the most that their limits
+    allow."""
     expected = most = 0.0
     for job in jobs:
         ways = len(job.variant.deploy) + 2 * len(job.variant.long) + 2 * bool(job.variant.judge)
@@ -358,4 +479,7 @@ def forecast(jobs: Sequence[Job], num_at_once: int) -> tuple[float, float]:
 
 def all_jobs(study: StudyConfig, home: Path, folder: Path) -> list[Job]:
     """The reference, and all runs."""
-    return [Job(TEACHER, 0, Variant(student="-"), study, home, folder), *jobs_of(study, home, folder)]
+    return [
+        Job(TEACHER, 0, Variant(student="-"), study, home, folder),
+        *jobs_of(study, home, folder),
+    ]

@@ -1,6 +1,7 @@
 """A teacher whose data is Gaussian, so that all it says is exact: the oracle of the tests.
 
-For x_0 ~ N(m, S) and x_t = a x_0 + b eps, with a = 1 - t and b = t (diagonal, where frames differ in time),
+For x_0 ~ N(m, S) and x_t = a x_0 + b eps, with a = 1 - t and b = t (diagonal, where frames differ
+in time),
 
     r = (a S a + b^2)^-1 (x_t - a m),   E[x_0 | x_t] = m + S a r,   E[eps | x_t] = b r,   v = E[eps] - E[x_0]
 """
@@ -20,7 +21,8 @@ class AnalyticTeacher:
     Args:
         mean: ``[C, T, h, w]``, of the empty prompt; its shape is that of the clips.
         covariance: ``[n, n]`` with n = C T h w, over flattened clips; positive semi-definite.
-        prompt_means: means ``[C, T, h, w]`` of other prompts. An embedding is one-hot, ``[1, number of prompts]``.
+        prompt_means: means ``[C, T, h, w]`` of other prompts. An embedding is one-hot, ``[1, number
+            of prompts]``.
 
     Raises:
         ValueError: if the shapes do not fit together.
@@ -28,12 +30,17 @@ class AnalyticTeacher:
 
     provides: frozenset[str] = frozenset({"score"})
 
-    def __init__(self, mean: Tensor, covariance: Tensor, prompt_means: Mapping[str, Tensor] | None = None):
+    def __init__(
+        self, mean: Tensor, covariance: Tensor, prompt_means: Mapping[str, Tensor] | None = None
+    ):
         means = {"": mean, **(prompt_means or {})}
-        if covariance.shape != (mean.numel(), mean.numel()) or any(m.shape != mean.shape for m in means.values()):
+        if covariance.shape != (mean.numel(), mean.numel()) or any(
+            m.shape != mean.shape for m in means.values()
+        ):
             raise ValueError(
-                f"covariance {tuple(covariance.shape)} and means {[tuple(m.shape) for m in means.values()]}; expected "
-                f"[n, n] with n={mean.numel()}, and means of one shape"
+                f"covariance {tuple(covariance.shape)} and means"
+                f" {[tuple(m.shape) for m in means.values()]}; expected [n, n] with"
+                f" n={mean.numel()}, and means of one shape"
             )
         self.prompts = list(means)
         self.means = torch.stack([m.flatten() for m in means.values()]).double()  # [P, n]
@@ -48,15 +55,20 @@ class AnalyticTeacher:
         """
         unknown = [prompt for prompt in prompts if prompt not in self.prompts]
         if unknown:
-            raise ValueError(f"no mean for the prompt {unknown[0]!r}; expected one of {self.prompts}")
-        return torch.eye(len(self.prompts))[[self.prompts.index(prompt) for prompt in prompts]][:, None]
+            raise ValueError(
+                f"no mean for the prompt {unknown[0]!r}; expected one of {self.prompts}"
+            )
+        return torch.eye(len(self.prompts))[[self.prompts.index(prompt) for prompt in prompts]][
+            :, None
+        ]
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """See ``Teacher.predict``; computed in float64, returned in the precision of ``x_t``."""
         b = _each_number(t.double(), x_t)
         a = 1 - b
         mean = cond[:, 0].double() @ self.means
-        noisy = a[:, :, None] * self.covariance * a[:, None] + torch.diag_embed(b.square())  # [B, n, n]
+        # [B, n, n]
+        noisy = a[:, :, None] * self.covariance * a[:, None] + torch.diag_embed(b.square())
         r = torch.linalg.solve(noisy, x_t.double().flatten(1) - a * mean)
         x0 = mean + (a * r) @ self.covariance
         return (b * r - x0).view_as(x_t).to(x_t.dtype)

@@ -1,8 +1,7 @@
 """What distillation asks of a teacher.
 
-A family is one file beside this one. It converts its own conventions to those of ``core.process`` and tells
-with ``provides`` what it can give; a method tells with ``needs`` what it asks for.
-"""
+A family is one file beside this one. It converts its own conventions to those of ``core.process``
+and tells with ``provides`` what it can give; a method tells with ``needs`` what it asks for."""
 
 from __future__ import annotations
 
@@ -22,14 +21,17 @@ TIMESTEPS = 1000  # of Wan's own time
 
 @dataclass(frozen=True)
 class VideoCond:
-    """A prompt with the first frame of the clip, what an image-to-video teacher is conditioned on."""
+    """A prompt with the first frame of the clip, what an image-to-video teacher is conditioned
+    on."""
 
     embeds: Tensor
     """Of the prompts, ``[B, L, D]``."""
     first_frame: Tensor
-    """Latents of the first frame, ``[B, C, 1, h, w]`` or, where the family says so, with what follows it."""
+    """Latents of the first frame, ``[B, C, 1, h, w]`` or, where the family says so, with what
+    follows it."""
     image_embeds: Tensor | None = None
-    """Of the first frame, ``[B, tokens, D']``, for a family that looks at it through an image encoder."""
+    """Of the first frame, ``[B, tokens, D']``, for a family that looks at it through an image
+    encoder."""
 
     def rows(self, index: Tensor) -> VideoCond:
         """A part of the batch."""
@@ -51,22 +53,24 @@ class Teacher(Protocol):
         Args:
             x_t: noisy latents.
             t: noise levels in [0, 1], ``[B]`` or ``[B, T]``.
-            cond: prompt embeddings ``[B, L, D]``; with the first frame for an image-to-video teacher.
+            cond: prompt embeddings ``[B, L, D]``; with the first frame for an image-to-video
+                teacher.
         """
 
     def encode_prompt(self, prompts: list[str]) -> Tensor:
         """Embeddings ``[B, L, D]``."""
 
     def trainable_copy(self) -> nn.Module:
-        """Its network in float32, to be trained as a score: what ``score_velocity`` takes. Of teachers with weights."""
+        """Its network in float32, to be trained as a score: what ``score_velocity`` takes. Of
+        teachers with weights."""
 
 
 def score_velocity(network: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
     """The velocity that a trainable score says, in the conventions of ``Teacher.predict``.
 
     Args:
-        network: one with ``predict(x_t, t, cond)``, which has its family's border inside, or with the call of
-            ``diffusers.WanTransformer3DModel``, whose only border is that of the time.
+        network: one with ``predict(x_t, t, cond)``, which has its family's border inside, or with
+            the call of ``diffusers.WanTransformer3DModel``, whose only border is that of the time.
         t: ``[B]``.
     """
     if hasattr(network, "predict"):
@@ -74,8 +78,11 @@ def score_velocity(network: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor) -> 
     return network(x_t, TIMESTEPS * t, cond, return_dict=False)[0]
 
 
-def predict_guided(teacher: Teacher, x_t: Tensor, t: Tensor, cond: Tensor | VideoCond, guidance_scale: float) -> Tensor:
-    """The teacher's velocity under guidance, see ``core.guidance``; a scale of 1 runs no second pass.
+def predict_guided(
+    teacher: Teacher, x_t: Tensor, t: Tensor, cond: Tensor | VideoCond, guidance_scale: float
+) -> Tensor:
+    """The teacher's velocity under guidance, see ``core.guidance``; a scale of 1 runs no second
+    pass.
 
     A first frame is known with and without the prompt.
 
@@ -86,7 +93,10 @@ def predict_guided(teacher: Teacher, x_t: Tensor, t: Tensor, cond: Tensor | Vide
     if guidance_scale == 1:
         return velocity
     if teacher.uncond is None:
-        raise ValueError(f"guidance_scale={guidance_scale} needs the teacher's uncond embedding, which is not there")
+        raise ValueError(
+            f"guidance_scale={guidance_scale} needs the teacher's uncond embedding, which is not"
+            " there"
+        )
     embeds = cond.embeds if isinstance(cond, VideoCond) else cond
     uncond = teacher.uncond.to(embeds).expand(len(embeds), -1, -1)
     without = replace(cond, embeds=uncond) if isinstance(cond, VideoCond) else uncond
@@ -104,8 +114,9 @@ def check_needs(method: Any, teacher: Any) -> None:
         return
     names = [getattr(x, "__name__", type(x).__name__) for x in (method, teacher)]
     raise ValueError(
-        f"the method {names[0]} needs {' and '.join(missing)} of its teacher, but {names[1]} provides only "
-        f"{', '.join(sorted(teacher.provides)) or 'nothing'}; choose another teacher or another method"
+        f"the method {names[0]} needs {' and '.join(missing)} of its teacher, but {names[1]}"
+        f" provides only {', '.join(sorted(teacher.provides)) or 'nothing'}; choose another teacher"
+        " or another method"
     )
 
 
@@ -119,13 +130,19 @@ def transformer_class(path: Path) -> str:
         ValueError: if there is no such folder, or it does not say.
     """
     if not path.is_dir():
-        raise ValueError(f"no teacher folder at {path}; expected a checkpoint in the diffusers layout")
+        raise ValueError(
+            f"no teacher folder at {path}; expected a checkpoint in the diffusers layout"
+        )
     file = path / "transformer" / "config.json"
     if not file.is_file():
-        raise ValueError(f"{path} has no transformer/config.json; expected a checkpoint in the diffusers layout")
+        raise ValueError(
+            f"{path} has no transformer/config.json; expected a checkpoint in the diffusers layout"
+        )
     name = read_json(file).get("_class_name")
     if not isinstance(name, str):
-        raise ValueError(f"{file} has no _class_name; expected a checkpoint in the diffusers layout")
+        raise ValueError(
+            f"{file} has no _class_name; expected a checkpoint in the diffusers layout"
+        )
     return name
 
 
@@ -133,7 +150,9 @@ def check_family(path: Path, class_name: str) -> None:
     """A ValueError unless the folder holds a transformer of that class."""
     found = transformer_class(path)
     if found != class_name:
-        raise ValueError(f"{path} is of another family: its transformer is a {found}, expected a {class_name}")
+        raise ValueError(
+            f"{path} is of another family: its transformer is a {found}, expected a {class_name}"
+        )
 
 
 def open_prompts(
@@ -143,7 +162,8 @@ def open_prompts(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> PromptEncoder:
-    """The prompt encoder of a checkpoint, whose embeddings have the width that its transformer takes.
+    """The prompt encoder of a checkpoint, whose embeddings have the width that its transformer
+    takes.
 
     Raises:
         ValueError: if it is missing or damaged, or makes embeddings of another width.
@@ -154,9 +174,10 @@ def open_prompts(
 
 
 def check_width(path: str | Path, encoder: PromptEncoder, text_dim: int) -> None:
-    """A ValueError unless the embeddings of a text encoder have the width that the transformer of ``path`` takes."""
+    """A ValueError unless the embeddings of a text encoder have the width that the transformer of
+    ``path`` takes."""
     if encoder.embedding_dim != text_dim:
         raise ValueError(
-            f"{path}: the text encoder makes embeddings of {encoder.embedding_dim} numbers, the transformer takes "
-            f"{text_dim}; they are from different checkpoints"
+            f"{path}: the text encoder makes embeddings of {encoder.embedding_dim} numbers, the"
+            f" transformer takes {text_dim}; they are from different checkpoints"
         )

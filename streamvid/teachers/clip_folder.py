@@ -1,10 +1,9 @@
 """A black box as a teacher: all that is known of it are finished clips for prompts.
 
-``ClipFolder`` is a folder of captioned clips, ``ClipRenderer`` anything that makes a clip for a prompt, be it a program
-or a paid service. Neither has scores, latents or steps. ``encode_clips`` passes the clips once through the student's
-own codec into a latent set (``data.latents``): a discriminator shall not tell teacher and student by a codec, a size or
-a frame rate.
-"""
+``ClipFolder`` is a folder of captioned clips, ``ClipRenderer`` anything that makes a clip for a
+prompt, be it a program or a paid service. Neither has scores, latents or steps. ``encode_clips``
+passes the clips once through the student's own codec into a latent set (``data.latents``): a
+discriminator shall not tell teacher and student by a codec, a size or a frame rate."""
 
 from __future__ import annotations
 
@@ -48,12 +47,14 @@ class ClipFolder:
         return read_clip(path, self.form), [caption]
 
     def check(self) -> None:
-        """A ValueError of the first clip that can't be opened or is too short, before hours of decoding."""
+        """A ValueError of the first clip that can't be opened or is too short, before hours of
+        decoding."""
         for path, _ in tqdm(self.clips, desc="opening clips", unit="clip"):
             check_clip(path, self.form)
 
     def names(self) -> list[str]:
-        """Of each clip a name that changes with the file, its caption and the format, for what is made of it."""
+        """Of each clip a name that changes with the file, its caption and the format, for what is
+        made of it."""
         f = self.form
         form = [f"{f.fps:g}", f.num_frames, f.height, f.width]
         names = []
@@ -97,14 +98,17 @@ class ClipRenderer:
         self._shape = self._shape or frames.shape
         if frames.ndim != 4 or frames.shape[1] != 3 or frames.shape != self._shape:
             raise ValueError(
-                f"the clip rendered for {prompt!r} has the shape {tuple(frames.shape)}; expected [T, 3, H, W], the "
-                f"same for all prompts, the first was {tuple(self._shape)}"
+                f"the clip rendered for {prompt!r} has the shape {tuple(frames.shape)}; expected"
+                f" [T, 3, H, W], the same for all prompts, the first was {tuple(self._shape)}"
             )
         return frames, [prompt]
 
     def names(self) -> list[str]:
         """Of each clip a name that changes with its prompt and seed, for what is made of it."""
-        return [f"{key_to_seed('clip', self.seed, index, prompt):016x}" for index, prompt in enumerate(self.prompts)]
+        return [
+            f"{key_to_seed('clip', self.seed, index, prompt):016x}"
+            for index, prompt in enumerate(self.prompts)
+        ]
 
 
 def encode_clips(
@@ -114,14 +118,16 @@ def encode_clips(
     embed: Callable[[list[str]], Tensor],
     **options: Any,
 ) -> None:
-    """Encode a black box's clips, one at a time, and write them as the latent set ``path``, which appears when it is
-    complete. What was encoded is kept: after a clip that can't be read was mended or removed, the others are not read again.
+    """Encode a black box's clips, one at a time, and write them as the latent set ``path``, which
+    appears when it is complete. What was encoded is kept: after a clip that can't be read was
+    mended or removed, the others are not read again.
 
     Args:
         codec: the student's.
         embed: prompts to embeddings ``[B, L, D]``.
-        options: ``settings``, ``share``, ``device`` and ``keep_in`` of ``write_latents``; settings should name codec and
-            teacher, or what an interrupted call has kept is taken over by one with others.
+        options: ``settings``, ``share``, ``device`` and ``keep_in`` of ``write_latents``; settings
+            should name codec and teacher, or what an interrupted call has kept is taken over by one
+            with others.
 
     Raises:
         ValueError: if the codec can't take the clips' length or size, or a clip can't be read.

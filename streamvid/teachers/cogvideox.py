@@ -1,13 +1,15 @@
-"""CogVideoX as a teacher: another process, another clock and another order of axes behind the same interface.
+"""CogVideoX as a teacher: another process, another clock and another order of axes behind the same
+interface.
 
-CogVideoX, arXiv 2408.06072. It is a variance-preserving diffusion in 1000 steps, x = sqrt(a) x0 + sqrt(1 - a) eps, whose
-network predicts v = sqrt(a) eps - sqrt(1 - a) x0. The published schedules end in pure noise (a = 0). Its states are ours
-times a factor, so that its velocity is ours exactly (``core.process.adapt``), and its deterministic DDIM sampler is
-our Euler sampler at the times of its steps (``step_times``).
+CogVideoX, arXiv 2408.06072. It is a variance-preserving diffusion in 1000 steps, x = sqrt(a) x0 +
+sqrt(1 - a) eps, whose network predicts v = sqrt(a) eps - sqrt(1 - a) x0. The published schedules
+end in pure noise (a = 0). Its states are ours times a factor, so that its velocity is ours exactly
+(``core.process.adapt``), and its deterministic DDIM sampler is our Euler sampler at the times of
+its steps (``step_times``).
 
-Latents are those of its own autoencoder times ``scaling_factor``. Shapes: B batch, C channels, T latent frames, h w
-latent size, L tokens, D their width; the network itself takes ``[B, T, C, h, w]``.
-"""
+Latents are those of its own autoencoder times ``scaling_factor``. Shapes: B batch, C channels, T
+latent frames, h w latent size, L tokens, D their width; the network itself takes ``[B, T, C, h,
+w]``."""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ class CogVideoXTeacher:
 
     Args:
         transformer: of text-to-video, 1.0 or 1.5; frozen in place.
-        prompt_encoder: None for a teacher that is fed embeddings only; then ``uncond`` is None until it is set.
+        prompt_encoder: None for a teacher that is fed embeddings only; then ``uncond`` is None
+            until it is set.
         scheduler: holds the process, and the steps that the model is sampled with.
         negative_prompt: what guidance leads away from.
 
@@ -56,21 +59,27 @@ class CogVideoXTeacher:
         config = transformer.config
         if config.in_channels != config.out_channels:
             raise ValueError(
-                f"a transformer of {config.in_channels} input and {config.out_channels} output channels; only the "
-                "text-to-video models of CogVideoX are supported, which have equal ones"
+                f"a transformer of {config.in_channels} input and {config.out_channels} output"
+                " channels; only the text-to-video models of CogVideoX are supported, which have"
+                " equal ones"
             )
         places = config.max_text_seq_length
         length = places if prompt_encoder is None else prompt_encoder.max_length
         if length != places and not config.use_rotary_positional_embeddings:
             raise ValueError(f"prompts of {length} tokens, the transformer has places for {places}")
         if scheduler.config.prediction_type not in KINDS:
-            raise ValueError(f"prediction_type {scheduler.config.prediction_type}, expected one of {', '.join(KINDS)}")
+            raise ValueError(
+                f"prediction_type {scheduler.config.prediction_type}, expected one of"
+                f" {', '.join(KINDS)}"
+            )
         self.transformer = transformer.requires_grad_(False).eval()
         self.prompt_encoder = prompt_encoder
         self.scheduler = scheduler
         self.kind = KINDS[scheduler.config.prediction_type]
         self.clock = vp_clock(scheduler.alphas_cumprod.double())
-        self.uncond: Tensor | None = None if prompt_encoder is None else self.encode_prompt([negative_prompt])[0]
+        self.uncond: Tensor | None = (
+            None if prompt_encoder is None else self.encode_prompt([negative_prompt])[0]
+        )
 
     @classmethod
     def from_pretrained(
@@ -84,14 +93,19 @@ class CogVideoXTeacher:
         text_dtype: torch.dtype = torch.float32,
         text_device: torch.device | str | None = None,
     ) -> CogVideoXTeacher:
-        """Open a diffusers folder; arguments and errors are those of ``WanTeacher.from_pretrained``."""
+        """Open a diffusers folder; arguments and errors are those of
+        ``WanTeacher.from_pretrained``."""
         path = resolve_checkpoint(path)
         check_family(path, "CogVideoXTransformer3DModel")
         scheduler = read_scheduler(path)
-        transformer = load_strictly(CogVideoXTransformer3DModel, path / "transformer", torch_dtype or torch.float32)
+        transformer = load_strictly(
+            CogVideoXTransformer3DModel, path / "transformer", torch_dtype or torch.float32
+        )
         encoder = None
         if load_text_encoder:
-            encoder = open_prompts(path, transformer.config.text_embed_dim, cache_dir, text_dtype, text_device)
+            encoder = open_prompts(
+                path, transformer.config.text_embed_dim, cache_dir, text_dtype, text_device
+            )
         return cls(transformer, encoder, scheduler, negative_prompt).to(device or "cpu")
 
     def to(self, device: torch.device | str) -> CogVideoXTeacher:
@@ -116,15 +130,17 @@ class CogVideoXTeacher:
 
     @property
     def shift(self) -> float:
-        """The timestep shift whose grid meets the model's own in the middle of the steps; ``step_times`` is exact."""
+        """The timestep shift whose grid meets the model's own in the middle of the steps;
+        ``step_times`` is exact."""
         middle = self.scheduler.alphas_cumprod[len(self.scheduler.alphas_cumprod) // 2].item()
-        return ((1 - middle) / middle) ** 0.5  # t / (1 - t), which is the shift where the nominal time is 1/2
+        # t / (1 - t), which is the shift where the nominal time is 1/2
+        return ((1 - middle) / middle) ** 0.5
 
     def step_times(self, num_steps: int) -> tuple[float, ...]:
         """The times of the model's own DDIM steps, for ``schedule.full_sequence`` with Euler steps.
 
-        The first is 1, pure noise, in the published schedules (zero terminal signal, "trailing" steps).
-        """
+        The first is 1, pure noise, in the published schedules (zero terminal signal, "trailing"
+        steps)."""
         self.scheduler.set_timesteps(num_steps)
         alpha_bar = self.scheduler.alphas_cumprod.double()[self.scheduler.timesteps]
         alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -137,19 +153,28 @@ class CogVideoXTeacher:
             ValueError: if the teacher was opened without its text encoder.
         """
         if self.prompt_encoder is None:
-            raise ValueError("this teacher was opened without its text encoder; set load_text_encoder=True")
+            raise ValueError(
+                "this teacher was opened without its text encoder; set load_text_encoder=True"
+            )
         return self.prompt_encoder.encode(prompts)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Tensor | VideoCond) -> Tensor:
-        """See ``Teacher.predict``; for t in (0, 1], one a sample. In float32 around the transformer's precision.
+        """See ``Teacher.predict``; for t in (0, 1], one a sample. In float32 around the
+        transformer's precision.
 
         Raises:
             ValueError: on a time a frame, a first frame, or a clip that the patches do not divide.
         """
         if isinstance(cond, VideoCond):
-            raise ValueError("this teacher is a text-to-video model and takes no first frame; give the embeddings alone")
+            raise ValueError(
+                "this teacher is a text-to-video model and takes no first frame; give the"
+                " embeddings alone"
+            )
         if t.ndim != 1:
-            raise ValueError(f"times of the shape {tuple(t.shape)}: CogVideoX has one time for all frames, give [B]")
+            raise ValueError(
+                f"times of the shape {tuple(t.shape)}: CogVideoX has one time for all frames,"
+                " give [B]"
+            )
         return _velocity(self.transformer, self.kind, self.clock, x_t, t, cond)
 
     def trainable_copy(self) -> CogVideoXScore:
@@ -161,7 +186,8 @@ class CogVideoXTeacher:
 
 
 class CogVideoXScore(CogVideoXTransformer3DModel):
-    """A CogVideoX transformer that is trained as a score, with this family's border inside; of ``trainable_copy``."""
+    """A CogVideoX transformer that is trained as a score, with this family's border inside; of
+    ``trainable_copy``."""
 
     kind: str
     clock: Clock
@@ -172,7 +198,12 @@ class CogVideoXScore(CogVideoXTransformer3DModel):
 
 
 def _velocity(
-    transformer: CogVideoXTransformer3DModel, kind: str, clock: Clock, x_t: Tensor, t: Tensor, cond: Tensor
+    transformer: CogVideoXTransformer3DModel,
+    kind: str,
+    clock: Clock,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Tensor,
 ) -> Tensor:
     """What a transformer of this family says, converted at its border."""
     _check_size(transformer, x_t)
@@ -181,7 +212,9 @@ def _velocity(
     def network(x: Tensor, native: Tensor) -> Tensor:
         clip = rearrange(x, "b c t h w -> b t c h w").to(weight)
         rotary = _rotary(transformer, tuple(x.shape[2:]), weight.device)
-        out = transformer(clip, cond.to(weight), native, image_rotary_emb=rotary, return_dict=False)[0]
+        out = transformer(
+            clip, cond.to(weight), native, image_rotary_emb=rotary, return_dict=False
+        )[0]
         return rearrange(out, "b t c h w -> b c t h w")
 
     return adapt(network, kind, clock)(x_t.to(weight.device), t.to(weight.device))
@@ -191,7 +224,10 @@ def _check_size(transformer: CogVideoXTransformer3DModel, x_t: Tensor) -> None:
     config = transformer.config
     patches = (config.patch_size_t or 1, config.patch_size, config.patch_size)
     if any(size % patch for size, patch in zip(x_t.shape[2:], patches)):
-        raise ValueError(f"latents of {tuple(x_t.shape[2:])} frames, rows and columns, expected multiples of {patches}")
+        raise ValueError(
+            f"latents of {tuple(x_t.shape[2:])} frames, rows and columns, expected multiples of"
+            f" {patches}"
+        )
 
 
 def _rotary(
@@ -207,19 +243,29 @@ def _rotary(
 
 @lru_cache(maxsize=8)
 def _rotary_tables(
-    head_dim: int, patch: int, patch_t: int | None, base: tuple[int, int], size: tuple[int, int, int], device: torch.device
+    head_dim: int,
+    patch: int,
+    patch_t: int | None,
+    base: tuple[int, int],
+    size: tuple[int, int, int],
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``[tokens, head_dim]``, as ``CogVideoXPipeline`` makes them.
 
-    CogVideoX 1.0 (``patch_t`` None) stretches the grid over the size that it was trained at, 1.5 cuts it out of that.
-    """
+    CogVideoX 1.0 (``patch_t`` None) stretches the grid over the size that it was trained at, 1.5
+    cuts it out of that."""
     frames, grid = size[0], (size[1] // patch, size[2] // patch)
     if patch_t is None:
         crop = get_resize_crop_region_for_grid(grid, base[1], base[0])
         return get_3d_rotary_pos_embed(head_dim, crop, grid, frames, device=device)
     if grid[0] > base[0] or grid[1] > base[1]:
-        raise ValueError(f"a grid of {grid} patches, CogVideoX 1.5 was trained on at most {base}; use smaller frames")
-    return get_3d_rotary_pos_embed(head_dim, None, grid, frames // patch_t, grid_type="slice", max_size=base, device=device)
+        raise ValueError(
+            f"a grid of {grid} patches, CogVideoX 1.5 was trained on at most {base}; use smaller"
+            " frames"
+        )
+    return get_3d_rotary_pos_embed(
+        head_dim, None, grid, frames // patch_t, grid_type="slice", max_size=base, device=device
+    )
 
 
 def read_scheduler(path: Path) -> CogVideoXDDIMScheduler:
@@ -230,11 +276,17 @@ def read_scheduler(path: Path) -> CogVideoXDDIMScheduler:
     """
     file = path / "scheduler" / "scheduler_config.json"
     if not file.is_file():
-        raise ValueError(f"{path} has no scheduler/scheduler_config.json; expected the diffusers layout")
+        raise ValueError(
+            f"{path} has no scheduler/scheduler_config.json; expected the diffusers layout"
+        )
     config = read_json(file)
     if not str(config.get("_class_name")).startswith("CogVideoX"):
-        raise ValueError(f"{file} is of {config.get('_class_name')}, expected CogVideoX's DDIM or DPM scheduler")
+        raise ValueError(
+            f"{file} is of {config.get('_class_name')}, expected CogVideoX's DDIM or DPM scheduler"
+        )
     try:
         return CogVideoXDDIMScheduler.from_config(config)
     except (TypeError, NotImplementedError) as error:
-        raise ValueError(f"{file} does not fit CogVideoXDDIMScheduler: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(
+            f"{file} does not fit CogVideoXDDIMScheduler: {' '.join(str(error).split())[:200]}"
+        ) from error

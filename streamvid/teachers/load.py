@@ -26,17 +26,20 @@ def open_teacher(path: str | Path, **options: Any) -> Teacher:
         options: those of the family's ``from_pretrained``.
 
     Raises:
-        ValueError: one line, if it is not there, cannot be fetched, is damaged, or of a family without scores here.
+        ValueError: one line, if it is not there, cannot be fetched, is damaged, or of a family
+            without scores here.
     """
     folder = resolve_checkpoint(path)
     name = transformer_class(folder)
     if name not in FAMILIES:
         raise ValueError(
-            f"{path} is of another family: its transformer is a {name}, with scores here are {', '.join(FAMILIES)}; its "
-            "clips can still teach, see teachers/pipeline.py"
+            f"{path} is of another family: its transformer is a {name}, with scores here are"
+            f" {', '.join(FAMILIES)}; its clips can still teach, see teachers/pipeline.py"
         )
     open_folder = FAMILIES[name].from_pretrained
     unknown = sorted(options.keys() - inspect.signature(open_folder).parameters.keys())
     if unknown:
-        raise ValueError(f"{FAMILIES[name].__name__} has no option {unknown[0]}; leave it out for {path}")
+        raise ValueError(
+            f"{FAMILIES[name].__name__} has no option {unknown[0]}; leave it out for {path}"
+        )
     return open_folder(folder, **options)

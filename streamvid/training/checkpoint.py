@@ -7,13 +7,12 @@
     rank-0.pt ...                   random states and running means of each process
     trainer.json                    the step and other counters, the run's fingerprint, a checksum of each file and of itself
 
-A folder is written under a temporary name and renamed when complete; older ones are removed only after that.
-Nothing in it is unpickled except `rank-*.pt`, with weights_only.
+A folder is written under a temporary name and renamed when complete; older ones are removed only
+after that. Nothing in it is unpickled except `rank-*.pt`, with weights_only.
 
-Checksums are CRC-32: they are for damage and mistakes, not for attacks, and every resumption waits for them. One core
-does 4.2 GB/s of it, where sha256 does 1.8 and blake2b 0.9 (x86-64 with SHA extensions), so that the 36 GB of a 1.3B
-run with two networks take 9 s of reading anew.
-"""
+Checksums are CRC-32: they are for damage and mistakes, not for attacks, and every resumption waits
+for them. One core does 4.2 GB/s of it, where sha256 does 1.8 and blake2b 0.9 (x86-64 with SHA
+extensions), so that the 36 GB of a 1.3B run with two networks take 9 s of reading anew."""
 
 from __future__ import annotations
 
@@ -47,12 +46,14 @@ class Snapshot:
     """What a checkpoint holds, on the way to the disk or back."""
 
     counters: dict[str, Any]
-    tensors: dict[str, dict[str, Tensor]]  # by file: "student", "student.optimizer", "student.ema", "method"
+    # by file: "student", "student.optimizer", "student.ema", "method"
+    tensors: dict[str, dict[str, Tensor]]
     ranks: list[dict[str, Any]]  # what differs between processes
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
-    """The complete checkpoints, oldest first; what a crash left behind has a hidden name and is not among them."""
+    """The complete checkpoints, oldest first; what a crash left behind has a hidden name and is not
+    among them."""
     found = [path for path in Path(folder).glob("step-*") if path.name[5:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
@@ -93,9 +94,13 @@ def read_counters(path: Path) -> dict[str, Any]:
 
     Raises ValueError with one line if it is missing, is not as it was written, or of another step.
     """
-    counters = _read(path / COUNTERS_FILE, lambda file: json.loads(file.read_text(encoding="utf-8")))
+    counters = _read(
+        path / COUNTERS_FILE, lambda file: json.loads(file.read_text(encoding="utf-8"))
+    )
     if not isinstance(counters, dict):
-        raise damaged(path, f"{COUNTERS_FILE} holds a {type(counters).__name__}, expected a JSON object")
+        raise damaged(
+            path, f"{COUNTERS_FILE} holds a {type(counters).__name__}, expected a JSON object"
+        )
     written = counters.pop("checksum", None)
     if written is None:
         raise damaged(path, f"{COUNTERS_FILE} has no checksum (streamvid wrote none at first)")
@@ -104,7 +109,9 @@ def read_counters(path: Path) -> dict[str, Any]:
     for key in COUNTED:
         value = counters.get(key)
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise damaged(path, f"{COUNTERS_FILE} has {key}={value!r}, expected a number of at least 0")
+            raise damaged(
+                path, f"{COUNTERS_FILE} has {key}={value!r}, expected a number of at least 0"
+            )
     if counters["step"] != int(path.name[5:]):
         raise damaged(path, f"{COUNTERS_FILE} is of step {counters['step']}")
     return counters
@@ -113,7 +120,8 @@ def read_counters(path: Path) -> dict[str, Any]:
 def read_checkpoint(path: Path, names: list[str], rank: int, verify: bool = True) -> Snapshot:
     """Reads the files `names` and the state of process `rank` alone.
 
-    verify: whether the checksums of all files are compared first; one process of a launch is enough.
+    verify: whether the checksums of all files are compared first; one process of a launch is
+    enough.
 
     Raises ValueError with one line if a file is missing, unreadable, or not as it was written.
     """
@@ -121,12 +129,19 @@ def read_checkpoint(path: Path, names: list[str], rank: int, verify: bool = True
     files = counters.pop("files", None)
     needed = [f"{name}.safetensors" for name in names] + [f"rank-{rank}.pt"]
     if not isinstance(files, dict) or not files.keys() >= set(needed):
-        raise damaged(path, f"{COUNTERS_FILE} has no checksum of {next(f for f in needed if f not in (files or {}))}")
+        raise damaged(
+            path,
+            f"{COUNTERS_FILE} has no checksum of"
+            f" {next(f for f in needed if f not in (files or {}))}",
+        )
     for name, expected in files.items() if verify else ():
         if _read(path / name, checksum) != expected:
             raise damaged(path, f"{name} is not as it was written, by its checksum")
     tensors = {name: _read(path / f"{name}.safetensors", load_file) for name in names}
-    own = _read(path / f"rank-{rank}.pt", lambda file: torch.load(file, weights_only=True, map_location="cpu"))
+    own = _read(
+        path / f"rank-{rank}.pt",
+        lambda file: torch.load(file, weights_only=True, map_location="cpu"),
+    )
     return Snapshot(counters, tensors, [own])
 
 
@@ -145,8 +160,11 @@ def reading(path: Path, what: str) -> Iterator[None]:
     except DamagedCheckpoint:
         raise
     except (SafetensorError, ValueError, OSError, RuntimeError, EOFError) as error:
-        raise damaged(path, f"{what} can't be read ({' '.join(str(error).split())[:120]})") from None
-    except Exception as error:  # a truncated .pt raises pickle.UnpicklingError, zipfile errors and others
+        raise damaged(
+            path, f"{what} can't be read ({' '.join(str(error).split())[:120]})"
+        ) from None
+    # a truncated .pt raises pickle.UnpicklingError, zipfile errors and others
+    except Exception as error:
         raise damaged(path, f"{what} can't be read ({type(error).__name__})") from None
 
 
@@ -160,22 +178,35 @@ def damaged(path: Path, what: str) -> DamagedCheckpoint:
 
 def way_back(path: Path) -> str:
     """What to do about a checkpoint that is of no use."""
-    before = [other for other in list_checkpoints(path.parent) if int(other.name[5:]) < int(path.name[5:])]
-    where = f"to resume from {before[-1].name}" if before else "to start the run anew, there is none before it"
+    before = [
+        other for other in list_checkpoints(path.parent) if int(other.name[5:]) < int(path.name[5:])
+    ]
+    where = (
+        f"to resume from {before[-1].name}"
+        if before
+        else "to start the run anew, there is none before it"
+    )
     return f"delete that folder {where}"
 
 
 @torch.no_grad()
-def restore_tensors(live: dict[str, Tensor], saved: dict[str, Tensor], path: Path, name: str) -> None:
-    """Copies saved tensors into those that are in use; names, shapes and dtypes must be the same, and all numbers finite."""
+def restore_tensors(
+    live: dict[str, Tensor], saved: dict[str, Tensor], path: Path, name: str
+) -> None:
+    """Copies saved tensors into those that are in use; names, shapes and dtypes must be the same,
+    and all numbers finite."""
     for key in sorted(live.keys() ^ saved.keys()):
-        raise damaged(path, f"{name}.safetensors {'lacks' if key in live else 'has the unknown'} {key}")
+        raise damaged(
+            path, f"{name}.safetensors {'lacks' if key in live else 'has the unknown'} {key}"
+        )
     for key, tensor in live.items():
         if tensor.shape != saved[key].shape:
             shapes = f"{tuple(saved[key].shape)}, expected {tuple(tensor.shape)}"
             raise damaged(path, f"{key} of {name}.safetensors has shape {shapes}")
         if tensor.dtype != saved[key].dtype:
-            raise damaged(path, f"{key} of {name}.safetensors is {saved[key].dtype}, expected {tensor.dtype}")
+            raise damaged(
+                path, f"{key} of {name}.safetensors is {saved[key].dtype}, expected {tensor.dtype}"
+            )
     check_finite(saved, path, name)
     for key, tensor in live.items():
         tensor.copy_(cut_like(saved[key], tensor))

@@ -1,4 +1,5 @@
-"""What a trainer refuses before the first step: names that fit nothing, nothing to train, another run's folder."""
+"""What a trainer refuses before the first step: names that fit nothing, nothing to train, another
+run's folder."""
 
 from __future__ import annotations
 
@@ -21,28 +22,45 @@ if TYPE_CHECKING:
     from streamvid.training.trainer import TrainConfig
 
 # What may change between the start of a run and its continuation.
-CHANGEABLE = {"output_dir", "max_steps", "max_minutes", "log_every", "save_every", "keep_checkpoints", "trackers"}
+CHANGEABLE = {
+    "output_dir",
+    "max_steps",
+    "max_minutes",
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+    "trackers",
+}
 SHIPPED = "/streamvid/assets/"
-_MENDING = "if it is the same run, delete that file, it is written anew; else give this run another name"
+_MENDING = (
+    "if it is the same run, delete that file, it is written anew; else give this run another name"
+)
 
 
 def check_names(config: TrainConfig, networks: dict[str, Module]) -> None:
     for section, configured in (("optimizers", config.optimizers), ("ema", config.ema)):
         for name in configured.keys() - networks.keys():
             near = difflib.get_close_matches(name, networks, n=1, cutoff=0.0)
-            raise ValueError(f"{section}.{name} is for no network of the method; did you mean '{section}.{near[0]}'?")
+            raise ValueError(
+                f"{section}.{name} is for no network of the method; did you mean"
+                f" '{section}.{near[0]}'?"
+            )
     for name in networks.keys() - config.optimizers.keys():
-        raise ValueError(f"network '{name}' has no optimizer; set optimizers.{name}.lr, such as 1e-5")
+        raise ValueError(
+            f"network '{name}' has no optimizer; set optimizers.{name}.lr, such as 1e-5"
+        )
 
 
 def check_parameters(name: str, parameters: dict[str, Parameter]) -> None:
     if not parameters:
-        raise ValueError(f"network '{name}' has no parameter that requires a gradient; nothing to train")
+        raise ValueError(
+            f"network '{name}' has no parameter that requires a gradient; nothing to train"
+        )
     for key, parameter in parameters.items():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"{key} of network '{name}' is {parameter.dtype}, in which small updates are rounded away; "
-                "load the network in float32 and set mixed_precision=bf16"
+                f"{key} of network '{name}' is {parameter.dtype}, in which small updates are"
+                " rounded away; load the network in float32 and set mixed_precision=bf16"
             )
 
 
@@ -53,7 +71,9 @@ def check_trackers(trackers: list[str]) -> None:
         if tracker not in known:
             raise ValueError(f"tracker '{tracker}' is unknown; known are {', '.join(known)}")
         if tracker not in {str(available) for available in get_available_trackers()}:
-            raise ValueError(f"tracker '{tracker}' is not installed; `pip install {tracker}` or leave it out")
+            raise ValueError(
+                f"tracker '{tracker}' is not installed; `pip install {tracker}` or leave it out"
+            )
 
 
 def _place_of(config: TrainConfig, resolved: Any) -> str:
@@ -64,15 +84,20 @@ def _place_of(config: TrainConfig, resolved: Any) -> str:
 
 
 def _portable(value: Any) -> Any:
-    """A path into the package's assets without the place of the package, which may have moved; others as they are."""
+    """A path into the package's assets without the place of the package, which may have moved;
+    others as they are."""
     _, shipped, rest = value.rpartition(SHIPPED) if isinstance(value, str) else ("", "", "")
     return shipped.lstrip("/") + rest if shipped else value
 
 
-def _settings(config: TrainConfig, resolved: Any) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
+def _settings(
+    config: TrainConfig, resolved: Any
+) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
     """A run's configuration by dotted keys, its defaults, and the keys that may change."""
     now = flatten(json.loads(json.dumps(to_plain(resolved))))
-    defaults = {key: _portable(value) for key, value in flat_defaults(resolved).items() if key in now}
+    defaults = {
+        key: _portable(value) for key, value in flat_defaults(resolved).items() if key in now
+    }
     free = {_place_of(config, resolved) + key for key in CHANGEABLE}
     return {key: _portable(value) for key, value in now.items()}, defaults, free
 
@@ -80,10 +105,14 @@ def _settings(config: TrainConfig, resolved: Any) -> tuple[dict[str, Any], dict[
 def fingerprint(config: TrainConfig, resolved: Any) -> str:
     """Tells this run's checkpoints from those of runs with another configuration.
 
-    Only what differs from the defaults counts, so that a setting which comes with a later version changes nothing.
-    """
+    Only what differs from the defaults counts, so that a setting which comes with a later version
+    changes nothing."""
     now, defaults, free = _settings(config, resolved)
-    own = {key: value for key, value in now.items() if key not in free and (key not in defaults or defaults[key] != value)}
+    own = {
+        key: value
+        for key, value in now.items()
+        if key not in free and (key not in defaults or defaults[key] != value)
+    }
     return hashlib.blake2b(json.dumps(own, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -98,9 +127,13 @@ def check_same_run(path: Path, config: TrainConfig, resolved: Any) -> None:
     try:
         saved = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no YAML ({' '.join(str(error).split())[:120]}); {_MENDING}") from None
+        raise ValueError(
+            f"{path} is no YAML ({' '.join(str(error).split())[:120]}); {_MENDING}"
+        ) from None
     if not isinstance(saved, dict):
-        raise ValueError(f"{path} holds a {type(saved).__name__}, expected `key: value` lines; {_MENDING}")
+        raise ValueError(
+            f"{path} holds a {type(saved).__name__}, expected `key: value` lines; {_MENDING}"
+        )
     was = defaults | {key: _portable(value) for key, value in flatten(saved).items()}
     differing = [
         f"{key} was {was.get(key, 'not there')}, now {now.get(key, 'not there')}"

@@ -1,8 +1,8 @@
 """An exponential moving average of a network's weights, counted in that network's own updates.
 
-shadow <- decay * shadow + (1 - decay) * weights, in float32. A student that is updated every fifth step
-averages over its own updates and not over the critic's (released code of this field differs here).
-"""
+shadow <- decay * shadow + (1 - decay) * weights, in float32. A student that is updated every fifth
+step averages over its own updates and not over the critic's (released code of this field differs
+here)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class EMAConfig:
 
 
 class EMA:
-    """The average of the parameters given; buffers and frozen parameters stay as the network has them."""
+    """The average of the parameters given; buffers and frozen parameters stay as the network has
+    them."""
 
     def __init__(self, parameters: dict[str, Parameter], config: EMAConfig) -> None:
         self.config, self.updates = config, 0
@@ -54,7 +55,8 @@ class EMA:
 
     @contextmanager
     def weights(self) -> Iterator[None]:
-        """The network has the averaged weights inside the block, and its own, bit for bit, after it."""
+        """The network has the averaged weights inside the block, and its own, bit for bit, after
+        it."""
         own = {name: p.detach().clone() for name, p in self.parameters.items()}
         try:
             self._put(self.shadow)
@@ -68,5 +70,6 @@ class EMA:
             parameter.copy_(weights[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Live tensors; the number of updates is kept by the trainer, which counts them for the network."""
+        """Live tensors; the number of updates is kept by the trainer, which counts them for the
+        network."""
         return dict(self.shadow)

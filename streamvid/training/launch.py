@@ -1,8 +1,8 @@
-"""How the processes of a training start and end: their launcher, their number, and the lock that keeps another run out.
+"""How the processes of a training start and end: their launcher, their number, and the lock that
+keeps another run out.
 
-Nothing here imports torch, so that a process that is about to be replaced, or to be told of its launcher's death, need
-not wait for it.
-"""
+Nothing here imports torch, so that a process that is about to be replaced, or to be told of its
+launcher's death, need not wait for it."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ LAUNCHER_SETTINGS = {  # of accelerate launch, by the variable that it sets: wha
 
 
 def launch_all_processes() -> None:
-    """What a training script calls first: all processes that were asked for are started, and end with their launcher.
+    """What a training script calls first: all processes that were asked for are started, and end
+    with their launcher.
 
-    accelerate 1.15 starts a single one for `accelerate launch --cpu --num_processes N script.py` and says nothing; then
-    this process is replaced by `torchrun --nproc_per_node N script.py`.
+    accelerate 1.15 starts a single one for `accelerate launch --cpu --num_processes N script.py`
+    and says nothing; then this process is replaced by `torchrun --nproc_per_node N script.py`.
 
     Raises:
         ValueError: one line, for what the launcher was asked and can't be had that way.
@@ -53,10 +54,11 @@ def launch_all_processes() -> None:
 
 
 def stop_with_launcher() -> None:
-    """Asks for SIGTERM when `accelerate launch` or `torchrun` ends, which leave what they started to itself when killed.
+    """Asks for SIGTERM when `accelerate launch` or `torchrun` ends, which leave what they started
+    to itself when killed.
 
-    A shell is no launcher: what it started in the background goes on without it. Only Linux can do this.
-    """
+    A shell is no launcher: what it started in the background goes on without it. Only Linux can do
+    this."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if not launched or sys.platform != "linux":
         return
@@ -67,7 +69,8 @@ def stop_with_launcher() -> None:
 
 
 def _processes_missing() -> int:
-    """How many processes `accelerate launch --cpu` was asked for, 0 if it did not start this one alone.
+    """How many processes `accelerate launch --cpu` was asked for, 0 if it did not start this one
+    alone.
 
     It leaves MASTER_PORT but no rank behind, and the number only on its own command line.
     """
@@ -77,8 +80,8 @@ def _processes_missing() -> int:
     if arguments is not None and (arguments.gradient_accumulation_steps or 1) != 1:
         steps = arguments.gradient_accumulation_steps
         raise ValueError(
-            f"accelerate launch --gradient_accumulation_steps {steps} does nothing here; leave it out and set "
-            f"train.optimizers.NAME.accumulate={steps} for each network"
+            f"accelerate launch --gradient_accumulation_steps {steps} does nothing here; leave it"
+            f" out and set train.optimizers.NAME.accumulate={steps} for each network"
         )
     if "MASTER_PORT" not in os.environ or "RANK" in os.environ or "LOCAL_RANK" in os.environ:
         return 0
@@ -88,7 +91,10 @@ def _processes_missing() -> int:
             "start them with `torchrun --nproc_per_node N` instead"
         )
     if arguments.num_machines not in (None, 1):
-        raise ValueError("accelerate launch --cpu starts one process a machine; use torchrun for several machines")
+        raise ValueError(
+            "accelerate launch --cpu starts one process a machine; use torchrun for several"
+            " machines"
+        )
     if arguments.num_processes is None and arguments.config_file is not None:
         from accelerate.commands.config.config_args import load_config_from_file
 
@@ -101,15 +107,19 @@ def _launcher_arguments() -> Namespace | None:
     import psutil  # accelerate depends on it
     from accelerate.commands.launch import launch_command_parser
 
-    command = psutil.Process(os.getppid()).cmdline()  # accelerate launch | accelerate-launch | -m ....launch
-    launchers = [i for i, word in enumerate(command) if Path(word).stem in ("launch", "accelerate-launch")]
+    # accelerate launch | accelerate-launch | -m ....launch
+    command = psutil.Process(os.getppid()).cmdline()
+    launchers = [
+        i for i, word in enumerate(command) if Path(word).stem in ("launch", "accelerate-launch")
+    ]
     if not launchers:
         return None
     return launch_command_parser().parse_known_args(command[launchers[0] + 1 :])[0]
 
 
 def check_launcher(mixed_precision: str) -> None:
-    """The run file says how to train; a launcher that says otherwise is not heard, so it must not be asked.
+    """The run file says how to train; a launcher that says otherwise is not heard, so it must not
+    be asked.
 
     Raises:
         ValueError: one line, with the setting that does it.
@@ -117,16 +127,20 @@ def check_launcher(mixed_precision: str) -> None:
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", mixed_precision):
         raise ValueError(
-            f"accelerate launch was asked for --mixed_precision {asked}, on its command line or in its configuration file, "
-            f"and the run for train.mixed_precision={mixed_precision}; set both to the same, or leave the launcher's out"
+            f"accelerate launch was asked for --mixed_precision {asked}, on its command line or in"
+            f" its configuration file, and the run for train.mixed_precision={mixed_precision}; set"
+            " both to the same, or leave the launcher's out"
         )
     for variable, (option, setting) in LAUNCHER_SETTINGS.items():
         if os.environ.get(variable, "no").lower() not in ("no", "false", "0", ""):
-            raise ValueError(f"accelerate launch {option} does nothing here; leave it out and set {setting}")
+            raise ValueError(
+                f"accelerate launch {option} does nothing here; leave it out and set {setting}"
+            )
 
 
 def launched_processes() -> int:
-    """How many processes `torchrun` or `accelerate launch` has started, also before they know each other."""
+    """How many processes `torchrun` or `accelerate launch` has started, also before they know each
+    other."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -136,13 +150,15 @@ def is_first_process() -> bool:
 
 
 class RunLock:
-    """One run, one writer: a lock on a run folder, held until `release` or until the process ends, however it does.
+    """One run, one writer: a lock on a run folder, held until `release` or until the process ends,
+    however it does.
 
     The main process of a launch holds it for all.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Raises ValueError with one line if another process trains this run, OSError if nothing can be written there."""
+        """Raises ValueError with one line if another process trains this run, OSError if nothing
+        can be written there."""
         run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
         self.release: Any = weakref.finalize(self, os.close, descriptor)
@@ -152,11 +168,14 @@ class RunLock:
             owner = os.read(descriptor, 300).decode(errors="replace").strip() or "another process"
             self.release()
             raise ValueError(
-                f"{run_dir}: this run is being trained by {owner}; wait for it or stop it, or give this run another train.name"
+                f"{run_dir}: this run is being trained by {owner}; wait for it or stop it, or give"
+                " this run another train.name"
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS_HERE:
                 raise
-            log.warning("%s is on a disk without locks; see to it that nobody else trains this run", run_dir)
+            log.warning(
+                "%s is on a disk without locks; see to it that nobody else trains this run", run_dir
+            )
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -9,7 +9,12 @@ from torch.nn import Module, Parameter
 
 from streamvid.training.checks import check_parameters
 from streamvid.training.ema import EMA, EMAConfig
-from streamvid.training.optimizers import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
+from streamvid.training.optimizers import (
+    OptimizerConfig,
+    build_optimizer,
+    learning_rate,
+    set_learning_rate,
+)
 from streamvid.training.sharding import whole_tensor
 
 
@@ -17,7 +22,12 @@ class Learner:
     """One network with what updates it."""
 
     def __init__(
-        self, name: str, network: Module, optimizer: OptimizerConfig, ema: EMAConfig | None, fp16: bool
+        self,
+        name: str,
+        network: Module,
+        optimizer: OptimizerConfig,
+        ema: EMAConfig | None,
+        fp16: bool,
     ) -> None:
         self.network, self.config, self.updates = network, optimizer, 0
         self.parameters = {key: p for key, p in network.named_parameters() if p.requires_grad}

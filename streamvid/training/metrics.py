@@ -16,8 +16,9 @@ MAXIMUM = "_max"
 
 
 class RunningMeans:
-    """The mean of each named number since the last log line, over steps and processes; of one whose name ends in
-    ``MAXIMUM`` the largest, which batches of other sizes, passes or processes don't change.
+    """The mean of each named number since the last log line, over steps and processes; of one whose
+    name ends in ``MAXIMUM`` the largest, which batches of other sizes, passes or processes don't
+    change.
 
     A maximum is kept in ``sums`` too, with the count 1.
     """
@@ -40,7 +41,9 @@ class RunningMeans:
         return {name: sums[name] / counts[name] for name in sums}
 
     @staticmethod
-    def _join(sums: dict[str, float], counts: dict[str, int], name: str, value: float, count: int) -> None:
+    def _join(
+        sums: dict[str, float], counts: dict[str, int], name: str, value: float, count: int
+    ) -> None:
         """Adds a number, the sum of ``count``, or keeps it if it is the largest."""
         if not name.endswith(MAXIMUM):
             sums[name], counts[name] = sums.get(name, 0.0) + value, counts.get(name, 0) + count
@@ -52,7 +55,8 @@ class RunningMeans:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
-        for name in (name for name in self.sums if name.endswith(MAXIMUM)):  # of checkpoints from before: a sum of several
+        # of checkpoints from before: a sum of several
+        for name in (name for name in self.sums if name.endswith(MAXIMUM)):
             self.sums[name], self.counts[name] = self.sums[name] / self.counts[name], 1
 
 
@@ -64,7 +68,8 @@ def append_metrics(path: Path, line: dict[str, float]) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a metrics file; those that a crash or an editor has damaged are left out, and no others."""
+    """The lines of a metrics file; those that a crash or an editor has damaged are left out, and no
+    others."""
     lines = []
     for text in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:

@@ -1,11 +1,11 @@
 """Several processes that train as one with the joint batch.
 
-Gradients are averaged by us and not by DistributedDataParallel: a method calls `student.commit`, rollouts and
-several forwards before one backward, all of which DDP's wrapper of `forward` either bypasses or forbids. One
-reduction of the flattened gradient before each optimiser step is exact whatever the method does, and
-accumulation costs no communication. The price is one float32 copy of the gradient. Networks that do not fit on a
-device are divided instead, see `streamvid.training.sharding`.
-"""
+Gradients are averaged by us and not by DistributedDataParallel: a method calls `student.commit`,
+rollouts and several forwards before one backward, all of which DDP's wrapper of `forward` either
+bypasses or forbids. One reduction of the flattened gradient before each optimiser step is exact
+whatever the method does, and accumulation costs no communication. The price is one float32 copy of
+the gradient. Networks that do not fit on a device are divided instead, see
+`streamvid.training.sharding`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ from torch.nn import Parameter
 
 
 def start_accelerator(mixed_precision: str, trackers: list[str], project_dir: str) -> Accelerator:
-    """accelerate's view of this process. Without CUDA the CPU is asked for by name, or accelerate 1.15 would
-    start two unconnected trainings under `torchrun --nproc_per_node 2`."""
-    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    """accelerate's view of this process. Without CUDA the CPU is asked for by name, or accelerate
+    1.15 would start two unconnected trainings under `torchrun --nproc_per_node 2`."""
+    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
+        "1",
+        "true",
+    )
     if cpu and mixed_precision == "fp16":
         raise ValueError("mixed_precision=fp16 needs a GPU; use bf16 or no on a CPU")
     return Accelerator(
@@ -46,16 +49,20 @@ def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
 def average_gradients(parameters: list[Parameter], loss: Tensor) -> Tensor:
     """Averages the gradients in place over the processes, and returns the averaged loss.
 
-    One float32 reduction carries the loss, the gradients, and for each parameter whether it has one. A
-    parameter that no process has used keeps no gradient, so that the optimiser skips it as it would in one
-    process; the loss travels along so that all processes agree on whether it is finite.
-    """
+    One float32 reduction carries the loss, the gradients, and for each parameter whether it has
+    one. A parameter that no process has used keeps no gradient, so that the optimiser skips it as
+    it would in one process; the loss travels along so that all processes agree on whether it is
+    finite."""
     if not dist.is_initialized():
         return loss
     device = parameters[0].device
-    used = torch.tensor([p.grad is not None for p in parameters], device=device, dtype=torch.float32)
+    used = torch.tensor(
+        [p.grad is not None for p in parameters], device=device, dtype=torch.float32
+    )
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = torch.cat([loss.reshape(1).float().to(device), used, *(g.reshape(-1).float() for g in gradients)])
+    flat = torch.cat(
+        [loss.reshape(1).float().to(device), used, *(g.reshape(-1).float() for g in gradients)]
+    )
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     sizes = [1, len(parameters), *(p.numel() for p in parameters)]
@@ -83,11 +90,11 @@ def agree_on_largest(values: list[float], device: torch.device) -> list[float]:
 
 
 class StopSignals:
-    """Ctrl-C, SIGTERM and SIGHUP ask for a stop after the step that is under way; Ctrl-C again abandons the step.
+    """Ctrl-C, SIGTERM and SIGHUP ask for a stop after the step that is under way; Ctrl-C again
+    abandons the step.
 
-    A launcher repeats a signal that the terminal has sent already, so that "again" means two seconds later. Under
-    `nohup` the closed terminal goes on being ignored.
-    """
+    A launcher repeats a signal that the terminal has sent already, so that "again" means two
+    seconds later. Under `nohup` the closed terminal goes on being ignored."""
 
     def __init__(self) -> None:
         self.received = 0

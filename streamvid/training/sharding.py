@@ -1,12 +1,14 @@
-"""Networks divided among the processes, so that each holds 1/N of every weight, gradient, moment and average.
+"""Networks divided among the processes, so that each holds 1/N of every weight, gradient, moment
+and average.
 
-ZeRO-3 (arXiv 1910.02054) as torch's ``fully_shard`` does it (FSDP2): a block's weights are gathered when it is called and
-given up after it, and gradients are averaged and divided in the backward pass, in float32. One call serves all roles,
-trained or frozen. What a network returns, and so what a method computes, is the same.
+ZeRO-3 (arXiv 1910.02054) as torch's ``fully_shard`` does it (FSDP2): a block's weights are gathered
+when it is called and given up after it, and gradients are averaged and divided in the backward
+pass, in float32. One call serves all roles, trained or frozen. What a network returns, and so what
+a method computes, is the same.
 
-Outside a call a sharded network's parameters are ``DTensor``s: what stands in a file or goes to people is gathered first
-(``gathered``, ``whole_network``), what comes from a file is cut (``cut_like``).
-"""
+Outside a call a sharded network's parameters are ``DTensor``s: what stands in a file or goes to
+people is gathered first (``gathered``, ``whole_network``), what comes from a file is cut
+(``cut_like``)."""
 
 from __future__ import annotations
 
@@ -25,19 +27,29 @@ from streamvid.models.lora import is_adapted
 
 
 def held_networks(method: Any) -> dict[str, nn.Module]:
-    """Those that are trained, then all others that a method holds, such as a teacher's and a reference; each once."""
+    """Those that are trained, then all others that a method holds, such as a teacher's and a
+    reference; each once."""
     networks = dict(method.networks())
     for name, part in vars(method).items():
-        held = {name: part} if isinstance(part, nn.Module) else {
-            name: getattr(part, "transformer", None), f"{name}, expert 2": getattr(part, "transformer_2", None)
-        }  # fmt: skip
+        held = (
+            {name: part}
+            if isinstance(part, nn.Module)
+            else {
+                name: getattr(part, "transformer", None),
+                f"{name}, expert 2": getattr(part, "transformer_2", None),
+            }
+        )
         for key, network in held.items():
-            if isinstance(network, nn.Module) and all(network is not other for other in networks.values()):
+            if isinstance(network, nn.Module) and all(
+                network is not other for other in networks.values()
+            ):
                 networks[key] = network
     return networks
 
 
-def check_shardable(method: Any, kinds: dict[str, str], mixed_precision: str, compiled: bool) -> None:
+def check_shardable(
+    method: Any, kinds: dict[str, str], mixed_precision: str, compiled: bool
+) -> None:
     """Refuse what can't be divided, whatever the number of processes.
 
     Args:
@@ -48,13 +60,23 @@ def check_shardable(method: Any, kinds: dict[str, str], mixed_precision: str, co
     """
     for name, kind in kinds.items():
         if kind != "adamw":
-            raise ValueError(f"shard=full divides parameters, which optimizers.{name}.kind={kind} needs whole; set adamw")
+            raise ValueError(
+                f"shard=full divides parameters, which optimizers.{name}.kind={kind} needs whole;"
+                " set adamw"
+            )
     if mixed_precision == "fp16":
-        raise ValueError("shard=full does not scale gradients, which mixed_precision=fp16 needs; set bf16")
+        raise ValueError(
+            "shard=full does not scale gradients, which mixed_precision=fp16 needs; set bf16"
+        )
     if compiled:
-        raise ValueError("shard=full gathers weights inside what compile=true would compile; set one of them off")
+        raise ValueError(
+            "shard=full gathers weights inside what compile=true would compile; set one of them off"
+        )
     if getattr(getattr(method, "teacher", None), "offload", False):
-        raise ValueError("shard=full divides both experts of the teacher and puts none away; set teacher.offload=false")
+        raise ValueError(
+            "shard=full divides both experts of the teacher and puts none away; set"
+            " teacher.offload=false"
+        )
     owners: dict[int, str] = {}
     for name, network in held_networks(method).items():
         if is_adapted(network):
@@ -63,22 +85,26 @@ def check_shardable(method: Any, kinds: dict[str, str], mixed_precision: str, co
         for _, parameter in nn.Module.named_parameters(network):
             other = owners.setdefault(id(parameter), name)
             if other != name:
-                raise ValueError(f"shard=full can't divide weights that networks share, as {other} and {name} do")
+                raise ValueError(
+                    f"shard=full can't divide weights that networks share, as {other} and {name} do"
+                )
 
 
 def shard_networks(networks: Iterable[nn.Module], device: torch.device) -> None:
     """Divide networks among all processes, in place, with the values of process 0.
 
-    A network is brought to the device a block at a time, so that none has to fit on it as a whole. Blocks are the
-    classes that a diffusers model names in ``_no_split_modules``; the rest is gathered with the call of the whole.
+    A network is brought to the device a block at a time, so that none has to fit on it as a whole.
+    Blocks are the classes that a diffusers model names in ``_no_split_modules``; the rest is
+    gathered with the call of the whole.
 
-    The outermost part is given up after its call too, or it would not notice ``requires_grad_``, which the trainer calls
-    before each turn: FSDP2 takes that over when it gathers.
+    The outermost part is given up after its call too, or it would not notice ``requires_grad_``,
+    which the trainer calls before each turn: FSDP2 takes that over when it gathers.
 
     Args:
         device: of this process; the networks may still be on the CPU.
     """
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # nobody writes into it
+    # nobody writes into it
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for network in networks:
         for part in (*_blocks(network), network):
@@ -96,7 +122,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def gathered(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """Whole tensors on the CPU in place of sharded ones; the others as they are. All processes must call it.
+    """Whole tensors on the CPU in place of sharded ones; the others as they are. All processes must
+    call it.
 
     Args:
         keep: False takes part and returns nothing, for processes that do not write.
@@ -110,15 +137,18 @@ def gathered(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]
 
 
 def cut_like(whole: Tensor, live: Tensor) -> Tensor:
-    """This process's part of a whole tensor, as a sharded tensor like ``live``; as it is, if ``live`` is not sharded."""
+    """This process's part of a whole tensor, as a sharded tensor like ``live``; as it is, if
+    ``live`` is not sharded."""
     if not is_sharded(live):
         return whole
     whole = whole.to(live.device, live.dtype)
-    return distribute_tensor(whole, live.device_mesh, live.placements, src_data_rank=None)  # all have read the same file
+    # all have read the same file
+    return distribute_tensor(whole, live.device_mesh, live.placements, src_data_rank=None)
 
 
 def whole_network(network: nn.Module, keep: bool = True) -> nn.Module | None:
-    """An ordinary copy of a sharded diffusers model, on the CPU, for ``save_pretrained``; an ordinary network as it is.
+    """An ordinary copy of a sharded diffusers model, on the CPU, for ``save_pretrained``; an
+    ordinary network as it is.
 
     All processes must call it; those with ``keep=False`` get None.
     """
@@ -139,7 +169,11 @@ def plain_class(network: nn.Module) -> type[nn.Module]:
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    names = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    names = {
+        name
+        for module in network.modules()
+        for name in getattr(module, "_no_split_modules", None) or ()
+    }
     return [module for module in network.modules() if type(module).__name__ in names]
 
 

@@ -1,17 +1,17 @@
 """The training loop: one for all methods.
 
-A step runs the method's turns in order; a turn averages the gradient of one network over its accumulation
-passes and all processes, clips it, and updates the network and its moving average. accelerate gives the
-launch, the device, the precision and the trackers. Gradient accumulation and learning rates are ours, because
-accelerate's one counter starves one of two alternating optimisers and its schedulers step once a process.
+A step runs the method's turns in order; a turn averages the gradient of one network over its
+accumulation passes and all processes, clips it, and updates the network and its moving average.
+accelerate gives the launch, the device, the precision and the trackers. Gradient accumulation and
+learning rates are ours, because accelerate's one counter starves one of two alternating optimisers
+and its schedulers step once a process.
 
-A run is a function of its configuration: batches and decisions are keyed, so that stopping and resuming
-changes nothing, bit for bit. The exception is `max_minutes`, which ties learning rates and the end to the
-clock.
+A run is a function of its configuration: batches and decisions are keyed, so that stopping and
+resuming changes nothing, bit for bit. The exception is `max_minutes`, which ties learning rates and
+the end to the clock.
 
-The run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/step-0000123/` and what `save_fn` exports. One process, for
-all of its launch, holds the lock on it while it trains and exports.
-"""
+The run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/step-0000123/` and what `save_fn`
+exports. One process, for all of its launch, holds the lock on it while it trains and exports."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from tqdm import tqdm
 
 from streamvid.config import flatten, save_config, to_plain
 from streamvid.files import disk_full, remove_leftovers
-from streamvid.training.method import BatchSource, Method, loss_parts
 from streamvid.training import checkpoint as ckpt
 from streamvid.training.checks import check_names, check_same_run, check_trackers, fingerprint
 from streamvid.training.ema import EMAConfig
 from streamvid.training.launch import RunLock, check_launcher
 from streamvid.training.learner import Learner
+from streamvid.training.method import BatchSource, Method, loss_parts
 from streamvid.training.metrics import RunningMeans, append_metrics, trim_metrics
 from streamvid.training.optimizers import OptimizerConfig, load_optimizer_tensors, optimizer_tensors
 from streamvid.training.processes import (
@@ -66,12 +66,14 @@ from streamvid.weights import not_finite
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")  # names reach terminals, cards and shells
+# names reach terminals, cards and shells
+RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 MAX_SEED = 2**31 - 1  # so that each process may add its rank
 
 
 class TrainingError(RuntimeError):
-    """Training can't go on, such as after a loss that is not a number. The message is one line for the user."""
+    """Training can't go on, such as after a loss that is not a number. The message is one line for
+    the user."""
 
 
 MOST_SAMPLES = 65_536
@@ -84,17 +86,21 @@ class TrainConfig:
     output_dir: str = "runs"
     seed: int = 0  # of the global generators; batches and decisions have their own keyed seeds
     max_steps: int = 1000
-    max_minutes: float | None = None  # training time, over all sessions, after which the run ends; null: no limit
+    # training time, over all sessions, after which the run ends; null: no limit
+    max_minutes: float | None = None
     batch_size: int = 1  # samples a process draws for one loss
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; parameters stay float32
     gradient_checkpointing: bool = False  # less memory, about a third more time
     compile: bool = False  # compiles the repeated blocks of the networks that have any
-    shard: Literal["none", "full"] = "none"  # full: processes divide all networks, trained and frozen; one keeps them whole
+    # full: processes divide all networks, trained and frozen; one keeps them whole
+    shard: Literal["none", "full"] = "none"
     log_every: int = 10  # steps between lines of metrics.jsonl
-    save_every: int = 500  # steps between checkpoints; the end of the run and an interruption save too
+    # steps between checkpoints; the end of the run and an interruption save too
+    save_every: int = 500
     keep_checkpoints: int = 2
     trackers: list[str] = field(default_factory=list)  # accelerate's names: tensorboard, wandb, ...
-    optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)  # one for each network of the method
+    # one for each network of the method
+    optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
     ema: dict[str, EMAConfig] = field(default_factory=dict)  # for the networks that have an average
 
     def __post_init__(self) -> None:
@@ -104,26 +110,26 @@ class TrainConfig:
         if self.batch_size > MOST_SAMPLES:
             raise ValueError(f"batch_size={self.batch_size} must be at most {MOST_SAMPLES:,}")
         if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
-            raise ValueError(f"max_minutes={self.max_minutes} must be above 0; use null for no limit")
+            raise ValueError(
+                f"max_minutes={self.max_minutes} must be above 0; use null for no limit"
+            )
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed={self.seed} must be from 0 to {MAX_SEED}")
         if not RUN_NAME.fullmatch(self.name):
             raise ValueError(
-                f"name={self.name!r} must be one folder name of at most 100 letters, digits and ._-, which begins with none "
-                "of .-; choose the place with output_dir"
+                f"name={self.name!r} must be one folder name of at most 100 letters, digits and"
+                " ._-, which begins with none of .-; choose the place with output_dir"
             )
 
 
 class Trainer:
     """Trains the networks of a method on a source of batches.
 
-    save_fn: called with the run folder, in every process, when training has ended, to export what it made; the main
-    process writes.
-    resolved: the configuration to keep with the run and to compare on resume; `config`, or a dataclass with it
-    in one of its fields.
-    progress: whether a terminal gets a progress bar.
-    lock: of the run folder, where the main process holds it already; it is released when training has ended.
-    """
+    save_fn: called with the run folder, in every process, when training has ended, to export what
+    it made; the main process writes. resolved: the configuration to keep with the run and to
+    compare on resume; `config`, or a dataclass with it in one of its fields. progress: whether a
+    terminal gets a progress bar. lock: of the run folder, where the main process holds it already;
+    it is released when training has ended."""
 
     def __init__(
         self,
@@ -135,7 +141,13 @@ class Trainer:
         progress: bool = True,
         lock: RunLock | None = None,
     ) -> None:
-        self.config, self.method, self.source, self.save_fn, self.lock = config, method, source, save_fn, lock
+        self.config, self.method, self.source, self.save_fn, self.lock = (
+            config,
+            method,
+            source,
+            save_fn,
+            lock,
+        )
         self.resolved = config if resolved is None else resolved
         self.run_dir = Path(config.output_dir) / config.name
         self.checkpoints = self.run_dir / "checkpoints"
@@ -143,7 +155,9 @@ class Trainer:
         check_names(config, networks)
         check_trackers(config.trackers)
         check_launcher(config.mixed_precision)
-        self.accelerator = start_accelerator(config.mixed_precision, config.trackers, str(self.run_dir))
+        self.accelerator = start_accelerator(
+            config.mixed_precision, config.trackers, str(self.run_dir)
+        )
         self.sharded = config.shard == "full" and self.accelerator.num_processes > 1
         for network in networks.values():
             network.train()
@@ -157,7 +171,11 @@ class Trainer:
             shard_networks(held_networks(method).values(), self.accelerator.device)
         self.learners = {
             name: Learner(
-                name, network, config.optimizers[name], config.ema.get(name), config.mixed_precision == "fp16"
+                name,
+                network,
+                config.optimizers[name],
+                config.ema.get(name),
+                config.mixed_precision == "fp16",
             )
             for name, network in networks.items()
         }
@@ -173,7 +191,8 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """How much of the run is done, in [0, 1]: by steps, or by the clock where that is further."""
+        """How much of the run is done, in [0, 1]: by steps, or by the clock where that is
+        further."""
         by_time = self.seconds / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
         return min(1.0, max(self.step / self.config.max_steps, by_time))
 
@@ -181,20 +200,23 @@ class Trainer:
         """Inside the block the network has its averaged weights."""
         ema = self.learners[name].ema
         if ema is None:
-            raise ValueError(f"network '{name}' has no moving average; set ema.{name}.decay=0.99 to keep one")
+            raise ValueError(
+                f"network '{name}' has no moving average; set ema.{name}.decay=0.99 to keep one"
+            )
         return ema.weights()
 
     def whole(self, name: str) -> Module | None:
-        """A network as it can be saved, with the weights it has now. All processes must call; None where another writes."""
+        """A network as it can be saved, with the weights it has now. All processes must call; None
+        where another writes."""
         return whole_network(self.learners[name].network, self.is_main)
 
     def train(self) -> Path:
-        """Trains to the end, from the newest checkpoint of the run if there is one; returns the run folder.
+        """Trains to the end, from the newest checkpoint of the run if there is one; returns the run
+        folder.
 
-        Raises TrainingError when the loss, a gradient or a weight is not finite or the disk is full, ValueError when the
-        run folder does not fit or another process trains this run, and SystemExit with 130, 143 or 129 after Ctrl-C,
-        SIGTERM or SIGHUP.
-        """
+        Raises TrainingError when the loss, a gradient or a weight is not finite or the disk is
+        full, ValueError when the run folder does not fit or another process trains this run, and
+        SystemExit with 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP."""
         if self.is_main and self.lock is None:
             self.lock = RunLock(self.run_dir)
         try:
@@ -233,7 +255,9 @@ class Trainer:
             self._run_step()
             elapsed = seconds_before + time.monotonic() - started
             self.step += 1
-            received, self.seconds = agree_on_largest([signals.received, elapsed], self.accelerator.device)
+            received, self.seconds = agree_on_largest(
+                [signals.received, elapsed], self.accelerator.device
+            )
             if self.step % self.config.log_every == 0 or self.progress == 1:
                 pace = (self.seconds - seconds_before) / (self.step - steps_before)
                 self._log(bar, pace)
@@ -241,14 +265,18 @@ class Trainer:
             if self.step % self.config.save_every == 0 or self.progress == 1 or received:
                 self._save()
             if received and self.progress < 1:
-                self._say(f"stopped by {signal.Signals(int(received)).name}; {self._how_to_resume()}")
+                self._say(
+                    f"stopped by {signal.Signals(int(received)).name}; {self._how_to_resume()}"
+                )
                 raise SystemExit(128 + int(received))
 
     def _run_step(self) -> None:
         seen: Counter[str] = Counter()
         for turn in self.method.turns(self.step):
             if turn not in self.learners:
-                raise ValueError(f"turn '{turn}' is of no network; networks() has {', '.join(self.learners)}")
+                raise ValueError(
+                    f"turn '{turn}' is of no network; networks() has {', '.join(self.learners)}"
+                )
             self._run_turn(turn, seen[turn])
             seen[turn] += 1
 
@@ -257,7 +285,9 @@ class Trainer:
         learner = self.learners[turn]
         self._require_gradients_of([turn])
         learner.optimizer.zero_grad(set_to_none=True)
-        loss = sum(self._backward(learner, turn, micro, part) for part in range(learner.config.accumulate))
+        loss = sum(
+            self._backward(learner, turn, micro, part) for part in range(learner.config.accumulate)
+        )
         if self.sharded:  # gradients are averaged as they are made
             loss = average_loss(loss).item()
         else:
@@ -295,7 +325,8 @@ class Trainer:
         return send_to_device(batch, self.accelerator.device) | {"micro": micro}
 
     def _require_gradients_of(self, names: Any) -> None:
-        """Only these networks require gradients: others cost neither memory nor time, and gather nothing."""
+        """Only these networks require gradients: others cost neither memory nor time, and gather
+        nothing."""
         for learner in self.learners.values():
             for parameter in learner.parameters.values():
                 parameter.requires_grad_(False)
@@ -307,16 +338,21 @@ class Trainer:
         if math.isfinite(value):
             return
         raise TrainingError(
-            f"{what} of turn '{turn}' is {value} in step {self.step + 1}; training stopped, {self._where_to_go_on()}"
+            f"{what} of turn '{turn}' is {value} in step {self.step + 1}; training stopped,"
+            f" {self._where_to_go_on()}"
         )
 
     def _where_to_go_on(self) -> str:
-        """After a number that is none. What a run was resumed from may be the cause, and would be so again."""
+        """After a number that is none. What a run was resumed from may be the cause, and would be
+        so again."""
         newest = ckpt.list_checkpoints(self.checkpoints)
         if not newest:
             return "no checkpoint was written yet"
         if newest[-1] == self.resumed_from:
-            return f"nothing was saved since it was resumed from {newest[-1]}; {ckpt.way_back(newest[-1])}"
+            return (
+                f"nothing was saved since it was resumed from {newest[-1]};"
+                f" {ckpt.way_back(newest[-1])}"
+            )
         return f"the last good checkpoint is {newest[-1]}"
 
     def _skip_overflow(self, learner: Learner, norm: float, turn: str) -> bool:
@@ -335,8 +371,12 @@ class Trainer:
         shown = self.show_progress and self.is_main and sys.stderr.isatty()
         form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         with tqdm(
-            total=self.config.max_steps, initial=self.step, desc=self.config.name,
-            disable=not shown, bar_format=form, dynamic_ncols=True,
+            total=self.config.max_steps,
+            initial=self.step,
+            desc=self.config.name,
+            disable=not shown,
+            bar_format=form,
+            dynamic_ncols=True,
         ) as bar:
             yield bar
 
@@ -345,10 +385,17 @@ class Trainer:
         means = self.means.take()
         if not self.is_main:
             return
-        line = {"step": self.step, **means, "seconds": round(self.seconds, 3), "samples": self.samples}
+        line = {
+            "step": self.step,
+            **means,
+            "seconds": round(self.seconds, 3),
+            "samples": self.samples,
+        }
         append_metrics(self.run_dir / "metrics.jsonl", line)
         self.accelerator.log(means, step=self.step)
-        losses = "  ".join(f"{key} {value:.4g}" for key, value in means.items() if key.endswith("/loss"))
+        losses = "  ".join(
+            f"{key} {value:.4g}" for key, value in means.items() if key.endswith("/loss")
+        )
         eta = tqdm.format_interval(self._seconds_left(pace))
         bar.set_postfix_str(f"eta {eta}, {losses}", refresh=False)
         log.info("step %d of %d  eta %s  %s", self.step, self.config.max_steps, eta, losses)
@@ -370,12 +417,21 @@ class Trainer:
         return f"the same command resumes from {newest[-1]}"
 
     def _no_room(self, reason: str) -> str:
-        needed = sum(tensor.nbytes for tensors in self._tensors().values() for tensor in tensors.values()) / GIB
+        needed = (
+            sum(
+                tensor.nbytes for tensors in self._tensors().values() for tensor in tensors.values()
+            )
+            / GIB
+        )
         there = shutil.disk_usage(self.run_dir).free / GIB
-        remedy = f"free {needed - there:.2f} GiB or more" if needed > there else "make room or raise the limit"
+        remedy = (
+            f"free {needed - there:.2f} GiB or more"
+            if needed > there
+            else "make room or raise the limit"
+        )
         return (
-            f"{reason} after step {self.step}, in {self.run_dir}: a checkpoint takes {needed:.2f} GiB, free are {there:.2f}; "
-            f"{remedy}, then {self._how_to_resume()}"
+            f"{reason} after step {self.step}, in {self.run_dir}: a checkpoint takes {needed:.2f}"
+            f" GiB, free are {there:.2f}; {remedy}, then {self._how_to_resume()}"
         )
 
     # The run folder
@@ -395,13 +451,18 @@ class Trainer:
             self.accelerator.init_trackers(self.config.name, config=settings)
 
     def _save(self) -> None:
-        own = {"random": ckpt.random_state(self.accelerator.device), "means": self.means.state_dict()}
+        own = {
+            "random": ckpt.random_state(self.accelerator.device),
+            "means": self.means.state_dict(),
+        }
         ranks = gather_object([own])
         tensors = {file: gathered(live, self.is_main) for file, live in self._tensors().items()}
         if self.is_main:
             self._check_weights(tensors)
             snapshot = ckpt.Snapshot(self._counters(), tensors, ranks)
-            ckpt.write_checkpoint(self.checkpoints, self.step, snapshot, self.config.keep_checkpoints)
+            ckpt.write_checkpoint(
+                self.checkpoints, self.step, snapshot, self.config.keep_checkpoints
+            )
         self.accelerator.wait_for_everyone()
 
     def _check_weights(self, tensors: dict[str, dict[str, Tensor]]) -> None:
@@ -409,7 +470,10 @@ class Trainer:
         for file, named in tensors.items():
             bad = not_finite(named)
             if bad is not None:
-                what = f"{bad} of {file} is not finite after step {self.step}; it was not saved, training stopped"
+                what = (
+                    f"{bad} of {file} is not finite after step {self.step}; it was not saved,"
+                    " training stopped"
+                )
                 raise TrainingError(f"{what}, {self._where_to_go_on()}")
 
     def _counters(self) -> dict[str, Any]:
@@ -421,7 +485,9 @@ class Trainer:
             "seconds": self.seconds,
             "num_processes": self.accelerator.num_processes,
             "updates": {name: learner.updates for name, learner in self.learners.items()},
-            "scalers": {name: learner.scaler.state_dict() for name, learner in self.learners.items()},
+            "scalers": {
+                name: learner.scaler.state_dict() for name, learner in self.learners.items()
+            },
         }
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -450,7 +516,9 @@ class Trainer:
     def _load(self, path: Path) -> None:
         live, counters = self._tensors(), ckpt.read_counters(path)
         self._check_of_this_run(path, counters)
-        saved = ckpt.read_checkpoint(path, list(live), self.accelerator.process_index, verify=self.is_main)
+        saved = ckpt.read_checkpoint(
+            path, list(live), self.accelerator.process_index, verify=self.is_main
+        )
         for name, learner in self.learners.items():
             file = f"{name}.optimizer"
             live.pop(file)
@@ -474,18 +542,22 @@ class Trainer:
         was, now = counters.get("data"), getattr(self.source, "fingerprint", None)
         if was and now and was != now:
             raise ValueError(
-                f"the data of run {self.run_dir} has changed since it was saved (prompts, captions or clips); put it back, or "
-                "give the run another name"
+                f"the data of run {self.run_dir} has changed since it was saved (prompts, captions"
+                " or clips); put it back, or give the run another name"
             )
         if before != processes:
             raise ValueError(
-                f"run {self.run_dir} was trained with {before} processes, not {processes}, which changes its batches; "
-                "launch as many again, or give the run another name"
+                f"run {self.run_dir} was trained with {before} processes, not {processes}, which"
+                " changes its batches; launch as many again, or give the run another name"
             )
 
     def _set_counters(self, counters: dict[str, Any]) -> None:
         """Undoes `_counters`."""
-        self.step, self.samples, self.seconds = counters["step"], counters["samples"], counters["seconds"]
+        self.step, self.samples, self.seconds = (
+            counters["step"],
+            counters["samples"],
+            counters["seconds"],
+        )
         for name, learner in self.learners.items():
             learner.scaler.load_state_dict(counters["scalers"][name])
             learner.updates = counters["updates"][name]
@@ -494,7 +566,8 @@ class Trainer:
 
 
 def switch_on(networks: dict[str, Module], config: TrainConfig) -> None:
-    """Activation checkpointing and compilation for the networks that can; the former also where such a one is inside."""
+    """Activation checkpointing and compilation for the networks that can; the former also where
+    such a one is inside."""
     modules = [module for network in networks.values() for module in network.modules()]
     recomputing = [m for m in modules if getattr(m, "_supports_gradient_checkpointing", False)]
     repeating = [n for n in networks.values() if getattr(n, "_repeated_blocks", None)]
@@ -508,5 +581,7 @@ def switch_on(networks: dict[str, Module], config: TrainConfig) -> None:
 
 def _some(networks: list[Module], option: str) -> list[Module]:
     if not networks:
-        raise ValueError(f"{option}=true, but no network of the method supports it; set it to false")
+        raise ValueError(
+            f"{option}=true, but no network of the method supports it; set it to false"
+        )
     return networks

@@ -1,4 +1,5 @@
-"""Opening a codec: the class by its configuration, and whatever is wrong as one line that names the file."""
+"""Opening a codec: the class by its configuration, and whatever is wrong as one line that names the
+file."""
 
 import json
 import pickle
@@ -32,15 +33,28 @@ def test_every_codec_opens_by_its_configuration_and_is_frozen(tmp_path, name, ca
     made = TINY[name]()
     made.save_pretrained(tmp_path / "vae")
     codec = open_codec(tmp_path, "cpu")
-    assert type(codec) is type(made) is CODECS[json.loads((tmp_path / "vae/config.json").read_text())["_class_name"]]
+    assert (
+        type(codec)
+        is type(made)
+        is CODECS[json.loads((tmp_path / "vae/config.json").read_text())["_class_name"]]
+    )
     assert not codec.training and not any(p.requires_grad for p in codec.parameters())
     latents = torch.randn(1, codec.latent_channels, 2, 2, 2)
-    assert codec.decode_latents(latents).shape == (1, 5, 3, 2 * codec.spatial_ratio, 2 * codec.spatial_ratio)
+    assert codec.decode_latents(latents).shape == (
+        1,
+        5,
+        3,
+        2 * codec.spatial_ratio,
+        2 * codec.spatial_ratio,
+    )
     assert capfd.readouterr().err == ""
 
 
 def test_half_precision_on_disk_opens_in_float32(folder):
-    save_file({name: weight.half() for name, weight in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+    save_file(
+        {name: weight.half() for name, weight in load_file(folder / WEIGHTS).items()},
+        folder / WEIGHTS,
+    )
     assert {p.dtype for p in open_codec(folder).parameters()} == {torch.float32}
 
 
@@ -57,22 +71,48 @@ def truncate(file):
 
 def add_index(folder):
     """The index of two shards, of which the second was not copied."""
-    shards = {"a": "diffusion_pytorch_model.safetensors", "b": "diffusion_pytorch_model-00002-of-00002.safetensors"}
+    shards = {
+        "a": "diffusion_pytorch_model.safetensors",
+        "b": "diffusion_pytorch_model-00002-of-00002.safetensors",
+    }
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": shards}))
 
 
 DAMAGES = {
-    "truncated": (lambda f: truncate(f / WEIGHTS), "diffusion_pytorch_model.safetensors is truncated or damaged"),
+    "truncated": (
+        lambda f: truncate(f / WEIGHTS),
+        "diffusion_pytorch_model.safetensors is truncated or damaged",
+    ),
     "weights": (lambda f: (f / WEIGHTS).unlink(), "has no .safetensors file"),
-    "shard": (add_index, "names diffusion_pytorch_model-00002-of-00002.safetensors, which is not there (1 of 2"),
-    "shape": (lambda f: rewrite(f, lambda w: w.update({"decoder.conv_out.bias": torch.zeros(5)})), "decoder.conv_out.bias"),
-    "missing": (lambda f: rewrite(f, lambda w: w.pop("decoder.conv_out.bias")), "decoder.conv_out.bias and 0 more"),
-    "unknown": (lambda f: rewrite(f, lambda w: w.update({"extra": torch.zeros(1)})), "extra and 0 more"),
+    "shard": (
+        add_index,
+        "names diffusion_pytorch_model-00002-of-00002.safetensors, which is not there (1 of 2",
+    ),
+    "shape": (
+        lambda f: rewrite(f, lambda w: w.update({"decoder.conv_out.bias": torch.zeros(5)})),
+        "decoder.conv_out.bias",
+    ),
+    "missing": (
+        lambda f: rewrite(f, lambda w: w.pop("decoder.conv_out.bias")),
+        "decoder.conv_out.bias and 0 more",
+    ),
+    "unknown": (
+        lambda f: rewrite(f, lambda w: w.update({"extra": torch.zeros(1)})),
+        "extra and 0 more",
+    ),
     "config": (lambda f: (f / "vae/config.json").unlink(), "has no config.json"),
-    "config text": (lambda f: (f / "vae/config.json").write_text("{"), "vae/config.json is no JSON"),
-    "config list": (lambda f: (f / "vae/config.json").write_text("[]"), "holds a list, expected a JSON object"),
-    "class": (lambda f: (f / "vae/config.json").write_text('{"_class_name": "AutoencoderKLMochi"}'),
-              "is a AutoencoderKLMochi; expected one of AutoencoderTinyVideo, AutoencoderKLWan"),
+    "config text": (
+        lambda f: (f / "vae/config.json").write_text("{"),
+        "vae/config.json is no JSON",
+    ),
+    "config list": (
+        lambda f: (f / "vae/config.json").write_text("[]"),
+        "holds a list, expected a JSON object",
+    ),
+    "class": (
+        lambda f: (f / "vae/config.json").write_text('{"_class_name": "AutoencoderKLMochi"}'),
+        "is a AutoencoderKLMochi; expected one of AutoencoderTinyVideo, AutoencoderKLWan",
+    ),
 }
 
 
@@ -82,7 +122,11 @@ def test_damage_is_one_line_that_names_the_place(folder, capfd, name):
     damage(folder)
     with pytest.raises(ValueError) as caught:
         open_codec(folder)
-    assert message in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        message in str(caught.value)
+        and str(folder) in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
     assert capfd.readouterr().err == ""
 
 

@@ -1,4 +1,5 @@
-"""Embeddings are those of diffusers' pipeline, do not depend on their batch, and survive a restart."""
+"""Embeddings are those of diffusers' pipeline, do not depend on their batch, and survive a
+restart."""
 
 import builtins
 import json
@@ -10,7 +11,13 @@ import torch
 from diffusers import CogVideoXPipeline, WanPipeline
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+from transformers import (
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from streamvid.codecs import text
 from streamvid.codecs.text import EncoderFolder, PromptEncoder, clean_prompt
@@ -20,17 +27,27 @@ PROMPTS = ["a red ball falls", "", "a   cat\n", "a cat &amp;amp; a ball", "cafÃ
 
 
 def make_tokenizer(max_length=12):
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=max_length
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=max_length,
     )
 
 
 def make_text_encoder(seed=0):
     torch.manual_seed(seed)
-    return UMT5EncoderModel(UMT5Config(vocab_size=len(WORDS), d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2))
+    return UMT5EncoderModel(
+        UMT5Config(vocab_size=len(WORDS), d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    )
 
 
 def test_embeddings_are_those_of_the_diffusers_pipeline():
@@ -41,18 +58,24 @@ def test_embeddings_are_those_of_the_diffusers_pipeline():
     encoder = PromptEncoder(tokenizer, text_encoder)
     torch.testing.assert_close(encoder.encode(PROMPTS), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(encoder.encode([""])[0], negative[0], rtol=0, atol=1e-6)
-    assert (encoder.encode(["a red ball"])[0, 4:] == 0).all()  # three words and the end; no mask is passed on
+    # three words and the end; no mask is passed on
+    assert (encoder.encode(["a red ball"])[0, 4:] == 0).all()
     assert encoder.embedding_dim == 8
 
 
 def test_an_embedding_does_not_depend_on_its_batch():
     one_by_one = PromptEncoder(make_tokenizer(), make_text_encoder())
     together = PromptEncoder(make_tokenizer(), make_text_encoder())
-    assert torch.equal(together.encode(PROMPTS), torch.cat([one_by_one.encode([prompt]) for prompt in PROMPTS]))
+    assert torch.equal(
+        together.encode(PROMPTS), torch.cat([one_by_one.encode([prompt]) for prompt in PROMPTS])
+    )
 
 
 def test_a_prompt_is_cleaned_as_diffusers_cleans_it():
-    assert clean_prompt(" a  cat &amp;amp;\n a ball ") == "a cat & a ball" and clean_prompt("cafÃ©") == "café"
+    assert (
+        clean_prompt(" a  cat &amp;amp;\n a ball ") == "a cat & a ball"
+        and clean_prompt("cafÃ©") == "café"
+    )
 
 
 class Counting(torch.nn.Module):
@@ -72,16 +95,23 @@ def test_a_prompt_is_encoded_once_and_then_read_from_memory_and_disk(tmp_path):
     prompts = ["a cat", "a ball", "a cat"]
     embeddings = PromptEncoder(make_tokenizer(), first, cache_dir=tmp_path).encode(prompts)
     assert first.passes == 2 and len(list(tmp_path.glob("*.safetensors"))) == 2
-    assert torch.equal(PromptEncoder(make_tokenizer(), again, cache_dir=tmp_path).encode(prompts), embeddings)
+    assert torch.equal(
+        PromptEncoder(make_tokenizer(), again, cache_dir=tmp_path).encode(prompts), embeddings
+    )
     assert again.passes == 0
-    assert all(load_file(path)["embedding"].shape == (3, 8) for path in tmp_path.glob("*.safetensors"))  # no padding
+    # no padding
+    assert all(
+        load_file(path)["embedding"].shape == (3, 8) for path in tmp_path.glob("*.safetensors")
+    )
 
 
 def test_a_cache_is_not_read_by_another_encoder_or_length(tmp_path):
     PromptEncoder(make_tokenizer(), make_text_encoder(), cache_dir=tmp_path).encode(["a cat"])
     for encoder, length in ((make_text_encoder(seed=1), 12), (make_text_encoder(), 8)):
         other = Counting(encoder)
-        embedding = PromptEncoder(make_tokenizer(), other, length, cache_dir=tmp_path).encode(["a cat"])
+        embedding = PromptEncoder(make_tokenizer(), other, length, cache_dir=tmp_path).encode(
+            ["a cat"]
+        )
         assert other.passes == 1 and embedding.shape[1] == length
 
 
@@ -125,24 +155,35 @@ def test_a_cached_embedding_that_is_no_good_is_made_anew_and_said(tmp_path, capl
     repaired = PromptEncoder(make_tokenizer(), counting, cache_dir=tmp_path).encode(["a cat"])
     assert torch.equal(repaired, expected) and counting.passes == 0
     (record,) = caplog.records
-    assert str(tmp_path) in record.message and "encoding the prompt anew" in record.message and "\n" not in record.message
+    assert (
+        str(tmp_path) in record.message
+        and "encoding the prompt anew" in record.message
+        and "\n" not in record.message
+    )
 
 
 def test_a_prompt_past_the_limit_is_cut_aloud_and_once(tmp_path, caplog):
-    """Two captions that differ behind the limit gave the same clip without a word; a cache must not hide it either."""
-    long = "a red ball falls a red ball falls a red ball cat & red"  # 12 tokens are the end mark and 11 words
+    """Two captions that differ behind the limit gave the same clip without a word; a cache must not
+    hide it either."""
+    # 12 tokens are the end mark and 11 words
+    long = "a red ball falls a red ball falls a red ball cat & red"
     for _ in range(2):
         encoder = PromptEncoder(make_tokenizer(), make_text_encoder(), cache_dir=tmp_path)
         encoder.encode(["a cat", "a red ball falls a red ball falls a red ball", long, long])
         encoder.encode([long])
     assert len(caplog.records) == 2
-    assert all("at most 12 tokens: 'cat & red' is cut off 'a red ball" in record.message for record in caplog.records)
+    assert all(
+        "at most 12 tokens: 'cat & red' is cut off 'a red ball" in record.message
+        for record in caplog.records
+    )
 
 
 def test_many_prompts_show_their_progress(monkeypatch):
     """A hundred thousand were encoded for minutes without a sign."""
     bars = []
-    monkeypatch.setattr(text, "tqdm", lambda items, **options: bars.append((list(items), options)) or items)
+    monkeypatch.setattr(
+        text, "tqdm", lambda items, **options: bars.append((list(items), options)) or items
+    )
     PromptEncoder(make_tokenizer(), make_text_encoder()).prepare(["a cat", "a ball", "a cat"])
     ((prompts, options),) = bars
     assert prompts == ["a cat", "a ball"] and options["desc"] == "encoding prompts"
@@ -183,7 +224,9 @@ def folder(tmp_path):
 def test_a_folder_opens_and_gives_the_same_embeddings(folder):
     opened = PromptEncoder.from_pretrained(folder)
     assert opened.embedding_dim == 8 and opened.max_length == 12
-    assert torch.equal(opened.encode(PROMPTS), PromptEncoder(make_tokenizer(), make_text_encoder()).encode(PROMPTS))
+    assert torch.equal(
+        opened.encode(PROMPTS), PromptEncoder(make_tokenizer(), make_text_encoder()).encode(PROMPTS)
+    )
     assert not any(p.requires_grad for p in opened.text_encoder.parameters())
 
 
@@ -207,9 +250,13 @@ def test_weights_are_loaded_when_they_are_needed_and_can_be_dropped(folder, monk
 
 def test_a_cache_is_not_read_by_another_folders_encoder(folder):
     PromptEncoder.from_pretrained(folder, cache_dir=folder / "cache").encode(["a cat"])
-    make_text_encoder(seed=1).save_pretrained(folder / "text_encoder", max_shard_size="1KB")  # the same sizes
+    # the same sizes
+    make_text_encoder(seed=1).save_pretrained(folder / "text_encoder", max_shard_size="1KB")
     other = PromptEncoder.from_pretrained(folder, cache_dir=folder / "cache")
-    assert torch.equal(other.encode(["a cat"]), PromptEncoder(make_tokenizer(), make_text_encoder(1)).encode(["a cat"]))
+    assert torch.equal(
+        other.encode(["a cat"]),
+        PromptEncoder(make_tokenizer(), make_text_encoder(1)).encode(["a cat"]),
+    )
     low = PromptEncoder.from_pretrained(folder, cache_dir=folder / "cache", dtype=torch.bfloat16)
     assert not torch.equal(low.encode(["a cat"]), other.encode(["a cat"]))
     assert low.text_encoder.dtype == torch.bfloat16 and low.encode(["a cat"]).dtype == torch.float32
@@ -217,7 +264,12 @@ def test_a_cache_is_not_read_by_another_folders_encoder(folder):
 
 def test_half_precision_is_that_of_the_pipeline(folder):
     low = PromptEncoder.from_pretrained(folder, dtype=torch.bfloat16)
-    pipeline = WanPipeline(low.tokenizer, UMT5EncoderModel.from_pretrained(folder / "text_encoder").bfloat16(), None, None)
+    pipeline = WanPipeline(
+        low.tokenizer,
+        UMT5EncoderModel.from_pretrained(folder / "text_encoder").bfloat16(),
+        None,
+        None,
+    )
     with torch.no_grad():
         expected, _ = pipeline.encode_prompt(PROMPTS[0], "", max_sequence_length=12)
     torch.testing.assert_close(low.encode(PROMPTS[:1]), expected.float(), rtol=0, atol=0)
@@ -226,11 +278,15 @@ def test_half_precision_is_that_of_the_pipeline(folder):
 def test_a_t5_is_used_as_cogvideox_uses_it(tmp_path):
     """Neither cleaned nor masked, and padding is encoded too."""
     torch.manual_seed(0)
-    t5 = T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)).eval()
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=len(WORDS), d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    ).eval()
     pipeline = CogVideoXPipeline(make_tokenizer(), t5, vae=None, transformer=None, scheduler=None)
     with torch.no_grad():
         expected, _ = pipeline.encode_prompt(PROMPTS, "", max_sequence_length=12)
-    torch.testing.assert_close(PromptEncoder(make_tokenizer(), t5).encode(PROMPTS), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        PromptEncoder(make_tokenizer(), t5).encode(PROMPTS), expected, rtol=0, atol=1e-6
+    )
     t5.save_pretrained(tmp_path / "text_encoder")
     make_tokenizer(4096).save_pretrained(tmp_path / "tokenizer")
     opened = PromptEncoder.from_pretrained(tmp_path)
@@ -281,9 +337,15 @@ def test_weights_of_another_size_are_found_when_they_are_loaded(folder):
 def bring_code(folder, part, file, **values):
     """A configuration that names ``evil.py`` beside it, which leaves a mark if it runs."""
     config = folder / part / file
-    names = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
+    names = {
+        "AutoTokenizer": ["evil.Evil", "evil.Evil"],
+        "AutoConfig": "evil.Evil",
+        "AutoModel": "evil.Evil",
+    }
     config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": names, **values}))
-    (folder / part / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil:\n    pass\n")
+    (folder / part / "evil.py").write_text(
+        f"open({str(folder / 'ran')!r}, 'w')\nclass Evil:\n    pass\n"
+    )
 
 
 @pytest.fixture
@@ -303,9 +365,13 @@ def test_code_of_a_tokenizer_is_neither_run_nor_asked_about(folder, asked, kind)
         bring_code(folder, "tokenizer", "config.json", model_type="evil")
     try:
         embeddings = PromptEncoder.from_pretrained(folder).encode(["a cat"])
-        assert torch.equal(embeddings, PromptEncoder(make_tokenizer(), make_text_encoder()).encode(["a cat"]))
+        assert torch.equal(
+            embeddings, PromptEncoder(make_tokenizer(), make_text_encoder()).encode(["a cat"])
+        )
     except ValueError as error:
-        assert "needs code of its own (auto_map), which is never run" in str(error) and "\n" not in str(error)
+        assert "needs code of its own (auto_map), which is never run" in str(
+            error
+        ) and "\n" not in str(error)
         assert "trust_remote_code" not in str(error)
     assert asked == [] and not (folder / "ran").exists()
 
@@ -313,12 +379,15 @@ def test_code_of_a_tokenizer_is_neither_run_nor_asked_about(folder, asked, kind)
 def test_code_beside_a_text_encoder_is_not_run(folder, asked):
     bring_code(folder, "text_encoder", "config.json", architectures=["Evil"])
     embeddings = PromptEncoder.from_pretrained(folder).encode(["a cat"])
-    assert torch.equal(embeddings, PromptEncoder(make_tokenizer(), make_text_encoder()).encode(["a cat"]))
+    assert torch.equal(
+        embeddings, PromptEncoder(make_tokenizer(), make_text_encoder()).encode(["a cat"])
+    )
     assert asked == [] and not (folder / "ran").exists()
 
 
 def test_umt5_of_the_published_form_opens(folder):
-    """One embedding table, ``shared.weight``, though the configuration says that none is tied; some versions miss a copy."""
+    """One embedding table, ``shared.weight``, though the configuration says that none is tied; some
+    versions miss a copy."""
     model, part = make_text_encoder(), folder / "text_encoder"
     shutil.rmtree(part)
     model.save_pretrained(part)

@@ -1,4 +1,5 @@
-"""The tiny codec: what streams is what is decoded at once, and what is shipped is good enough to measure with."""
+"""The tiny codec: what streams is what is decoded at once, and what is shipped is good enough to
+measure with."""
 
 import copy
 
@@ -62,7 +63,8 @@ def test_the_decoder_of_training_is_the_decoder_of_streaming(codec):
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_half_precision_works_and_is_close(codec, dtype, given):
-    """Weights in half precision met frames and latents in float32, and the layers refused the mixture."""
+    """Weights in half precision met frames and latents in float32, and the layers refused the
+    mixture."""
     low = copy.deepcopy(codec).to(dtype)
     frames, latents = torch.rand(1, 9, 3, 16, 16), torch.randn(1, 4, 3, 2, 2)
     encoded, decoded = low.encode_frames(frames.to(given)), low.decode_latents(latents.to(given))
@@ -101,7 +103,9 @@ def test_save_and_load(codec, tmp_path):
 
 
 def test_the_loss_reaches_every_parameter(codec):
-    loss, error = reconstruction_loss(codec, torch.rand(1, 5, 3, 16, 16), torch.zeros(1, 4, 2, 2, 2), 1e-3)
+    loss, error = reconstruction_loss(
+        codec, torch.rand(1, 5, 3, 16, 16), torch.zeros(1, 4, 2, 2, 2), 1e-3
+    )
     loss.backward()
     assert error > 0 and all(parameter.grad is not None for parameter in codec.parameters())
     codec.zero_grad(set_to_none=True)
@@ -125,25 +129,33 @@ def test_a_folder_without_a_codec_or_with_another_class_is_refused(tmp_path):
 
 @torch.no_grad()
 def test_the_shipped_codec_reconstructs_held_out_clips():
-    """At least 32 dB, and no world score loses more than 0.02 (mean over 48 clips of unseen combinations)."""
+    """At least 32 dB, and no world score loses more than 0.02 (mean over 48 clips of unseen
+    combinations)."""
     codec = open_codec(TINY_TEACHER)
     specs = [sample_spec(seed, held_out=True) for seed in range(40_000, 40_048)]
     clips = torch.stack([render(spec, 33) for spec in specs])
-    decoded = torch.cat([codec.decode_latents(codec.encode_frames(part)) for part in clips.split(16)])
+    decoded = torch.cat(
+        [codec.decode_latents(codec.encode_frames(part)) for part in clips.split(16)]
+    )
     assert -10 * (decoded - clips).square().mean().log10() >= 32
     prompts = [caption(spec, seed) for seed, spec in enumerate(specs)]
     truth = mean_scores(score(clip, prompt) for clip, prompt in zip(clips, prompts))
     found = mean_scores(score(clip, prompt) for clip, prompt in zip(decoded, prompts))
-    assert {name: round(truth[name] - found[name], 3) for name in truth if truth[name] - found[name] > 0.02} == {}
+    assert {
+        name: round(truth[name] - found[name], 3)
+        for name in truth
+        if truth[name] - found[name] > 0.02
+    } == {}
 
 
 @torch.no_grad()
 def test_with_its_first_frame_as_an_image_a_cut_is_a_clip_of_its_own():
-    """Latents of a cut from the middle, its first encoded as an image, are nearer to the cut's own than those of the stream."""
+    """Latents of a cut from the middle, its first encoded as an image, are nearer to the cut's own
+    than those of the stream."""
     codec = open_codec(TINY_TEACHER)
     frames = torch.stack([render(sample_spec(seed), 33) for seed in range(4)])
     whole, own = codec.encode_frames(frames), codec.encode_frames(frames[:, 12:])
     cut = torch.cat([last_frame_as_image(codec, whole[:, :, :4]), whole[:, :, 4:]], dim=2)
-    error = lambda latents: (latents - own).square().mean(dim=(0, 1, 3, 4))  # noqa: E731
+    error = lambda latents: (latents - own).square().mean(dim=(0, 1, 3, 4))
     assert error(cut)[0] < 0.2 * error(whole[:, :, 3:])[0]
     assert torch.equal(cut[:, :, 1:], whole[:, :, 4:])

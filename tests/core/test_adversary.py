@@ -1,4 +1,5 @@
-"""Adversaries: optima of each game, penalties of linear discriminators, heads, pools, and who gets gradients."""
+"""Adversaries: optima of each game, penalties of linear discriminators, heads, pools, and who gets
+gradients."""
 
 import math
 
@@ -30,8 +31,11 @@ def density(mean):
 
 
 def expected_loss(kind, logits, p_real, p_fake, step):
-    """The discriminator's loss with a logit for each point of a grid; its fake and its real part add up."""
-    loss = lambda f, r: float(discriminator_loss(kind, torch.tensor([[f]]).double(), torch.tensor([[r]]).double()))  # noqa: E731
+    """The discriminator's loss with a logit for each point of a grid; its fake and its real part
+    add up."""
+    loss = lambda f, r: float(
+        discriminator_loss(kind, torch.tensor([[f]]).double(), torch.tensor([[r]]).double())
+    )
     base = loss(0.0, 0.0)
     fakes = torch.tensor([loss(value, 0.0) for value in logits.tolist()], dtype=torch.float64)
     reals = torch.tensor([loss(0.0, value) for value in logits.tolist()], dtype=torch.float64)
@@ -42,7 +46,8 @@ def expected_loss(kind, logits, p_real, p_fake, step):
 
 
 def test_the_hinge_optimum():
-    """Q7: D* = sign(p - q) and the least loss is 2 int min(p, q) = 4 Phi(-d / 2) for unit Gaussians d apart."""
+    """Q7: D* = sign(p - q) and the least loss is 2 int min(p, q) = 4 Phi(-d / 2) for unit Gaussians
+    d apart."""
     d = 1.5
     p, q = density(d), density(0.0)
     best = torch.where(p > q, 1.0, -1.0)
@@ -64,21 +69,32 @@ def test_the_logistic_optimum():
 
 
 def test_pairs_learn_the_log_ratio():
-    """O6: softplus(D(fake) - D(real)) has its least value at D = log p / q + const; for unit Gaussians slope d."""
+    """O6: softplus(D(fake) - D(real)) has its least value at D = log p / q + const; for unit
+    Gaussians slope d."""
     d = 1.2
     x, y = torch.randn(2, 200000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     slopes = torch.linspace(0.6, 1.8, 25, dtype=torch.float64)
-    losses = [float(discriminator_loss("paired", (k * x)[:, None], (k * (y + d))[:, None])) for k in slopes]
+    losses = [
+        float(discriminator_loss("paired", (k * x)[:, None], (k * (y + d))[:, None]))
+        for k in slopes
+    ]
     assert float(slopes[losses.index(min(losses))]) == pytest.approx(d, abs=0.051)
     nothing = torch.randn(50, 1)
     assert float(discriminator_loss("paired", nothing, nothing)) == pytest.approx(math.log(2))
 
 
 def test_pairs_do_not_see_a_constant():
-    fake, real = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fake, real = torch.randn(
+        2, 8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     for c in (-3.0, 10.0):
-        torch.testing.assert_close(generator_loss("paired", fake + c, real + c), generator_loss("paired", fake, real))
-        torch.testing.assert_close(discriminator_loss("paired", fake + c, real + c), discriminator_loss("paired", fake, real))
+        torch.testing.assert_close(
+            generator_loss("paired", fake + c, real + c), generator_loss("paired", fake, real)
+        )
+        torch.testing.assert_close(
+            discriminator_loss("paired", fake + c, real + c),
+            discriminator_loss("paired", fake, real),
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,7 +103,12 @@ def test_the_student_climbs_and_the_discriminator_parts(kind):
     (up,) = torch.autograd.grad(generator_loss(kind, fake, real), fake)
     assert (up < 0).all()  # descent raises the fakes' logits
     fake_slope, real_slope = torch.autograd.grad(discriminator_loss(kind, fake, real), (fake, real))
-    assert (real_slope < 0).all() and (fake_slope > 0).all() or kind == "lsgan" and (real_slope < 0).all()
+    assert (
+        (real_slope < 0).all()
+        and (fake_slope > 0).all()
+        or kind == "lsgan"
+        and (real_slope < 0).all()
+    )
 
 
 def test_no_gradient_to_the_reals_of_a_pair_and_a_margin_where_asked():
@@ -115,31 +136,42 @@ def test_bad_requests_are_refused():
 def test_penalties_of_a_linear_discriminator():
     """Exact: |w|^2. Approximate: sigma^2 |w|^2 on average, and |w|^2 when divided."""
     w = torch.randn(12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = torch.randn(20000, 3, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    x = torch.randn(
+        20000, 3, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).requires_grad_()
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    logits_of = lambda x: (x.flatten(1) @ w)[:, None]  # noqa: E731
+    logits_of = lambda x: (x.flatten(1) @ w)[:, None]
     norm = float(w @ w)
     assert exact_penalty(logits_of(x), x).item() == pytest.approx(norm, rel=1e-12)
-    assert approximate_penalty(logits_of, x, noise, 0.05).item() == pytest.approx(0.05**2 * norm, rel=0.03)
-    assert approximate_penalty(logits_of, x, noise, 0.05, divide=True).item() == pytest.approx(norm, rel=0.03)
+    assert approximate_penalty(logits_of, x, noise, 0.05).item() == pytest.approx(
+        0.05**2 * norm, rel=0.03
+    )
+    assert approximate_penalty(logits_of, x, noise, 0.05, divide=True).item() == pytest.approx(
+        norm, rel=0.03
+    )
     with pytest.raises(ValueError, match="sigma=0"):
         approximate_penalty(logits_of, x, noise, 0)
 
 
 def test_a_regularised_slope():
-    """O7: of the paired loss with gap d and weight lam on |D(x + s n) - D(x)|^2, slope about (d/2) / (s_x^2/2 + d^2/4 + 2 lam s^2)."""
+    """O7: of the paired loss with gap d and weight lam on |D(x + s n) - D(x)|^2, slope about (d/2)
+    / (s_x^2/2 + d^2/4 + 2 lam s^2)."""
     d, lam, sigma = 0.1, 600.0, 0.05
     generator = torch.Generator().manual_seed(0)
     x, y, n, m = torch.randn(4, 100000, generator=generator, dtype=torch.float64)
     k = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    logits = lambda z: (k * z)[:, None]  # noqa: E731
+    logits = lambda z: (k * z)[:, None]
     for _ in range(300):
         loss = discriminator_loss("paired", logits(x), logits(y + d))
-        loss = loss + lam * (approximate_penalty(logits, x, n, sigma) + approximate_penalty(logits, y, m, sigma))
+        loss = loss + lam * (
+            approximate_penalty(logits, x, n, sigma) + approximate_penalty(logits, y, m, sigma)
+        )
         (slope,) = torch.autograd.grad(loss, k)
         k.data -= 0.1 * slope
     gap = float((y + d - x).mean())
-    assert float(k.detach()) == pytest.approx((gap / 2) / (0.5 + gap**2 / 4 + 2 * lam * sigma**2 * 2), rel=0.05)
+    assert float(k.detach()) == pytest.approx(
+        (gap / 2) / (0.5 + gap**2 / 4 + 2 * lam * sigma**2 * 2), rel=0.05
+    )
 
 
 def test_the_exact_penalty_can_be_trained_on():
@@ -204,9 +236,19 @@ def test_features_of_a_wan_transformer():
     from diffusers import WanTransformer3DModel
 
     trunk = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
-        freq_dim=16, ffn_dim=32, num_layers=3, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
-    ).requires_grad_(False)  # fmt: skip
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=3,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    ).requires_grad_(False)
     x = torch.randn(2, 4, 3, 4, 4, requires_grad=True)
     heads = FeatureHeads([24, 24], "query", num_logits=3, hidden=16)
     with capture(trunk, ["blocks.0", "blocks.2"]) as features:
@@ -236,7 +278,9 @@ def test_heads_outside_the_sample_get_no_gradient():
     taken = heads.take(generator)
     assert [head.in_features for head in taken] == [2, 3, 4, 5]
     sum(head(torch.randn(3, head.in_features)).sum() for head in taken).backward()
-    with_gradient = {id(head) for group in heads.groups for head in group if head.weight.grad is not None}
+    with_gradient = {
+        id(head) for group in heads.groups for head in group if head.weight.grad is not None
+    }
     assert with_gradient == {id(head) for head in taken}
 
 
@@ -273,13 +317,19 @@ def test_the_pair_differs_by_the_difference_of_predictions(shape):
     t, dt = torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64), 1 / 64
     real, fake = euler_pair(x_t, t, dt, v_real, v_fake)
     span = dt / t.reshape(3, *[1] * (len(shape) - 1))
-    torch.testing.assert_close(real - fake, span * (x0_from_v(x_t, v_real, t) - x0_from_v(x_t, v_fake, t)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        real - fake,
+        span * (x0_from_v(x_t, v_real, t) - x0_from_v(x_t, v_fake, t)),
+        rtol=0,
+        atol=1e-12,
+    )
     same = euler_pair(x_t, t, dt, v_real, v_real)
     assert torch.equal(*same)
 
 
 def test_the_student_is_pushed_towards_the_teacher():
-    """A student at mu > m: a discriminator that tells the pair apart pushes mu down, through the fake score's input."""
+    """A student at mu > m: a discriminator that tells the pair apart pushes mu down, through the
+    fake score's input."""
     m, t, dt = 0.0, 0.5, 0.1
     mu = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     x_t = ((1 - t) * mu).reshape(1, 1, 1, 1)

@@ -23,11 +23,17 @@ def test_mask_and_weight_by_sample_and_frame():
     v, x0, eps = clips(3)
     frames = (v - velocity(x0, eps)).square().mean(dim=(1, 3, 4))  # [B, T]
     mask = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]])
-    torch.testing.assert_close(flow_matching_loss(v, x0, eps, mask=mask), frames[mask.bool()].mean())
+    torch.testing.assert_close(
+        flow_matching_loss(v, x0, eps, mask=mask), frames[mask.bool()].mean()
+    )
     full = mask[:, None, :, None, None].expand_as(v).bool()
-    torch.testing.assert_close(flow_matching_loss(v, x0, eps, mask=full), frames[mask.bool()].mean())
+    torch.testing.assert_close(
+        flow_matching_loss(v, x0, eps, mask=full), frames[mask.bool()].mean()
+    )
     weight = torch.rand(2, 4, dtype=torch.float64)
-    torch.testing.assert_close(flow_matching_loss(v, x0, eps, weight=weight), (weight * frames).mean())
+    torch.testing.assert_close(
+        flow_matching_loss(v, x0, eps, weight=weight), (weight * frames).mean()
+    )
     torch.testing.assert_close(
         flow_matching_loss(v, x0, eps, weight=weight[:, 0], mask=mask),
         (weight[:, :1] * frames)[mask.bool()].mean(),
@@ -57,7 +63,8 @@ def test_weights_turn_the_velocity_error_into_others():
     sigma = time / (1 - time)
     x0_error = (x0_from_v(x_t, v, t) - x0).square()
     eps_error = (eps_from_v(x_t, v, t) - eps).square()
-    alpha2 = (1 - time) ** 2 / (time**2 + (1 - time) ** 2)  # of the variance-preserving process at this t
+    # of the variance-preserving process at this t
+    alpha2 = (1 - time) ** 2 / (time**2 + (1 - time) ** 2)
     expected = {
         "v": (v - velocity(x0, eps)).square(),
         "x0": x0_error,

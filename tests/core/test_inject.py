@@ -1,8 +1,8 @@
 """Distribution matching on Gaussians, where every expectation and every fixed point is known.
 
-Teacher N(m, s^2); student x = mu + sigma z; D = (1 - t)^2 s^2 + t^2 is the variance of the noised teacher.
-Expectations over (z, eps) are Gauss-Hermite sums, exact for the polynomials that occur here.
-"""
+Teacher N(m, s^2); student x = mu + sigma z; D = (1 - t)^2 s^2 + t^2 is the variance of the noised
+teacher. Expectations over (z, eps) are Gauss-Hermite sums, exact for the polynomials that occur
+here."""
 
 import numpy
 import pytest
@@ -14,7 +14,8 @@ from streamvid.core.process import add_noise, velocity, x0_from_v
 
 NODES, WEIGHTS = (torch.from_numpy(a) for a in numpy.polynomial.hermite_e.hermegauss(6))
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
-Z, EPS = (grid.reshape(-1, 1, 1, 1) for grid in torch.meshgrid(NODES, NODES, indexing="ij"))  # [36, 1, 1, 1]
+# [36, 1, 1, 1]
+Z, EPS = (grid.reshape(-1, 1, 1, 1) for grid in torch.meshgrid(NODES, NODES, indexing="ij"))
 WEIGHT = torch.outer(WEIGHTS, WEIGHTS).reshape(-1, 1, 1, 1)
 
 
@@ -25,8 +26,11 @@ def denoise(x_t, t, mean, std):
 
 
 def expected_gradient(mu, sigma, t, fake, real):
-    """E[g dx/dmu], E[g dx/dsigma] through the surrogate, with data predictions ``fake`` and ``real``."""
-    mu, sigma = (torch.tensor(float(p), dtype=torch.float64, requires_grad=True) for p in (mu, sigma))
+    """E[g dx/dmu], E[g dx/dsigma] through the surrogate, with data predictions ``fake`` and
+    ``real``."""
+    mu, sigma = (
+        torch.tensor(float(p), dtype=torch.float64, requires_grad=True) for p in (mu, sigma)
+    )
     x = mu + sigma * Z
     x_t = add_noise(x.detach(), EPS, t)
     g = dmd_gradient(x, fake(x_t), real(x_t), normalizer="none")
@@ -34,7 +38,8 @@ def expected_gradient(mu, sigma, t, fake, real):
 
 
 def test_denoiser_is_the_posterior_mean():
-    """O1: the residual x0 - x0_hat is uncorrelated with x_t, which makes a linear predictor the best one."""
+    """O1: the residual x0 - x0_hat is uncorrelated with x_t, which makes a linear predictor the
+    best one."""
     m, s, t = 0.7, 1.3, 0.6
     x0 = m + s * Z
     x_t = add_noise(x0, EPS, t)
@@ -61,7 +66,8 @@ def test_gradient_has_its_closed_form(t):
 
 @pytest.mark.parametrize("t", [0.2, 0.8])
 def test_gradient_is_that_of_the_divergence(t):
-    """x0_f - x0_r = t^2 / (1 - t) (s_f - s_r) and dx_t/dx = 1 - t: g is t^2 / (1 - t)^2 dKL by autograd."""
+    """x0_f - x0_r = t^2 / (1 - t) (s_f - s_r) and dx_t/dx = 1 - t: g is t^2 / (1 - t)^2 dKL by
+    autograd."""
     m, s = 0.3, 1.5
     mu, sigma = (torch.tensor(p, dtype=torch.float64, requires_grad=True) for p in (1.1, 0.6))
     teacher = torch.tensor([m, s], dtype=torch.float64)
@@ -79,7 +85,8 @@ def test_gradient_is_that_of_the_divergence(t):
 
 @pytest.mark.parametrize("t", [0.3, 0.7])
 def test_guided_fixed_point(t):
-    """O3: mean mc + (w - 1)(mc - mu), whatever t; ``cond + w (cond - uncond)`` would end at w (mc - mu)."""
+    """O3: mean mc + (w - 1)(mc - mu), whatever t; ``cond + w (cond - uncond)`` would end at w (mc -
+    mu)."""
     mean_cond, mean_uncond, s, w = 0.5, -0.2, 0.8, 4.0
     mu, sigma = 0.0, 1.4
 
@@ -94,10 +101,12 @@ def test_guided_fixed_point(t):
 
 
 def sign_changes(rate, dt=0.05, duration=30.0, t=0.5):
-    """How often mu crosses the teacher's mean 0, if its critic follows ``rate`` times as fast as it."""
+    """How often mu crosses the teacher's mean 0, if its critic follows ``rate`` times as fast as
+    it."""
     mu, mu_fake, crossings = 1.0, 1.0, 0
     for _ in range(int(duration / dt)):
-        pull = dmd_gradient(*stale_predictions(mu, mu_fake, t), normalizer="none").item() * 2  # a = 1
+        # a = 1
+        pull = dmd_gradient(*stale_predictions(mu, mu_fake, t), normalizer="none").item() * 2
         before = mu
         mu, mu_fake = mu - dt * pull, mu_fake + dt * rate * (mu - mu_fake)
         crossings += before * mu < 0
@@ -105,14 +114,16 @@ def sign_changes(rate, dt=0.05, duration=30.0, t=0.5):
 
 
 def stale_predictions(mu, mu_fake, t):
-    """x = mu at its mean, noised with eps = 0, under a fake score centred on ``mu_fake``; all std 1."""
+    """x = mu at its mean, noised with eps = 0, under a fake score centred on ``mu_fake``; all std
+    1."""
     x = torch.full((1, 1, 1, 1), mu, dtype=torch.float64)
     x_t = add_noise(x, torch.zeros_like(x), t)
     return x, denoise(x_t, t, mu_fake, 1.0), denoise(x_t, t, 0.0, 1.0)
 
 
 def test_slow_critic_oscillates():
-    """O4: g depends on the critic's mean and not on mu; oscillation iff the critic is under 4 times as fast."""
+    """O4: g depends on the critic's mean and not on mu; oscillation iff the critic is under 4 times
+    as fast."""
     t = 0.5
     for mu in (-2.0, 3.0):
         g = dmd_gradient(*stale_predictions(mu, 0.4, t), normalizer="none")

@@ -1,4 +1,5 @@
-"""Forms of the injected gradient, SiD, f-divergence weights, groups and motion: closed forms and reductions to DMD."""
+"""Forms of the injected gradient, SiD, f-divergence weights, groups and motion: closed forms and
+reductions to DMD."""
 
 import math
 from typing import get_args
@@ -43,22 +44,28 @@ def test_the_gradient_is_the_weighted_masked_one(shape):
     x, g = doubles(shape, 2)
     x.requires_grad_()
     w, mask = torch.tensor([0.5, 3.0], dtype=torch.float64), torch.tensor([1, 0])
-    full = lambda v: v.reshape(2, *[1] * (x.ndim - 1))  # noqa: E731
+    full = lambda v: v.reshape(2, *[1] * (x.ndim - 1))
     expected = full(w) * g * full(mask) / (x.numel() / 2)
     for form in ("mse", "dot"):
         loss = surrogate(x, g, form=form, weight=w, mask=mask)
         torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected, rtol=0, atol=1e-15)
     (huber,) = torch.autograd.grad(surrogate(x, g, form="huber", weight=w, huber_width=1e-3), x)
     wg = full(w) * g
-    torch.testing.assert_close(huber, wg / (wg**2 + 1e-6).sqrt() / x.numel(), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        huber, wg / (wg**2 + 1e-6).sqrt() / x.numel(), rtol=1e-12, atol=1e-15
+    )
     large = wg.abs() > 0.01
-    torch.testing.assert_close((huber * x.numel())[large], g.sign()[large], rtol=0, atol=0.01)  # no small correction
+    # no small correction
+    torch.testing.assert_close((huber * x.numel())[large], g.sign()[large], rtol=0, atol=0.01)
 
 
 def test_an_image_is_a_clip_of_one_frame_and_frames_have_their_own_weights():
     x, g = doubles((2, 3, 4, 4), 2)
     for form in ("mse", "dot", "huber"):
-        image, clip = surrogate(x, g, form=form), surrogate(x.unsqueeze(2), g.unsqueeze(2), form=form)
+        image, clip = (
+            surrogate(x, g, form=form),
+            surrogate(x.unsqueeze(2), g.unsqueeze(2), form=form),
+        )
         assert torch.equal(image, clip)
     x, g = doubles((2, 3, 5, 4, 4), 2)
     w = torch.rand(2, 5, dtype=torch.float64)
@@ -78,7 +85,9 @@ def test_an_unknown_form_is_refused():
 
 def test_groups_of_one_are_plain_dmd():
     x, fake, real = doubles((4, 2, 3, 3), 3)
-    assert torch.equal(dmd_gradient(x, fake, real, "group", torch.arange(4)), dmd_gradient(x, fake, real))
+    assert torch.equal(
+        dmd_gradient(x, fake, real, "group", torch.arange(4)), dmd_gradient(x, fake, real)
+    )
     together = dmd_gradient(x, fake, real, "group", torch.tensor([0, 1, 0, 1]))
     scale = (x - real).abs().mean((1, 2, 3))
     torch.testing.assert_close(together[2], (fake - real)[2] / ((scale[0] + scale[2]) / 2))
@@ -89,7 +98,8 @@ def test_groups_of_one_are_plain_dmd():
 
 
 def test_centring_the_direction_over_a_group_kills_the_drift():
-    """Why a group normalises the length of g and does not subtract the mean of g: that mean is what moves the student."""
+    """Why a group normalises the length of g and does not subtract the mean of g: that mean is what
+    moves the student."""
     x = 1.5 + Z[:, 0, 0, 0].reshape(-1, 1, 1, 1)
     x_t = add_noise(x, EPS, 0.5)
     g = dmd_gradient(x, denoise(x_t, 0.5, 1.5, 1.0), denoise(x_t, 0.5, 0.0, 1.0), "none")
@@ -99,21 +109,28 @@ def test_centring_the_direction_over_a_group_kills_the_drift():
 
 
 def test_two_teachers_settle_between():
-    """Uni-DAD: equal widths and no normaliser, mu* = (w_s m_s + w_t m_t) / (w_s + w_t); w_t = 0 is DMD bit for bit."""
+    """Uni-DAD: equal widths and no normaliser, mu* = (w_s m_s + w_t m_t) / (w_s + w_t); w_t = 0 is
+    DMD bit for bit."""
     m_s, m_t, w_s, w_t, t, mu = -1.0, 3.0, 2.0, 0.5, 0.4, 0.0
     for _ in range(400):
         x = mu + Z
         x_t = add_noise(x, EPS, t)
         fake = denoise(x_t, t, mu, 1.0)
-        g = w_s * dmd_gradient(x, fake, denoise(x_t, t, m_s, 1.0), "none") + w_t * dmd_gradient(x, fake, denoise(x_t, t, m_t, 1.0), "none")
+        g = w_s * dmd_gradient(x, fake, denoise(x_t, t, m_s, 1.0), "none") + w_t * dmd_gradient(
+            x, fake, denoise(x_t, t, m_t, 1.0), "none"
+        )
         mu -= 0.2 * float((WEIGHT * g.flatten()).sum())
     assert mu == pytest.approx((w_s * m_s + w_t * m_t) / (w_s + w_t), abs=1e-9)
     x, fake, real = doubles((2, 2, 3, 3), 3)
-    assert torch.equal(dmd_gradient(x, fake, real) + 0.0 * dmd_gradient(x, fake, x + 1), dmd_gradient(x, fake, real))
+    assert torch.equal(
+        dmd_gradient(x, fake, real) + 0.0 * dmd_gradient(x, fake, x + 1),
+        dmd_gradient(x, fake, real),
+    )
 
 
 def test_the_residual_alone_collapses():
-    """Q3: E[g dx/dmu] = (mu - m) t^2 / A and E[g dx/dsigma] = + sigma t^2 / A, so the fixed point has no spread."""
+    """Q3: E[g dx/dmu] = (mu - m) t^2 / A and E[g dx/dsigma] = + sigma t^2 / A, so the fixed point
+    has no spread."""
     m, s, mu, sigma, t = 0.3, 1.5, 1.1, 0.6, 0.7
     a = (1 - t) ** 2 * s**2 + t**2
     x = mu + sigma * Z
@@ -126,12 +143,14 @@ def test_the_residual_alone_collapses():
 
 
 def sid_gradients(alpha, mu, sigma, m, s, t):
-    """d/dmu, d/dsigma and the value of the expected loss, with the exact fake score's parameters frozen."""
+    """d/dmu, d/dsigma and the value of the expected loss, with the exact fake score's parameters
+    frozen."""
     p, q = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (mu, sigma))
     x = p + q * Z
     x_t = add_noise(x, EPS, t)
     fake, real = denoise(x_t, t, mu, sigma), denoise(x_t, t, m, s)
-    root = WEIGHT.sqrt().reshape(-1, 1, 1, 1)  # the loss is a product of two differences: weight each by the root
+    # the loss is a product of two differences: weight each by the root
+    root = WEIGHT.sqrt().reshape(-1, 1, 1, 1)
     zero = torch.zeros_like(x)
     value = sid_loss(root * (x - real) + zero, root * (fake - real), zero, alpha, "none", "sum")
     return *torch.autograd.grad(value, (p, q)), value.detach()
@@ -149,20 +168,32 @@ def test_sid_has_its_closed_form(alpha, t):
     expected_sigma = -2 * (1 - t) * sigma * (k_real - k_fake) * t**2 * ((1 - alpha) / a + alpha / b)
     assert float(d_mu) == pytest.approx(expected_mu, abs=1e-10)
     assert float(d_sigma) == pytest.approx(expected_sigma, abs=1e-10)
-    fisher = float((WEIGHT * (denoise(add_noise(mu + sigma * Z, EPS, t), t, m, s)
-                              - denoise(add_noise(mu + sigma * Z, EPS, t), t, mu, sigma)).flatten() ** 2).sum())
+    fisher = float(
+        (
+            WEIGHT
+            * (
+                denoise(add_noise(mu + sigma * Z, EPS, t), t, m, s)
+                - denoise(add_noise(mu + sigma * Z, EPS, t), t, mu, sigma)
+            ).flatten()
+            ** 2
+        ).sum()
+    )
     assert float(value) == pytest.approx((1 - alpha) * fisher, abs=1e-10)
 
 
 def test_sid_at_a_half_is_half_of_a_difference_of_errors():
-    """L_(1/2) = 1/2 (|D_R - x|^2 - |D_f - x|^2), whose frozen-critic gradient is half the Fisher divergence's."""
+    """L_(1/2) = 1/2 (|D_R - x|^2 - |D_f - x|^2), whose frozen-critic gradient is half the Fisher
+    divergence's."""
     x, fake, real = doubles((2, 3, 4, 4), 3)
     expected = 0.5 * ((real - x).square() - (fake - x).square()).mean()
-    torch.testing.assert_close(sid_loss(x, fake, real, 0.5, "none"), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        sid_loss(x, fake, real, 0.5, "none"), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_sid_at_a_half_has_half_of_the_fisher_gradient():
-    """With its fake score frozen it equals half of d E|D_R - D_f|^2 with the fake score following the student."""
+    """With its fake score frozen it equals half of d E|D_R - D_f|^2 with the fake score following
+    the student."""
     m, s, mu, sigma, t = 0.3, 1.5, 1.1, 0.6, 0.6
     p, q = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (mu, sigma))
     x_t = add_noise(p + q * Z, EPS, t)
@@ -179,8 +210,12 @@ def test_sid_reaches_the_student_through_frozen_networks():
     student = torch.nn.Conv2d(2, 2, 1).double()
     x = student(noise)
     x_t = add_noise(x, eps, 0.5)
-    (whole,) = torch.autograd.grad(sid_loss(x, fake(x_t), real(x_t)), student.weight, retain_graph=True)
-    (direct,) = torch.autograd.grad(sid_loss(x, fake(x_t.detach()), real(x_t.detach())), student.weight, retain_graph=True)
+    (whole,) = torch.autograd.grad(
+        sid_loss(x, fake(x_t), real(x_t)), student.weight, retain_graph=True
+    )
+    (direct,) = torch.autograd.grad(
+        sid_loss(x, fake(x_t.detach()), real(x_t.detach())), student.weight, retain_graph=True
+    )
     assert (whole - direct).abs().max() > 1e-6
     sid_loss(x, fake(x_t), real(x_t)).backward()
     assert all(weight.grad is None for net in (real, fake) for weight in net.parameters())
@@ -189,7 +224,8 @@ def test_sid_reaches_the_student_through_frozen_networks():
 
 @pytest.mark.parametrize("normalizer", ["sample", "none"])
 def test_sid_gradients_pass_through_both_predictions(normalizer):
-    """With D = D_R - D_f and E = D_R - x - alpha D: -D at x, E + (1 - alpha) D at D_R, alpha D - E at D_f.
+    """With D = D_R - D_f and E = D_R - x - alpha D: -D at x, E + (1 - alpha) D at D_R, alpha D - E
+    at D_f.
 
     The normaliser divides them and has no gradient of its own.
     """
@@ -209,15 +245,19 @@ def test_sid_gradients_pass_through_both_predictions(normalizer):
 
 
 F = {
-    "rkl": lambda r: -r.log(), "kl": lambda r: r * r.log(), "jeffreys": lambda r: (r - 1) * r.log(),
-    "js": lambda r: r * r.log() - (1 + r) * ((1 + r) / 2).log(), "hellinger": lambda r: 1 - r.sqrt(),
+    "rkl": lambda r: -r.log(),
+    "kl": lambda r: r * r.log(),
+    "jeffreys": lambda r: (r - 1) * r.log(),
+    "js": lambda r: r * r.log() - (1 + r) * ((1 + r) / 2).log(),
+    "hellinger": lambda r: 1 - r.sqrt(),
     "neyman": lambda r: (1 - r) ** 2 / r,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", get_args(Divergence))
 def test_weights_are_r_squared_times_the_second_derivative(name):
-    """f as in the paper's table, differentiated by autograd; the squared distance's sqrt(r) / 2 was twice that of 1 - sqrt(r)."""
+    """f as in the paper's table, differentiated by autograd; the squared distance's sqrt(r) / 2 was
+    twice that of 1 - sqrt(r)."""
     r = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64, requires_grad=True)
     (f1,) = torch.autograd.grad(F[name](r).sum(), r, create_graph=True)
     (f2,) = torch.autograd.grad(f1.sum(), r)
@@ -233,10 +273,11 @@ def test_the_ratio_is_clipped():
 
 
 def test_the_weighted_direction_is_the_gradient_of_the_divergence():
-    """Q6: grad D_f(p || q_mu) = E_q[h(r) (s_q - s_p) dx/dmu] for Gaussians p = N(0, 1), q = N(mu, 1)."""
+    """Q6: grad D_f(p || q_mu) = E_q[h(r) (s_q - s_p) dx/dmu] for Gaussians p = N(0, 1), q = N(mu,
+    1)."""
     grid = torch.linspace(-12, 12, 20001, dtype=torch.float64)
     step = grid[1] - grid[0]
-    density = lambda mu: torch.exp(-((grid - mu) ** 2) / 2) / math.sqrt(2 * math.pi)  # noqa: E731
+    density = lambda mu: torch.exp(-((grid - mu) ** 2) / 2) / math.sqrt(2 * math.pi)
     divergences = {
         "rkl": lambda r: -r.log(),
         "kl": lambda r: r * r.log(),
@@ -268,7 +309,9 @@ def test_the_motion_gradient_is_live_and_blind_to_a_constant_offset():
 
     def loss(fake):
         moves = temporal_difference(x)
-        return surrogate(moves, dmd_gradient(moves, temporal_difference(fake), temporal_difference(real)))
+        return surrogate(
+            moves, dmd_gradient(moves, temporal_difference(fake), temporal_difference(real))
+        )
 
     (gradient,) = torch.autograd.grad(loss(fake), x)
     matrix = torch.eye(5, dtype=torch.float64).diff(dim=0)  # D [4, 5]

@@ -1,4 +1,5 @@
-"""Distances between sets: zero where they should be, closed forms for Gaussians, and gradients to the student only."""
+"""Distances between sets: zero where they should be, closed forms for Gaussians, and gradients to
+the student only."""
 
 import math
 
@@ -28,15 +29,26 @@ def test_the_linear_form_compares_means():
 
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
 def test_the_unbiased_form_is_zero_on_average(kernel):
-    values = torch.stack([mmd2(normals(64, 4, seed=2 * i), normals(64, 4, seed=2 * i + 1), kernel) for i in range(300)])
+    values = torch.stack(
+        [
+            mmd2(normals(64, 4, seed=2 * i), normals(64, 4, seed=2 * i + 1), kernel)
+            for i in range(300)
+        ]
+    )
     error = values.std() / math.sqrt(len(values))
     assert abs(values.mean()) < 3 * error and values.min() < 0
-    biased = torch.stack([mmd2(normals(64, 4, seed=2 * i), normals(64, 4, seed=2 * i + 1), kernel, False) for i in range(50)])
+    biased = torch.stack(
+        [
+            mmd2(normals(64, 4, seed=2 * i), normals(64, 4, seed=2 * i + 1), kernel, False)
+            for i in range(50)
+        ]
+    )
     assert biased.min() > 0
 
 
 def test_the_rbf_form_of_gaussians():
-    """E k(x, y) = (l^2 / (l^2 + s1^2 + s2^2))^(d/2) exp(-|dm|^2 / (2 (l^2 + s1^2 + s2^2))) for isotropic Gaussians."""
+    """E k(x, y) = (l^2 / (l^2 + s1^2 + s2^2))^(d/2) exp(-|dm|^2 / (2 (l^2 + s1^2 + s2^2))) for
+    isotropic Gaussians."""
     d, length, s1, s2 = 2, 1.5, 1.0, 0.6
     offset = torch.tensor([0.8, -0.5], dtype=torch.float64)
 
@@ -44,7 +56,11 @@ def test_the_rbf_form_of_gaussians():
         width = length**2 + a**2 + b**2
         return (length**2 / width) ** (d / 2) * math.exp(-gap / (2 * width))
 
-    expected = mean_kernel(s1, s1, 0) + mean_kernel(s2, s2, 0) - 2 * mean_kernel(s1, s2, float(offset @ offset))
+    expected = (
+        mean_kernel(s1, s1, 0)
+        + mean_kernel(s2, s2, 0)
+        - 2 * mean_kernel(s1, s2, float(offset @ offset))
+    )
     ours = mmd2(s1 * normals(3000, d), s2 * normals(3000, d, seed=1) + offset, "rbf", length=length)
     assert ours.item() == pytest.approx(expected, abs=0.012)
 
@@ -61,7 +77,9 @@ def test_features_of_points_images_and_clips():
     clip = normals(3, 2, 4, 6, 6).float().requires_grad_()
     features = net(clip)
     assert features.shape == (3, 32)
-    torch.testing.assert_close(features[:, :16], torch.stack([net(clip[:, :, i]) for i in range(4)]).mean(0))
+    torch.testing.assert_close(
+        features[:, :16], torch.stack([net(clip[:, :, i]) for i in range(4)]).mean(0)
+    )
     backwards = net(clip.flip(2))
     torch.testing.assert_close(backwards[:, :16], features[:, :16])  # the same frames
     assert (backwards[:, 16:] - features[:, 16:]).abs().max() > 1e-3  # that move the other way
@@ -71,7 +89,10 @@ def test_features_of_points_images_and_clips():
 
 def test_matching_features_moves_a_batch():
     """Descent on the student's points alone takes their law towards the data's."""
-    data, points = normals(256, 2, 1, 1, seed=1).float() + 2, normals(256, 2, 1, 1).float().requires_grad_()
+    data, points = (
+        normals(256, 2, 1, 1, seed=1).float() + 2,
+        normals(256, 2, 1, 1).float().requires_grad_(),
+    )
     for step in range(100):
         net = RandomFeatures(2, seed=step, width=64, kernel=1)
         (slope,) = torch.autograd.grad(mmd2(net(points), net(data), unbiased=False), points)

@@ -1,4 +1,5 @@
-"""Stochastic steps have the laws they should, and networks of other processes become velocity fields exactly."""
+"""Stochastic steps have the laws they should, and networks of other processes become velocity
+fields exactly."""
 
 import math
 
@@ -51,7 +52,7 @@ def test_a_transition_keeps_the_process(s, t):
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_an_eta_step_keeps_the_process(eta):
     t, s = 0.7, 0.45
-    step = lambda x0, eps, n: eta_step(add_noise(x0, eps, t), velocity(x0, eps), t, s, eta, n)  # noqa: E731
+    step = lambda x0, eps, n: eta_step(add_noise(x0, eps, t), velocity(x0, eps), t, s, eta, n)
     signal, old, new = coefficients(step)
     assert signal == pytest.approx(1 - s, abs=1e-12)
     assert old**2 + new**2 == pytest.approx(s**2, abs=1e-12)
@@ -60,10 +61,13 @@ def test_an_eta_step_keeps_the_process(eta):
 
 
 def test_eta_one_is_the_posterior_of_the_forward_process():
-    """q(x_s | x_t, x0): mean weight a s^2 / t^2 on x_t, so that of eps in x_t it keeps a s^2 / t."""
+    """q(x_s | x_t, x0): mean weight a s^2 / t^2 on x_t, so that of eps in x_t it keeps a s^2 /
+    t."""
     t, s = 0.7, 0.45
     a = (1 - t) / (1 - s)
-    _, kept, new = coefficients(lambda x0, eps, n: eta_step(add_noise(x0, eps, t), velocity(x0, eps), t, s, 1.0, n))
+    _, kept, new = coefficients(
+        lambda x0, eps, n: eta_step(add_noise(x0, eps, t), velocity(x0, eps), t, s, 1.0, n)
+    )
     assert kept == pytest.approx(a * s**2 / t, abs=1e-12)
     assert new**2 == pytest.approx(s**2 * (t**2 - a**2 * s**2) / t**2, abs=1e-12)
 
@@ -78,17 +82,22 @@ def test_steps_without_new_noise_are_euler_steps():
 def test_gamma_one_is_the_consistency_step():
     x_t, v, noise = draw(3)
     s = torch.tensor([0.1, 0.3, 0.5], dtype=torch.float64)
-    torch.testing.assert_close(gamma_step(x_t, v, T, s, 1.0, noise), renoise_step(x0_from_v(x_t, v, T), noise, s), **CLOSE)
+    torch.testing.assert_close(
+        gamma_step(x_t, v, T, s, 1.0, noise), renoise_step(x0_from_v(x_t, v, T), noise, s), **CLOSE
+    )
 
 
 PER_FRAME = torch.linspace(0.2, 0.95, 18, dtype=torch.float64).reshape(3, 6)
 
 
-@pytest.mark.parametrize("step", [
-    lambda x, v, n, t: eta_step(x, v, t, 0.5 * t, 0.4, n),
-    lambda x, v, n, t: gamma_step(x, v, t, 0.5 * t, 0.4, n),
-    lambda x, v, n, t: transition(x, n, 0.5 * t, t),
-])
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x, v, n, t: eta_step(x, v, t, 0.5 * t, 0.4, n),
+        lambda x, v, n, t: gamma_step(x, v, t, 0.5 * t, 0.4, n),
+        lambda x, v, n, t: transition(x, n, 0.5 * t, t),
+    ],
+)
 def test_per_frame_times_are_a_loop_over_frames(step):
     x, v, n = draw(3)
     whole = step(x, v, n, PER_FRAME)
@@ -97,17 +106,23 @@ def test_per_frame_times_are_a_loop_over_frames(step):
         assert torch.equal(whole[:, :, frame], alone)
 
 
-ALPHA_BAR = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+ALPHA_BAR = torch.cumprod(
+    1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0
+)
 CLOCKS = {"edm": edm_clock, "trig": trig_clock, "vp": vp_clock(ALPHA_BAR)}
 
 
 def test_a_schedule_that_ends_in_pure_noise_has_its_last_step_at_one():
     """As CogVideoX's, whose last alpha_bar is 0."""
-    native, alpha, sigma = vp_clock([0.9, 0.5, 0.1, 0.0])(torch.tensor([0.5, 0.75, 1.0], dtype=torch.float64))
+    native, alpha, sigma = vp_clock([0.9, 0.5, 0.1, 0.0])(
+        torch.tensor([0.5, 0.75, 1.0], dtype=torch.float64)
+    )
     assert native.tolist() == pytest.approx([1.0, 2.0, 3.0]) and (alpha[2], sigma[2]) == (0, 1)
 
 
-PAIRS = [(name, kind) for name in CLOCKS for kind in ("eps", "x0", "v") if (name, kind) != ("edm", "v")]
+PAIRS = [
+    (name, kind) for name in CLOCKS for kind in ("eps", "x0", "v") if (name, kind) != ("edm", "v")
+]
 
 
 @pytest.mark.parametrize("name, kind", PAIRS)
@@ -129,7 +144,9 @@ def test_adapters_return_the_velocity(name, kind):
     torch.testing.assert_close(eps_from_v(x_t, v, T), eps, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("step, t", [(20, 0.121), (99, 0.255), (499, 0.617), (625, 0.714), (980, 0.929), (999, 0.936)])
+@pytest.mark.parametrize(
+    "step, t", [(20, 0.121), (99, 0.255), (499, 0.617), (625, 0.714), (980, 0.929), (999, 0.936)]
+)
 def test_the_clock_of_stable_diffusion(step, t):
     sigma = ((1 - ALPHA_BAR[step]) / ALPHA_BAR[step]).sqrt()
     ours = sigma / (1 + sigma)

@@ -45,7 +45,8 @@ def test_euler_times_end_at_zero():
 
 
 def test_laws_have_their_medians_and_bounds():
-    """A median is where the shift puts u = 1/2; truncation puts no mass on the bounds, unlike clamping."""
+    """A median is where the shift puts u = 1/2; truncation puts no mass on the bounds, unlike
+    clamping."""
     for law in ("uniform", "logit_normal"):
         t = sample_times(20_000, law, 5.0, torch.Generator().manual_seed(1))
         assert t.dtype == torch.float32
@@ -96,7 +97,9 @@ def test_the_cubic_law_is_one_minus_u_cubed():
     t = sample_times(40000, "cubic", 1.0, generator())
     assert float(t.mean()) == pytest.approx(0.75, abs=0.005)
     for level in (0.2, 0.9):  # P(t <= level) = 1 - (1 - level)^(1/3)
-        assert float((t <= level).float().mean()) == pytest.approx(1 - (1 - level) ** (1 / 3), abs=0.01)
+        assert float((t <= level).float().mean()) == pytest.approx(
+            1 - (1 - level) ** (1 / 3), abs=0.01
+        )
 
 
 def test_a_bounded_law_is_truncated_and_not_clamped():
@@ -117,18 +120,22 @@ def test_times_are_chosen_from_a_list():
 def test_phases_begin_at_the_edge_below():
     t = torch.tensor([0.1, 0.25, 0.26, 0.75, 1.0])
     assert phase_target(t, (0.0, 0.25, 0.5, 0.75)).tolist() == [0.0, 0.0, 0.25, 0.5, 0.75]
-    assert phase_target(t, (0.0,)).tolist() == [0.0] * 5  # PCM with one phase is consistency distillation
+    # PCM with one phase is consistency distillation
+    assert phase_target(t, (0.0,)).tolist() == [0.0] * 5
     with pytest.raises(ValueError, match="expected 0"):
         phase_target(t, (0.5,))
 
 
 def test_scheduled_targets_reduce():
-    """TDD: of the single target 0 it is consistency distillation, of one schedule with window 0 it is PCM's phases."""
+    """TDD: of the single target 0 it is consistency distillation, of one schedule with window 0 it
+    is PCM's phases."""
     r = torch.linspace(0.05, 1, 200)
     assert scheduled_target(r, (0.0,), 1.0, 0.0, generator()).abs().max() == 0
     edges = (0.0, 0.25, 0.5, 0.75)
     between = r[(r % 0.25).abs() > 1e-3]
-    assert torch.equal(scheduled_target(between, edges, 0.0, 0.0, generator()), phase_target(between, edges))
+    assert torch.equal(
+        scheduled_target(between, edges, 0.0, 0.0, generator()), phase_target(between, edges)
+    )
     s = scheduled_target(torch.full((4000,), 0.8), edges, 0.3, 0.0, generator())
     assert sorted(set(s.tolist())) == [0.5, 0.75]
     assert float((s == 0.5).float().mean()) == pytest.approx(0.5, abs=0.03)

@@ -38,7 +38,8 @@ def test_a_part_whose_maker_gave_up_is_made_here(tmp_path, monkeypatch):
     paths, made = paths_in(tmp_path), []
     others = claimed(paths[2])
     others.__enter__()
-    monkeypatch.setattr(parts.time, "sleep", lambda seconds: others.__exit__(None, None, None))  # it ends while we wait
+    # it ends while we wait
+    monkeypatch.setattr(parts.time, "sleep", lambda seconds: others.__exit__(None, None, None))
     make_all_parts(paths, lambda number: (made.append(number), paths[number].write_text("")))
     assert made == [0, 1, 3, 2]
 

@@ -10,7 +10,9 @@ from streamvid.data.world import read_caption
 
 def test_a_file_has_a_prompt_a_line(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeff# a comment\r\n  a cat \r\n\r\nein Bär # no comment\n   # one\n".encode())
+    path.write_bytes(
+        "\ufeff# a comment\r\n  a cat \r\n\r\nein Bär # no comment\n   # one\n".encode()
+    )
     assert read_prompts(path) == ["a cat", "ein Bär # no comment"]
 
 
@@ -28,16 +30,25 @@ def test_a_hashtag_is_a_prompt_and_a_comment_is_not(tmp_path):
     assert read_prompts(path) == ["#sunset over the sea", "##", "#1 of many cats"]
 
 
-@pytest.mark.parametrize("content, message", [
-    (None, "no prompt file at .*one prompt a line"),
-    (b"", "holds no prompt"),
-    (b"# only\n\n", "holds no prompt"),
-    (b"a cat\n\xff\xfe", "is not UTF-8 text .byte 6."),
-    ("a cat\na ball\n".encode("utf-16"), "is not UTF-8 text .byte 0."),
-    ("a cat\na ball\n".encode("utf-16-le"), "zero byte .character 1., it is UTF-16 or no text; save it as UTF-8"),
-    ("a cat\na ball\n".encode("utf-16-be"), "zero byte .character 0., it is UTF-16 or no text; save it as UTF-8"),
-    (b"a cat\na b\0ll\n", "zero byte .character 9."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no prompt file at .*one prompt a line"),
+        (b"", "holds no prompt"),
+        (b"# only\n\n", "holds no prompt"),
+        (b"a cat\n\xff\xfe", "is not UTF-8 text .byte 6."),
+        ("a cat\na ball\n".encode("utf-16"), "is not UTF-8 text .byte 0."),
+        (
+            "a cat\na ball\n".encode("utf-16-le"),
+            "zero byte .character 1., it is UTF-16 or no text; save it as UTF-8",
+        ),
+        (
+            "a cat\na ball\n".encode("utf-16-be"),
+            "zero byte .character 0., it is UTF-16 or no text; save it as UTF-8",
+        ),
+        (b"a cat\na b\0ll\n", "zero byte .character 9."),
+    ],
+)
 def test_a_bad_file_is_refused(tmp_path, content, message):
     path = tmp_path / "prompts.txt"
     if content is not None:
@@ -54,14 +65,19 @@ def test_prompts_of_the_world_are_the_captions_of_its_clips(held_out):
 
 
 def test_held_out_prompts_are_others():
-    seen, held = ({repr(read_caption(p)) for p in world_prompts(60, held_out=held_out)} for held_out in (False, True))
+    seen, held = (
+        {repr(read_caption(p)) for p in world_prompts(60, held_out=held_out)}
+        for held_out in (False, True)
+    )
     assert not seen & held
     with pytest.raises(ValueError, match="num=0"):
         world_prompts(0)
 
 
 def source(seed=0):
-    encode = lambda texts: torch.tensor([float(text[1:]) for text in texts]).reshape(-1, 1, 1).expand(-1, 3, 2).half()  # noqa: E731
+    encode = lambda texts: (
+        torch.tensor([float(text[1:]) for text in texts]).reshape(-1, 1, 1).expand(-1, 3, 2).half()
+    )
     return PromptBatches(encode, [f"p{i}" for i in range(7)], seed)
 
 

@@ -1,4 +1,5 @@
-"""A set of trajectories survives interruptions, refuses mixtures, and is read a sample at a time."""
+"""A set of trajectories survives interruptions, refuses mixtures, and is read a sample at a
+time."""
 
 import json
 import shutil
@@ -35,7 +36,18 @@ def embed(prompts):
 
 
 def write(folder, solve, prompts=PROMPTS, times=TIMES, first_seed=10, share=(1, 1), **settings):
-    write_trajectories(folder, prompts, times, embed, solve, settings, first_seed, clips_per_part=3, batch_size=2, share=share)
+    write_trajectories(
+        folder,
+        prompts,
+        times,
+        embed,
+        solve,
+        settings,
+        first_seed,
+        clips_per_part=3,
+        batch_size=2,
+        share=share,
+    )
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -67,7 +79,9 @@ def test_a_sample_is_a_function_of_its_place(tmp_path):
 def test_an_interrupted_job_goes_on_where_it_was(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "broken", Solver(breaks_after=4))
-    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["part-00000-of-00003.safetensors"]
+    assert [path.name for path in (tmp_path / "broken").iterdir()] == [
+        "part-00000-of-00003.safetensors"
+    ]
     with pytest.raises(ValueError, match="1 of 3 parts; the command that made them goes on"):
         Trajectories(tmp_path / "broken", 0)
     rest = Solver()
@@ -76,7 +90,9 @@ def test_an_interrupted_job_goes_on_where_it_was(tmp_path):
     write(tmp_path / "whole", Solver())
     for path in (tmp_path / "whole").iterdir():
         made, again = load_file(path), load_file(tmp_path / "broken" / path.name)
-        assert made.keys() == again.keys() and all(torch.equal(made[name], again[name]) for name in made)
+        assert made.keys() == again.keys() and all(
+            torch.equal(made[name], again[name]) for name in made
+        )
     write(tmp_path / "whole", Solver(breaks_after=0))  # nothing is left to do
 
 
@@ -136,13 +152,16 @@ def test_another_teacher_at_the_same_place_is_noticed(tmp_path):
         write(tmp_path, Solver(), teacher="/wan", teacher_weights="b")
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"guidance": 2.0}, "guidance was 4.0, now 2.0"),
-    ({"times": (1.0, 0.5, 0.0)}, "times was"),
-    ({"prompts": PROMPTS[:6]}, "num_clips was 7, now 6"),
-    ({"prompts": PROMPTS[::-1]}, "prompts was"),
-    ({"first_seed": 11}, "first_seed was 10, now 11"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"guidance": 2.0}, "guidance was 4.0, now 2.0"),
+        ({"times": (1.0, 0.5, 0.0)}, "times was"),
+        ({"prompts": PROMPTS[:6]}, "num_clips was 7, now 6"),
+        ({"prompts": PROMPTS[::-1]}, "prompts was"),
+        ({"first_seed": 11}, "first_seed was 10, now 11"),
+    ],
+)
 def test_other_settings_do_not_go_into_the_same_folder(tmp_path, change, message):
     write(tmp_path, Solver(), guidance=4.0)
     with pytest.raises(ValueError, match=message):
@@ -160,12 +179,18 @@ def test_a_missing_or_damaged_set_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"states": torch.zeros(2, 3, 2, 4, 1, 1)}, r"states of \[2, 3, 2, 4, 1, 1\] and embeddings of .* for 1 captions"),
-    ({"states": torch.zeros(1, 2, 2, 4, 1, 1)}, "states of"),
-    ({"embeddings": torch.zeros(2, 5, 2)}, "embeddings of"),
-    ({"states": torch.zeros(1, 3, 2, 4, 1, 1, dtype=torch.int8)}, "states are I8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            {"states": torch.zeros(2, 3, 2, 4, 1, 1)},
+            r"states of \[2, 3, 2, 4, 1, 1\] and embeddings of .* for 1 captions",
+        ),
+        ({"states": torch.zeros(1, 2, 2, 4, 1, 1)}, "states of"),
+        ({"embeddings": torch.zeros(2, 5, 2)}, "embeddings of"),
+        ({"states": torch.zeros(1, 3, 2, 4, 1, 1, dtype=torch.int8)}, "states are I8"),
+    ],
+)
 def test_a_part_that_holds_something_else_is_one_line(tmp_path, change, said):
     about = {"times": TIMES, "captions": ["a"], "settings": {}}
     tensors = {"states": torch.zeros(1, 3, 2, 4, 1, 1), "embeddings": torch.zeros(1, 5, 2)}
@@ -177,7 +202,9 @@ def test_a_part_that_holds_something_else_is_one_line(tmp_path, change, said):
         Trajectories(tmp_path, 0)
 
 
-@pytest.mark.parametrize("times", [(1.0, 0.5), (0.5, 0.75, 0.0), (1.5, 0.0), (0.0,), (1.0, 1.0, 0.0)])
+@pytest.mark.parametrize(
+    "times", [(1.0, 0.5), (0.5, 0.75, 0.0), (1.5, 0.0), (0.0,), (1.0, 1.0, 0.0)]
+)
 def test_times_that_do_not_fall_to_0_are_refused(tmp_path, times):
     with pytest.raises(ValueError, match="falling from at most 1 to 0"):
         write(tmp_path, Solver(), times=times)

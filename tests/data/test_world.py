@@ -28,12 +28,16 @@ FAMILIES = ("move", "fall", "cross")
 
 
 def scenes(count: int, first: int = 0) -> list[WorldSpec]:
-    return [sample_spec(seed, family=family, held_out=seed % 2 == 1)
-            for family in FAMILIES for seed in range(first, first + count)]
+    return [
+        sample_spec(seed, family=family, held_out=seed % 2 == 1)
+        for family in FAMILIES
+        for seed in range(first, first + count)
+    ]
 
 
 def test_every_paraphrase_reads_back():
-    """``read_caption`` inverts ``caption`` for every family and a hundred paraphrases of each scene."""
+    """``read_caption`` inverts ``caption`` for every family and a hundred paraphrases of each
+    scene."""
     for spec in scenes(12):
         said = describe(spec)
         for variant in range(100):
@@ -91,11 +95,14 @@ def test_colours_are_those_of_the_palette():
 def test_the_body_in_front_hides_the_other():
     """Later bodies are drawn over earlier ones."""
     back, front = (Body(c, "circle", 7.0, 32.0, 32.0, 0.0, 0.0) for c in ("red", "blue"))
-    assert torch.allclose(render(WorldSpec("cross", (back, front)), 1)[0, :, 32, 32], torch.tensor(COLOURS["blue"]))
+    assert torch.allclose(
+        render(WorldSpec("cross", (back, front)), 1)[0, :, 32, 32], torch.tensor(COLOURS["blue"])
+    )
 
 
 def test_free_flight_conserves_speed_and_turns_only_at_walls():
-    """A step is either the whole velocity or straddles a wall, and the centre never comes nearer than the radius."""
+    """A step is either the whole velocity or straddles a wall, and the centre never comes nearer
+    than the radius."""
     for spec in [s for s in scenes(8) if s.family != "fall"]:
         for body, track in zip(spec.bodies, positions(spec, 400)):
             assert track.min() >= body.radius - 1e-9 and track.max() <= SIZE - body.radius + 1e-9
@@ -109,7 +116,8 @@ def test_free_flight_conserves_speed_and_turns_only_at_walls():
 
 @pytest.mark.parametrize("word", list(ELASTICITY))
 def test_the_first_rebound_has_the_stated_elasticity(word):
-    """Energy: the apex after a bounce is elasticity squared of the drop, to the sampling of a frame."""
+    """Energy: the apex after a bounce is elasticity squared of the drop, to the sampling of a
+    frame."""
     drop = 60.0 - 2 * RADII["small"]
     body = Body("red", "circle", RADII["small"], 32.0, SIZE - RADII["small"] - drop, 0.0, 0.0)
     heights = SIZE - RADII["small"] - positions(WorldSpec("fall", (body,), word), 60)[0, :, 1]
@@ -130,4 +138,6 @@ def test_the_words_are_the_motion():
     """Direction and speed of a description are those of the first steps."""
     for spec in [s for s in scenes(8) if s.family == "move"]:
         said, step = describe(spec), np.diff(positions(spec, 3)[0], axis=0)[0]
-        assert np.allclose(step, SPEEDS[said.speed] * np.asarray(DIRECTIONS[said.bodies[0].direction]))
+        assert np.allclose(
+            step, SPEEDS[said.speed] * np.asarray(DIRECTIONS[said.bodies[0].direction])
+        )

@@ -8,9 +8,16 @@ from streamvid.evaluation.judge import win_rate
 from streamvid.seeding import keyed_normal
 
 TINY_WAN = dict(
-    patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
-    freq_dim=16, ffn_dim=32, num_layers=2,
-)  # fmt: skip
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=8,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=2,
+)
 
 
 @pytest.fixture
@@ -24,7 +31,9 @@ def clips(name, num=60, scale=1.0):
 
 
 def ask(trunk, true, made, **options):
-    return win_rate(trunk, true, made, keyed_normal((len(true), 5, 8), "cond"), num_steps=40, lr=3e-3, **options)
+    return win_rate(
+        trunk, true, made, keyed_normal((len(true), 5, 8), "cond"), num_steps=40, lr=3e-3, **options
+    )
 
 
 def test_clips_of_one_law_win_about_half_of_the_time(trunk):

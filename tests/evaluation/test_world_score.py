@@ -1,4 +1,5 @@
-"""The measuring instrument, measured: true clips score 1, and each corruption costs its own attribute alone."""
+"""The measuring instrument, measured: true clips score 1, and each corruption costs its own
+attribute alone."""
 
 from dataclasses import replace
 from io import BytesIO
@@ -22,7 +23,14 @@ from streamvid.data.world import (
     render,
     sample_spec,
 )
-from streamvid.evaluation.world_score import ATTRIBUTES, WorldScore, mean_scores, parse, score, score_estimate
+from streamvid.evaluation.world_score import (
+    ATTRIBUTES,
+    WorldScore,
+    mean_scores,
+    parse,
+    score,
+    score_estimate,
+)
 
 FAMILIES = ("move", "fall", "cross")
 T = 33
@@ -31,13 +39,18 @@ FLOOR = torch.tensor(BACKGROUND)[:, None, None]
 
 def scenes(count: int, first: int = 0) -> list[WorldSpec]:
     """Scenes of each family, every other one held out."""
-    return [sample_spec(seed, family=family, held_out=seed % 2 == 1)
-            for family in FAMILIES for seed in range(first, first + count)]
+    return [
+        sample_spec(seed, family=family, held_out=seed % 2 == 1)
+        for family in FAMILIES
+        for seed in range(first, first + count)
+    ]
 
 
 def soft_and_noisy(frames: torch.Tensor, seed: int) -> torch.Tensor:
     noise = np.random.default_rng(seed).normal(0.0, 0.02, frames.shape)
-    return torch.from_numpy(np.clip(gaussian_filter(frames.numpy(), (0, 0, 0.7, 0.7)) + noise, 0, 1)).float()
+    return torch.from_numpy(
+        np.clip(gaussian_filter(frames.numpy(), (0, 0, 0.7, 0.7)) + noise, 0, 1)
+    ).float()
 
 
 def jpeg(frames: torch.Tensor, quality: int = 75) -> torch.Tensor:
@@ -58,7 +71,8 @@ def halved(frames: torch.Tensor) -> torch.Tensor:
 
 
 def test_true_clips_score_one():
-    """Rendered clips of every family, train and held-out, under any paraphrase: each mean and the worst clip."""
+    """Rendered clips of every family, train and held-out, under any paraphrase: each mean and the
+    worst clip."""
     scores = [score(render(spec, T), caption(spec, i)) for i, spec in enumerate(scenes(60))]
     assert set(mean_scores(scores)) == {*ATTRIBUTES, "overall"}
     assert min(mean_scores(scores).values()) >= 0.995
@@ -66,7 +80,8 @@ def test_true_clips_score_one():
 
 
 def test_parse_returns_the_scene():
-    """Colour, shape, radius and every measured centre (to half a pixel, occlusions included) come back."""
+    """Colour, shape, radius and every measured centre (to half a pixel, occlusions included) come
+    back."""
     for spec in scenes(12, first=100):
         estimate = parse(render(spec, T))
         assert len(estimate.bodies) == len(spec.bodies)
@@ -90,17 +105,24 @@ def test_long_streams_score_one_in_every_window(family):
 
 
 def test_a_window_from_the_middle_scores_one():
-    """A clip that starts at frame 100 obeys the law as well; only its heading is not the caption's."""
+    """A clip that starts at frame 100 obeys the law as well; only its heading is not the
+    caption's."""
     scores = []
     for seed, spec in enumerate(scenes(8)):
         scores.append(replace(score(render(spec, 132)[100:], caption(spec, seed)), direction=None))
     assert min(mean_scores(scores).values()) >= 0.98
 
 
-@pytest.mark.parametrize("degrade", [lambda f: soft_and_noisy(f, 0), jpeg, halved], ids=["blur", "jpeg", "halved"])
+@pytest.mark.parametrize(
+    "degrade", [lambda f: soft_and_noisy(f, 0), jpeg, halved], ids=["blur", "jpeg", "halved"]
+)
 def test_a_lossy_codec_costs_next_to_nothing(degrade):
-    """Blur with noise, JPEG with subsampled chroma, and half resolution: at most 0.02 of any attribute."""
-    scores = [score(degrade(render(spec, T)), caption(spec, i)) for i, spec in enumerate(scenes(14, first=200))]
+    """Blur with noise, JPEG with subsampled chroma, and half resolution: at most 0.02 of any
+    attribute."""
+    scores = [
+        score(degrade(render(spec, T)), caption(spec, i))
+        for i, spec in enumerate(scenes(14, first=200))
+    ]
     assert min(mean_scores(scores).values()) >= 0.98
 
 
@@ -160,7 +182,9 @@ def vanished(spec):
     if len(spec.bodies) == 1:
         frames[first : first + 8] = FLOOR
     else:
-        frames[first : first + 8] = render(replace(spec, bodies=spec.bodies[1:]), T)[first : first + 8]
+        frames[first : first + 8] = render(replace(spec, bodies=spec.bodies[1:]), T)[
+            first : first + 8
+        ]
     return frames
 
 
@@ -227,7 +251,8 @@ CORRUPTIONS = [
 
 
 def suits(corrupt, spec: WorldSpec) -> bool:
-    """Whether the corruption is one in this scene: free flight around the changed frames, room to reverse."""
+    """Whether the corruption is one in this scene: free flight around the changed frames, room to
+    reverse."""
     tracks = positions(spec, T)
     body = spec.bodies[0]
     if corrupt is reversed_direction:
@@ -235,15 +260,21 @@ def suits(corrupt, spec: WorldSpec) -> bool:
         inside = (away >= body.radius).all() and (away <= SIZE - body.radius).all()
         return spec.family == "cross" or (body.vx != 0 if spec.family == "fall" else bool(inside))
     if corrupt is turned_in_mid_air:
-        return bool((tracks[0, 13:21] > body.radius + 3).all() and (tracks[0, 13:21] < SIZE - body.radius - 3).all())
+        return bool(
+            (tracks[0, 13:21] > body.radius + 3).all()
+            and (tracks[0, 13:21] < SIZE - body.radius - 3).all()
+        )
     if corrupt is vanished and spec.family == "cross":
         return bool((np.linalg.norm(tracks[0] - tracks[1], axis=1)[:8] > 18).all())
     return True
 
 
-@pytest.mark.parametrize("corrupt, attribute, families, loss", CORRUPTIONS, ids=lambda v: getattr(v, "__name__", None))
+@pytest.mark.parametrize(
+    "corrupt, attribute, families, loss", CORRUPTIONS, ids=lambda v: getattr(v, "__name__", None)
+)
 def test_a_corruption_costs_its_own_attribute_alone(corrupt, attribute, families, loss):
-    """Every corrupted clip loses at least ``loss`` (0.1 or more) where it should and at most 0.02 elsewhere."""
+    """Every corrupted clip loses at least ``loss`` (0.1 or more) where it should and at most 0.02
+    elsewhere."""
     for family in families:
         specs = [sample_spec(seed, family=family) for seed in range(40)]
         specs = [spec for spec in specs if suits(corrupt, spec)][:5]
@@ -255,16 +286,20 @@ def test_a_corruption_costs_its_own_attribute_alone(corrupt, attribute, families
 
 
 def test_a_colour_that_changes_costs_permanence():
-    """From the middle on another colour: identity is lost, and so is half of the colour; motion stays."""
+    """From the middle on another colour: identity is lost, and so is half of the colour; motion
+    stays."""
     for seed in range(4):
         spec = sample_spec(seed, family="move")
         result = score(torch.cat([render(spec, T)[:17], wrong_colour(spec)[17:]]), caption(spec))
         assert result.permanence < 0.7 and result.colour < 0.7
-        assert min(result.physics, result.speed, result.shape, result.direction, result.number) >= 0.98
+        assert (
+            min(result.physics, result.speed, result.shape, result.direction, result.number) >= 0.98
+        )
 
 
 def test_a_body_that_stops_at_the_wall_breaks_the_law():
-    """Stopping for good is as wrong as stopping for a while: in its window, and in a later one that only rests."""
+    """Stopping for good is as wrong as stopping for a while: in its window, and in a later one that
+    only rests."""
     spec = change(sample_spec(0, family="move"), x=20.0, y=32.0, vx=2.0, vy=0.0)
     frames = render(spec, 96)
     stop = int(np.argmax(positions(spec, 96)[0, :, 0]))
@@ -275,7 +310,8 @@ def test_a_body_that_stops_at_the_wall_breaks_the_law():
 
 
 def test_drift_shows_in_the_windows_where_it_happens():
-    """A body that slowly loses its colour and brightness scores 1 early and 0 late, in permanence."""
+    """A body that slowly loses its colour and brightness scores 1 early and 0 late, in
+    permanence."""
     spec = sample_spec(3, family="move")
     frames = render(spec, 160)
     fading = torch.linspace(0.0, 0.5, 160)[:, None, None, None]
@@ -289,13 +325,17 @@ def test_drift_shows_in_the_windows_where_it_happens():
 # ---------------------------------------------------------------- edges
 
 
-@pytest.mark.parametrize("clip", [
-    torch.zeros(T, 3, SIZE, SIZE),
-    torch.ones(T, 3, SIZE, SIZE),
-    torch.full((T, 3, SIZE, SIZE), float("nan")),
-    torch.rand(T, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)),
-    torch.zeros(1, 3, SIZE, SIZE),
-], ids=["black", "white", "nan", "noise", "one black frame"])
+@pytest.mark.parametrize(
+    "clip",
+    [
+        torch.zeros(T, 3, SIZE, SIZE),
+        torch.ones(T, 3, SIZE, SIZE),
+        torch.full((T, 3, SIZE, SIZE), float("nan")),
+        torch.rand(T, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(1, 3, SIZE, SIZE),
+    ],
+    ids=["black", "white", "nan", "noise", "one black frame"],
+)
 def test_a_clip_of_nothing_scores_zero(clip):
     """No body, no credit, no NaN: 0 on everything that the caption states."""
     for family in FAMILIES:
@@ -336,7 +376,8 @@ def test_mean_scores_average_where_applicable():
 
 
 def test_bad_input_is_refused():
-    """A wrong shape, a window without room for a law, and a prompt of another world say what is expected."""
+    """A wrong shape, a window without room for a law, and a prompt of another world say what is
+    expected."""
     spec = sample_spec(0)
     with pytest.raises(ValueError, match="reads \\[T, 3, 64, 64\\]"):
         parse(torch.zeros(3, 64, 64))

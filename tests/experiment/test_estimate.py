@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from streamvid.experiment import estimate as est
+from streamvid.experiment.build import build_method, build_student, load_run, needs_teacher
 from streamvid.models.published import EXPERTS, PUBLISHED
 from streamvid.teachers.wan import WanTeacher, load_wan_transformer
-from streamvid.experiment import estimate as est
 from streamvid.training.optimizers import build_optimizer, optimizer_tensors
-from streamvid.experiment.build import build_method, build_student, load_run, needs_teacher
 from streamvid.training.trainer import switch_on
 
 TINY = "configs/run/tiny_{}.yaml"
@@ -18,12 +18,14 @@ SMALL = ["train.batch_size=1", "train.max_steps=4"]
 
 def of_tensors(formula):
     """As torch's counter takes a formula that reads the shapes itself."""
-    wrapped = lambda *args, **kwargs: formula(*args, **kwargs)  # noqa: E731
+    wrapped = lambda *args, **kwargs: formula(*args, **kwargs)
     wrapped._get_raw = True
     return wrapped
 
 
-CPU_ATTENTION = {op: of_tensors(formula) for op, formula in est.FLOPS.items() if "for_cpu" in str(op)}
+CPU_ATTENTION = {
+    op: of_tensors(formula) for op, formula in est.FLOPS.items() if "for_cpu" in str(op)
+}
 METHODS = ["dmd", "asd", "diagonal", "afd", "sft", "trajectory"]
 
 
@@ -33,9 +35,17 @@ def folder(tmp_path_factory):
     from diffusers import WanTransformer3DModel
 
     network = WanTransformer3DModel(
-        num_layers=2, num_attention_heads=2, attention_head_dim=24, ffn_dim=96, in_channels=16, out_channels=16,
-        text_dim=64, freq_dim=32, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
-    )  # fmt: skip
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        ffn_dim=96,
+        in_channels=16,
+        out_channels=16,
+        text_dim=64,
+        freq_dim=32,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+    )
     SMALL[2:] = [f"teacher.path={tmp_path_factory.mktemp('wan')}"]
     network.save_pretrained(f"{SMALL[2].split('=')[1]}/transformer")
     SMALL.append("student." + SMALL[2].split(".", 1)[1])
@@ -62,7 +72,10 @@ def really(config, turn, step):
         key: torch.randn(value.shape) if torch.is_tensor(value) and value.is_meta else value
         for key, value in est.batch_on_meta(config, method).items()
     }
-    with est.Watch() as watch, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with (
+        est.Watch() as watch,
+        FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter,
+    ):
         loss, _ = method.loss(turn, batch, step)
         loss.backward()
     return watch.flops, counter.get_total_flops(), method, batch
@@ -77,7 +90,8 @@ def test_operations_are_those_of_a_real_turn(method):
         batch = est.batch_on_meta(config, on_meta)
         expected, _ = est.measure_turn(on_meta, turn, batch, 1, config)
         ours, torchs, _, _ = really(config, turn, 1)
-        assert expected == pytest.approx(ours, rel=1e-3), turn  # of a few queries the CPU takes another kernel
+        # of a few queries the CPU takes another kernel
+        assert expected == pytest.approx(ours, rel=1e-3), turn
         assert ours == torchs, "torch's own counter"
 
 
@@ -88,33 +102,47 @@ def test_steps_of_equal_choices_cost_the_same(method):
     built, _ = est.build_on_meta(config)
     costs = {}
     for step in range(6):
-        flops, _ = est.measure_turn(built, "student", est.batch_on_meta(config, built), step, config)
+        flops, _ = est.measure_turn(
+            built, "student", est.batch_on_meta(config, built), step, config
+        )
         assert costs.setdefault(built.choices("student", step), flops) == flops
     assert len(set(costs.values())) == len(costs)
 
 
 def test_a_method_that_tells_no_choices_is_measured_in_every_step():
-    """A rollout that ends anywhere: the estimate is the mean over steps, not the first one's cost."""
+    """A rollout that ends anywhere: the estimate is the mean over steps, not the first one's
+    cost."""
 
     class Telltale:
         def __init__(self, method):
-            self.method, self.config, self.networks, self.turns = method, method.config, method.networks, method.turns
+            self.method, self.config, self.networks, self.turns = (
+                method,
+                method.config,
+                method.networks,
+                method.turns,
+            )
             self.loss = method.loss
 
     config = run_of("dmd", "train.max_steps=6")
     method, _ = est.build_on_meta(config)
     (student,) = [turn for turn in est.turns_of(config, Telltale(method)) if turn.name == "student"]
     steps = [step for step in range(6) if "student" in method.turns(step)]
-    costs = [est.measure_turn(method, "student", est.batch_on_meta(config, method), step, config)[0] for step in steps]
+    costs = [
+        est.measure_turn(method, "student", est.batch_on_meta(config, method), step, config)[0]
+        for step in steps
+    ]
     assert len(set(costs)) > 1 and student.flops == pytest.approx(sum(costs) / len(costs))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_is_what_a_real_turn_holds(checkpointing):
-    """The most bytes of live tensors, against the same watch over real ones; attention on the CPU differs a little."""
+    """The most bytes of live tensors, against the same watch over real ones; attention on the CPU
+    differs a little."""
     config = run_of("dmd", f"train.gradient_checkpointing={str(checkpointing).lower()}")
     on_meta, _ = est.build_on_meta(config)
-    _, expected = est.measure_turn(on_meta, "student", est.batch_on_meta(config, on_meta), 1, config)
+    _, expected = est.measure_turn(
+        on_meta, "student", est.batch_on_meta(config, on_meta), 1, config
+    )
     _, _, method, batch = really(config, "student", 1)
     method.student.zero_grad(set_to_none=True)
     with est.Watch() as watch:
@@ -136,12 +164,20 @@ def test_networks_take_what_they_really_take(method):
     held = optimizer_tensors(optimizer, {p: name for name, p in parameters.items()}).values()
     assert role.optimizer == sum(t.nbytes for t in held)
     assert role.weights == role.average == sum(p.nbytes for p in parameters.values())
-    names = {"dmd": {"student", "fake_score", "teacher"}, "afd": {"student", "discriminator", "old"}, "sft": {"student"}}
+    names = {
+        "dmd": {"student", "fake_score", "teacher"},
+        "afd": {"student", "discriminator", "old"},
+        "sft": {"student"},
+    }
     assert {each.name for each in roles} == names[method]
 
 
 def test_deep_networks_are_extrapolated_exactly(monkeypatch):
-    deep = ["student.path=null", "student.geometry.num_layers=9", "student.geometry.num_attention_heads=1"]
+    deep = [
+        "student.path=null",
+        "student.geometry.num_layers=9",
+        "student.geometry.num_attention_heads=1",
+    ]
     config = run_of("sft", *deep)
     assert est._depth_of(config) == 9
     line = est.estimate(config)
@@ -153,8 +189,11 @@ def test_deep_networks_are_extrapolated_exactly(monkeypatch):
 
 
 def test_autocast_is_played():
-    """bf16 halves what products leave behind; weights that are trained are cast once, frozen ones at each use."""
-    full, half = (est.estimate(run_of("sft", f"train.mixed_precision={mode}")) for mode in ("no", "bf16"))
+    """bf16 halves what products leave behind; weights that are trained are cast once, frozen ones
+    at each use."""
+    full, half = (
+        est.estimate(run_of("sft", f"train.mixed_precision={mode}")) for mode in ("no", "bf16")
+    )
     assert half.flops == full.flops
     assert 0.4 * full.turns[0].peak < half.turns[0].peak < 0.9 * full.turns[0].peak
     x, w = torch.empty(4, 8, device="meta"), torch.nn.Parameter(torch.empty(8, 8, device="meta"))
@@ -163,12 +202,15 @@ def test_autocast_is_played():
     assert F.linear(x, w).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("name", "parameters"), [
-    ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 1_418_996_800),
-    ("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14_288_491_584),
-    ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", 16_396_000_000),
-    ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", 4_999_787_712),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 1_418_996_800),
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", 14_288_491_584),
+        ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", 16_396_000_000),
+        ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", 4_999_787_712),
+    ],
+)
 def test_published_sizes(name, parameters):
     from diffusers import WanTransformer3DModel
 
@@ -178,28 +220,41 @@ def test_published_sizes(name, parameters):
 
 
 def test_a_published_run_is_estimated_without_its_checkpoint():
-    """1.3B in float32 with AdamW and an average, a copy of it as fake score, a teacher in half precision."""
+    """1.3B in float32 with AdamW and an average, a copy of it as fake score, a teacher in half
+    precision."""
     name = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    config = run_of("dmd", f"student.path={name}", f"teacher.path={name}", "teacher.dtype=bf16", "teacher.offload=false")
+    config = run_of(
+        "dmd",
+        f"student.path={name}",
+        f"teacher.path={name}",
+        "teacher.dtype=bf16",
+        "teacher.offload=false",
+    )
     _, roles = est.build_on_meta(config, depth=30)
     sizes = {role.name: role for role in roles}
     weights = 4 * 1_418_996_800
     assert sizes["student"].weights == sizes["student"].average == weights
-    assert sizes["fake_score"].weights == pytest.approx(weights, rel=1e-3)  # and diffusers' table of rotations
+    # and diffusers' table of rotations
+    assert sizes["fake_score"].weights == pytest.approx(weights, rel=1e-3)
     assert sizes["student"].optimizer == pytest.approx(2 * weights, rel=1e-5)
-    assert sizes["teacher"].weights == pytest.approx(weights / 2, rel=0.01)  # what diffusers keeps in float32
+    # what diffusers keeps in float32
+    assert sizes["teacher"].weights == pytest.approx(weights / 2, rel=0.01)
 
 
 def test_two_experts_are_counted_twice_unless_one_is_put_away():
     name = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
     assert name in EXPERTS
     more = [f"teacher.path={name}", "student.path=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
-    both, one = (est.build_on_meta(run_of("dmd", *more, f"teacher.offload={o}"), 1)[1] for o in ("false", "true"))
+    both, one = (
+        est.build_on_meta(run_of("dmd", *more, f"teacher.offload={o}"), 1)[1]
+        for o in ("false", "true")
+    )
     assert [role.name for role in both if role not in one] == ["teacher, expert 2"]
 
 
 def test_shared_weights_are_counted_once():
-    """Three roles on one set of weights: the student's and the fake score's own are their adapters."""
+    """Three roles on one set of weights: the student's and the fake score's own are their
+    adapters."""
     pytest.importorskip("peft")
     whole = est.build_on_meta(run_of("dmd"))[1]
     one = est.build_on_meta(run_of("dmd", "student.lora.rank=4"))[1]
@@ -212,7 +267,9 @@ def test_shared_weights_are_counted_once():
 def test_too_little_memory_is_refused_before_the_attempt(monkeypatch):
     config = run_of("dmd")
     monkeypatch.setattr(est, "memory_of", lambda device: 10**5)
-    with pytest.raises(ValueError, match=r"need 0\.\d\d GiB, free on cpu are 0\.00; --dry-run says"):
+    with pytest.raises(
+        ValueError, match=r"need 0\.\d\d GiB, free on cpu are 0\.00; --dry-run says"
+    ):
         est.ensure_memory(config, torch.device("cpu"))
     monkeypatch.setattr(est, "memory_of", lambda device: 10**9)
     est.ensure_memory(config, torch.device("cpu"))
@@ -222,7 +279,9 @@ def test_a_peak_that_does_not_fit_is_refused_though_the_networks_do(monkeypatch)
     config = run_of("sft")
     whole = est.estimate(config)
     monkeypatch.setattr(est, "memory_of", lambda device: (whole.state_bytes + whole.peak_bytes) / 2)
-    with pytest.raises(ValueError, match=r"at its peak, in the turn of student, free on cpu are 0\.\d\d"):
+    with pytest.raises(
+        ValueError, match=r"at its peak, in the turn of student, free on cpu are 0\.\d\d"
+    ):
         est.ensure_memory(config, torch.device("cpu"))
     monkeypatch.setattr(est, "memory_of", lambda device: 1.1 * whole.peak_bytes)
     est.ensure_memory(config, torch.device("cpu"))
@@ -231,13 +290,19 @@ def test_a_peak_that_does_not_fit_is_refused_though_the_networks_do(monkeypatch)
 def test_small_networks_are_not_measured_before_a_run(monkeypatch):
     """It takes seconds, and their peaks are at most some 50 times as large."""
     config = run_of("sft")
-    monkeypatch.setattr(est, "memory_of", lambda device: 101 * est.Estimate(est.build_on_meta(config)[1]).state_bytes)
+    monkeypatch.setattr(
+        est,
+        "memory_of",
+        lambda device: 101 * est.Estimate(est.build_on_meta(config)[1]).state_bytes,
+    )
     monkeypatch.setattr(est, "estimate", None)
     est.ensure_memory(config, torch.device("cpu"))
 
 
 def test_gradients_of_sharded_networks_are_not_held_against_a_run():
-    one = est.Estimate((est.Role("student", 10, 40, 80),), (est.Turn("student", 1.0, 1.0, 100),), sharded=True)
+    one = est.Estimate(
+        (est.Role("student", 10, 40, 80),), (est.Turn("student", 1.0, 1.0, 100),), sharded=True
+    )
     assert one.least_peak_bytes == one.peak_bytes == 220
     four = est.replace(one, processes=4)
     assert four.least_peak_bytes == 30 + 60 and four.peak_bytes == 30 + 100
@@ -270,18 +335,27 @@ def test_sharded_networks_are_divided(monkeypatch):
     assert "sharded over 8 processes: 0.00 GiB of networks each, at most" in alone.table()
     monkeypatch.setenv("WORLD_SIZE", "4")
     four, each = est.estimate(run_of("sft", "train.shard=full")), est.estimate(run_of("sft"))
-    assert 4 * four.state_bytes == pytest.approx(whole.state_bytes, abs=4) and each.state_bytes == whole.state_bytes
-    assert four.peak_bytes == four.state_bytes + four.turns[0].peak and "sharded over 4 processes" in four.table()
+    assert (
+        4 * four.state_bytes == pytest.approx(whole.state_bytes, abs=4)
+        and each.state_bytes == whole.state_bytes
+    )
+    assert (
+        four.peak_bytes == four.state_bytes + four.turns[0].peak
+        and "sharded over 4 processes" in four.table()
+    )
 
 
 def test_a_state_in_8_bits_is_a_quarter():
     pytest.importorskip("torchao")
     wide = "student.path=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     whole, small = (
-        est.build_on_meta(run_of("sft", wide, f"train.optimizers.student.kind={kind}"), depth=1)[1][0].optimizer
+        est.build_on_meta(run_of("sft", wide, f"train.optimizers.student.kind={kind}"), depth=1)[1][
+            0
+        ].optimizer
         for kind in ("adamw", "adamw8bit")
     )
-    assert small == pytest.approx(whole / 4 * (1 + 4 / 256), rel=0.01)  # a scale a block, and little stays in 32 bits
+    # a scale a block, and little stays in 32 bits
+    assert small == pytest.approx(whole / 4 * (1 + 4 / 256), rel=0.01)
 
 
 def test_watch_counts_what_is_alive():
@@ -299,10 +373,16 @@ def test_watch_counts_what_is_alive():
 
 
 def test_turns_of_a_run_without_end_are_counted_in_windows_of_it():
-    """max_steps=1e9, as one writes beside max_minutes, used to take a pass over all steps for each turn."""
+    """max_steps=1e9, as one writes beside max_minutes, used to take a pass over all steps for each
+    turn."""
     assert list(est.counted_steps(1000)) == list(range(1000))
     steps = list(est.counted_steps(10**9))
-    assert len(steps) == est.COUNTED_STEPS and steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] == 10**9 - 1
+    assert (
+        len(steps) == est.COUNTED_STEPS
+        and steps == sorted(set(steps))
+        and steps[0] == 0
+        and steps[-1] == 10**9 - 1
+    )
     for cycle in (2, 5, 7, 10):
         share = sum(step % cycle == cycle - 1 for step in steps) / len(steps)
         assert share == pytest.approx(1 / cycle, rel=0.02)

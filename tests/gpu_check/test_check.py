@@ -1,4 +1,5 @@
-"""The check of a GPU: no part can take another with it, and all of them run on a CPU at tiny sizes."""
+"""The check of a GPU: no part can take another with it, and all of them run on a CPU at tiny
+sizes."""
 
 import importlib.util
 import json
@@ -38,7 +39,9 @@ def raised(report):
 
 
 def tool():
-    spec = importlib.util.spec_from_file_location("gpu_check_tool", check.ROOT / "tools" / "gpu_check.py")
+    spec = importlib.util.spec_from_file_location(
+        "gpu_check_tool", check.ROOT / "tools" / "gpu_check.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -50,13 +53,23 @@ def test_a_part_takes_no_other_with_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     names = ["whole", "hang", "crash", "wrong", "raised", "missing"]
     parts = [Part(name, f"spoilt_parts:{name}", 4 if name == "hang" else 60) for name in names]
-    results = {result.part: result for result in run_parts(parts, tmp_path / "out.json", 10, tiny=True)}
+    results = {
+        result.part: result for result in run_parts(parts, tmp_path / "out.json", 10, tiny=True)
+    }
     status = {name: result.status for name, result in results.items()}
     assert status == {
-        "whole": "ok", "hang": "out of time", "crash": "failed", "wrong": "partly", "raised": "failed", "missing": "failed",
-    }  # fmt: skip
+        "whole": "ok",
+        "hang": "out of time",
+        "crash": "failed",
+        "wrong": "partly",
+        "raised": "failed",
+        "missing": "failed",
+    }
     assert results["whole"].measurements == {"three": 3}
-    assert results["hang"].measurements == {"before": 1} and "out of time" in results["hang"].errors["asleep"]
+    assert (
+        results["hang"].measurements == {"before": 1}
+        and "out of time" in results["hang"].errors["asleep"]
+    )
     assert results["crash"].measurements == {"before": 2} and "gone" in results["crash"].errors
     assert results["wrong"].measurements == {"after": 4}
     assert results["wrong"].errors == {"divided": "ZeroDivisionError: division by zero"}
@@ -75,7 +88,9 @@ def test_parts_that_find_no_time_are_skipped(tmp_path):
 
 def test_two_parts_at_tiny_sizes(tmp_path, capsys):
     out = tmp_path / "deep" / "gpu.json"
-    assert tool().main(["--tiny", "--parts", "memory,machine", "--out", str(out)]) == 0, capsys.readouterr().out
+    assert tool().main(["--tiny", "--parts", "memory,machine", "--out", str(out)]) == 0, (
+        capsys.readouterr().out
+    )
     machine, memory = json.loads(out.read_text())
     assert (machine["part"], memory["part"]) == ("machine", "memory"), "in our order"
     assert machine["measurements"]["matmul_bf16"]["tflops"] > 0
@@ -85,14 +100,22 @@ def test_two_parts_at_tiny_sizes(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_all_parts_at_tiny_sizes(tmp_path, capsys):
-    assert tool().main(["--tiny", "--out", str(tmp_path / "gpu.json"), "--minutes", "10"]) == 0, capsys.readouterr().out
+    assert tool().main(["--tiny", "--out", str(tmp_path / "gpu.json"), "--minutes", "10"]) == 0, (
+        capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--parts", "machine,nothing"], "--parts nothing: there is no such part; expected some of machine, gradients"),
-    (["--out", "a.txt"], "--out a.txt: the report is a .json file"),
-    (["--minutes", "0"], "--minutes 0 must be above 0"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--parts", "machine,nothing"],
+            "--parts nothing: there is no such part; expected some of machine, gradients",
+        ),
+        (["--out", "a.txt"], "--out a.txt: the report is a .json file"),
+        (["--minutes", "0"], "--minutes 0 must be above 0"),
+    ],
+)
 def test_wrong_arguments_are_refused_in_one_line(arguments, message, capsys):
     assert tool().main(arguments) == 2
     error = capsys.readouterr().err
@@ -101,7 +124,9 @@ def test_wrong_arguments_are_refused_in_one_line(arguments, message, capsys):
 
 def test_the_list_names_every_part(capsys):
     assert tool().main(["--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [part.name for part in PARTS]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        part.name for part in PARTS
+    ]
 
 
 def test_every_part_is_a_function():
@@ -117,11 +142,17 @@ def test_a_report_is_on_the_disk_before_and_after_each_measurement(tmp_path):
     report.attempt("second", lambda: seen.append(json.loads(report.file.read_text())))
     assert seen[0] == {"measurements": {"first": 0.123457}, "errors": {}, "running": "second"}
     assert report.attempt("bad", lambda: [][0]) is None
-    assert json.loads(report.file.read_text())["errors"] == {"bad": "IndexError: list index out of range"}
+    assert json.loads(report.file.read_text())["errors"] == {
+        "bad": "IndexError: list index out of range"
+    }
 
 
 def test_rows_are_named_by_the_way_to_them():
-    assert rows_of({"a": {"b": 1, "c": [{"x": 2}]}, "d": [3]}) == [("a.b", "1"), ("a.c.0", "x 2"), ("d", "[3]")]
+    assert rows_of({"a": {"b": 1, "c": [{"x": 2}]}, "d": [3]}) == [
+        ("a.b", "1"),
+        ("a.c.0", "x 2"),
+        ("d", "[3]"),
+    ]
 
 
 def test_gradients_are_compared_with_their_sign_and_their_length():
@@ -154,5 +185,7 @@ for module in pkgutil.walk_packages(streamvid.__path__, "streamvid."):
 
 def test_everything_imports_where_clips_cannot_be_read():
     """Machines without a network have neither decord nor imageio-ffmpeg."""
-    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, cwd=Path(check.ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED], capture_output=True, text=True, cwd=Path(check.ROOT)
+    )
     assert done.returncode == 0, done.stderr[-500:]

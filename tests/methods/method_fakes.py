@@ -10,23 +10,35 @@ from streamvid.seeding import keyed_normal
 from streamvid.teachers.analytic import AnalyticTeacher
 
 TINY_WAN = dict(
-    patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
-    freq_dim=16, ffn_dim=32, num_layers=2,
-)  # fmt: skip
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=8,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=2,
+)
 
 
 class Ar1Student(nn.Module):
-    """Frames x_1 = mean + s z_1, x_{k+1} = mean + a (x_k - mean) + b z; the cache is a list of committed chunks."""
+    """Frames x_1 = mean + s z_1, x_{k+1} = mean + a (x_k - mean) + b z; the cache is a list of
+    committed chunks."""
 
     def __init__(self, a=0.1, b=0.5, s=1.5, mean=0.0):
         super().__init__()
-        self.a, self.b, self.s, self.mean = (nn.Parameter(torch.tensor(float(p))) for p in (a, b, s, mean))
+        self.a, self.b, self.s, self.mean = (
+            nn.Parameter(torch.tensor(float(p))) for p in (a, b, s, mean)
+        )
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, cache):
         x0 = self.mean + self.s * hidden_states
         if cache:
             x0 = self.mean + self.a * (cache[-1] - self.mean) + self.b * hidden_states
-        return SimpleNamespace(sample=(hidden_states - x0) / expand_time(timestep / 1000, hidden_states))
+        return SimpleNamespace(
+            sample=(hidden_states - x0) / expand_time(timestep / 1000, hidden_states)
+        )
 
     def new_cache(self, batch_size, height, width, **policy):
         return []
@@ -47,7 +59,9 @@ class ClipStudent(nn.Module):
         frames = hidden_states.shape[2]
         self.calls.append((len(cache), torch.is_grad_enabled()))
         x0 = self.clip[:, :, len(cache) * frames : (len(cache) + 1) * frames]
-        return SimpleNamespace(sample=(hidden_states - x0) / expand_time(timestep / 1000, hidden_states))
+        return SimpleNamespace(
+            sample=(hidden_states - x0) / expand_time(timestep / 1000, hidden_states)
+        )
 
     new_cache, commit = Ar1Student.new_cache, Ar1Student.commit
 
@@ -63,7 +77,10 @@ class ScoreOf(nn.Module):
     def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict=False):
         self.inputs.append((hidden_states, timestep / 1000))
         self.grad_modes.append(torch.is_grad_enabled())
-        return (self.weight * self.teacher.predict(hidden_states, timestep / 1000, encoder_hidden_states),)
+        return (
+            self.weight
+            * self.teacher.predict(hidden_states, timestep / 1000, encoder_hidden_states),
+        )
 
 
 def ar1_covariance(rho, frames):
@@ -92,4 +109,6 @@ def run_turn(method, batch, turn, step=0):
         network.zero_grad(set_to_none=True)
     loss, numbers = method.loss(turn, batch, step)
     loss.backward()
-    return {name: {k: p.grad for k, p in n.named_parameters()} for name, n in method.networks().items()}, numbers
+    return {
+        name: {k: p.grad for k, p in n.named_parameters()} for name, n in method.networks().items()
+    }, numbers

@@ -1,4 +1,5 @@
-"""AFD: who is compared with whom, what the update does where its answer is known, and that context is the stream's."""
+"""AFD: who is compared with whom, what the update does where its answer is known, and that context
+is the stream's."""
 
 from types import SimpleNamespace
 
@@ -39,17 +40,21 @@ def wan_method(discriminator=None, stream=STREAM, **config):
 
 def wan_batch(num=2):
     return {
-        "latents": noise(num, 4, 4, 4, 4, seed=2), "cond": noise(num, 5, 8, seed=1), "keys": list(range(7, 7 + num)),
+        "latents": noise(num, 4, 4, 4, 4, seed=2),
+        "cond": noise(num, 5, 8, seed=1),
+        "keys": list(range(7, 7 + num)),
         "offset": torch.zeros(num, dtype=torch.long),
-    }  # fmt: skip
+    }
 
 
 def number_batch(keys, mean=2.0):
     keys = list(keys)
     return {
-        "latents": mean + noise(len(keys), 1, 1, 1, 1, seed=3), "cond": torch.zeros(len(keys), 1, 1), "keys": keys,
+        "latents": mean + noise(len(keys), 1, 1, 1, 1, seed=3),
+        "cond": torch.zeros(len(keys), 1, 1),
+        "keys": keys,
         "offset": torch.zeros(len(keys), dtype=torch.long),
-    }  # fmt: skip
+    }
 
 
 # Turns and rollouts -------------------------------------------------------------------------------------
@@ -57,7 +62,11 @@ def number_batch(keys, mean=2.0):
 
 def test_the_discriminator_is_first_and_warms_up_alone():
     method, _ = wan_method(Slope(), discriminator_updates=2, student_start_step=3)
-    assert method.turns(2) == ("discriminator", "discriminator") and method.turns(3) == ("discriminator", "discriminator", "student")
+    assert method.turns(2) == ("discriminator", "discriminator") and method.turns(3) == (
+        "discriminator",
+        "discriminator",
+        "student",
+    )
 
 
 @pytest.mark.parametrize("policy", ["nft", "gan"])
@@ -66,7 +75,9 @@ def test_each_turn_trains_its_own_network(policy):
     for turn in method.networks():
         grads, numbers = run_turn(method, wan_batch(), turn)
         trained = [g for g in grads[turn].values() if g is not None]
-        assert trained and all(g.isfinite().all() for g in trained) and any(g.any() for g in trained)
+        assert (
+            trained and all(g.isfinite().all() for g in trained) and any(g.any() for g in trained)
+        )
         assert all(g is None for name, of in grads.items() if name != turn for g in of.values())
         assert {"r", "win_rate", "gap"} <= set(numbers)
 
@@ -95,7 +106,9 @@ def test_the_old_policy_is_a_lagged_average_and_the_reference_stays():
         torch.testing.assert_close(now, old + 0.25)
         assert torch.equal(reference, old)
     state = method.extra_state()
-    assert len(state) == len(method.old.state_dict()) and all(name.startswith("old.") for name in state)
+    assert len(state) == len(method.old.state_dict()) and all(
+        name.startswith("old.") for name in state
+    )
     next(iter(state.values())).zero_()  # live: a checkpoint restores in place
     assert not next(iter(method.old.state_dict().values())).any()
 
@@ -103,8 +116,13 @@ def test_the_old_policy_is_a_lagged_average_and_the_reference_stays():
 def test_times_are_the_streams_and_the_same_for_all_samples():
     method, _ = wan_method(Slope())
     latents = wan_batch()["latents"]
-    draws = [method._draw_times(keyed_generator(0, "decision", step, "student", 0), latents) for step in range(30)]
-    assert {round(t, 6) for draw in draws for t in draw} == {round(t, 6) for t in STREAM_TIMES} and all(len(draw) == 2 for draw in draws)
+    draws = [
+        method._draw_times(keyed_generator(0, "decision", step, "student", 0), latents)
+        for step in range(30)
+    ]
+    assert {round(t, 6) for draw in draws for t in draw} == {
+        round(t, 6) for t in STREAM_TIMES
+    } and all(len(draw) == 2 for draw in draws)
     assert any(a != b for a, b in draws)
 
 
@@ -135,8 +153,14 @@ def test_networks_asked_with_one_noise_see_one_state():
     torch.manual_seed(0)
     students = [CausalWanTransformer3DModel(**TINY_WAN) for _ in range(2)]
     clips, cond = noise(2, 4, 4, 4, 4), noise(2, 5, 8, seed=1)
-    one, other = (noise_chunks(s, STREAM, clips, cond, [0.9, 0.4], KeyedNoise([1, 2])) for s in students)
-    assert torch.equal(one.x_t, other.x_t) and torch.equal(one.v_target, other.v_target) and not torch.equal(one.v, other.v)
+    one, other = (
+        noise_chunks(s, STREAM, clips, cond, [0.9, 0.4], KeyedNoise([1, 2])) for s in students
+    )
+    assert (
+        torch.equal(one.x_t, other.x_t)
+        and torch.equal(one.v_target, other.v_target)
+        and not torch.equal(one.v, other.v)
+    )
 
 
 # The update ---------------------------------------------------------------------------------------------
@@ -144,13 +168,16 @@ def test_networks_asked_with_one_noise_see_one_state():
 
 @pytest.mark.parametrize("shared_noise", [True, False])
 def test_noise_that_a_prompts_clips_share_is_not_in_the_update(shared_noise):
-    """In one step the gradient to the student's mean is -2 E A (x + v_old - eps), of which -2 E A x is left."""
+    """In one step the gradient to the student's mean is -2 E A (x + v_old - eps), of which -2 E A x
+    is left."""
     student, stream = Ar1Student(s=1.5, mean=0.5), StreamConfig(num_steps=1, chunk_frames=1)
     config = Config(group_size=4, self_normalized=False, lam_prior=0.0, shared_noise=shared_noise)
     method, batch = AFD(config, student, stream, Slope(0.3)), number_batch(range(5))
     grads, _ = run_turn(method, batch, "student")
     with torch.no_grad():
-        x = method._roll_out(method.old, {**batch, "cond": torch.zeros(20, 1, 1)}, method._seeds(batch, "rollout", 4))
+        x = method._roll_out(
+            method.old, {**batch, "cond": torch.zeros(20, 1, 1)}, method._seeds(batch, "rollout", 4)
+        )
     x = x.view(5, 4)
     advantage = 0.3 * (x - x.mean(1, keepdim=True))
     exact = torch.allclose(grads["student"]["mean"], -2 * (advantage * x).mean(), rtol=1e-4)
@@ -162,7 +189,9 @@ def test_a_discriminator_that_sees_no_difference_moves_nothing(self_normalized):
     """At r = 1/2 the two branches pull against each other with one force."""
     method, _ = wan_method(Slope(0.0), self_normalized=self_normalized)
     grads, numbers = run_turn(method, wan_batch(), "student")
-    assert all(g.abs().max() < 1e-7 for g in grads["student"].values()) and numbers["weight_std"] == 0
+    assert (
+        all(g.abs().max() < 1e-7 for g in grads["student"].values()) and numbers["weight_std"] == 0
+    )
 
 
 def test_away_from_the_old_policy_it_is_pulled_back():
@@ -181,10 +210,16 @@ def test_away_from_the_old_policy_it_is_pulled_back():
 
 
 def test_the_student_moves_where_the_discriminator_says():
-    """O8: the mean follows the sign of the slope; a clip above its group's mean draws, one below it pushes."""
+    """O8: the mean follows the sign of the slope; a clip above its group's mean draws, one below it
+    pushes."""
     for slope, sign in ((3.0, -1), (-3.0, 1)):
         student = Ar1Student(mean=0.0, s=1.0)
-        method = AFD(Config(group_size=8, self_normalized=False, lam_prior=0.0, beta=1.0), student, NUMBERS, Slope(slope))
+        method = AFD(
+            Config(group_size=8, self_normalized=False, lam_prior=0.0, beta=1.0),
+            student,
+            NUMBERS,
+            Slope(slope),
+        )
         grads, _ = run_turn(method, number_batch(range(64)), "student")
         assert grads["student"]["mean"].sign() == sign
 
@@ -209,22 +244,38 @@ def test_a_negated_reward_moves_the_other_way_and_one_that_is_independent_of_the
 def test_advantages_of_another_prompt_are_the_same_numbers():
     method, _ = wan_method(Slope(), control="independent")
     advantages = torch.arange(1.0, 7.0)[:, None]
-    moved = [method._controlled(advantages, torch.Generator().manual_seed(seed))[:, 0] for seed in range(20)]
+    moved = [
+        method._controlled(advantages, torch.Generator().manual_seed(seed))[:, 0]
+        for seed in range(20)
+    ]
     assert all(row.abs().tolist() == [5, 6, 1, 2, 3, 4] for row in moved)
     assert {tuple(row.sign().tolist()[::2]) for row in moved} >= {(1, 1, 1), (-1, -1, -1)}
 
 
 def test_a_discriminator_of_no_updates_stays_as_its_seed_makes_it():
-    heads = [wan_method(discriminator_updates=0, discriminator_seed=seed)[0] for seed in (None, 0, 1)]
+    heads = [
+        wan_method(discriminator_updates=0, discriminator_seed=seed)[0] for seed in (None, 0, 1)
+    ]
     assert heads[0].turns(0) == ("student",)
-    weights = [torch.cat([p.flatten() for p in method.discriminator.parameters()]) for method in heads]
+    weights = [
+        torch.cat([p.flatten() for p in method.discriminator.parameters()]) for method in heads
+    ]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_it_finds_the_teachers_mean_from_clips_alone():
-    """Teacher N(2, 1), student N(0, 1): logistic regression for D, the policy step for the student."""
+    """Teacher N(2, 1), student N(0, 1): logistic regression for D, the policy step for the
+    student."""
     student = Ar1Student(mean=0.0, s=1.0)
-    config = Config(group_size=4, self_normalized=False, lam_prior=0.0, beta=0.5, old_decay=0.5, r1_weight=0.0, r2_weight=0.0)
+    config = Config(
+        group_size=4,
+        self_normalized=False,
+        lam_prior=0.0,
+        beta=0.5,
+        old_decay=0.5,
+        r1_weight=0.0,
+        r2_weight=0.0,
+    )
     method = AFD(config, student, StreamConfig(num_steps=1, chunk_frames=1), Slope(0.0))
     optimizers = {"student": torch.optim.SGD([student.mean], 0.02)}
     optimizers["discriminator"] = torch.optim.Adam(method.discriminator.parameters(), 0.05)
@@ -249,10 +300,15 @@ def test_advantages_compare_clips_of_one_prompt():
     assert batch._advantages(logits)[:, 0].tolist() == [-7.5, -5.5, 1.5, 11.5]
 
 
-@pytest.mark.parametrize("options", [{}, {"logit": "token"}, {"logit": "chunk", "noisings": 2, "normalize": "std"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"logit": "token"}, {"logit": "chunk", "noisings": 2, "normalize": "std"}]
+)
 def test_learning_from_some_clips_at_a_time_is_the_same_update(options):
-    """6 clips as 4 and 2: the same gradient, loss and numbers, each part differentiated before the next is made."""
-    whole, some = (wan_method(group_size=3, clips_per_pass=size, **options)[0] for size in (None, 4))
+    """6 clips as 4 and 2: the same gradient, loss and numbers, each part differentiated before the
+    next is made."""
+    whole, some = (
+        wan_method(group_size=3, clips_per_pass=size, **options)[0] for size in (None, 4)
+    )
     expected, numbers = run_turn(whole, wan_batch(), "student")
     assert some.loss("student", wan_batch(), 0)[1] == pytest.approx(numbers, rel=1e-5)
     for part, _ in some.losses("student", wan_batch(), 0):
@@ -270,7 +326,10 @@ def test_preferences_are_of_pairs():
 def test_a_logit_a_chunk_gives_each_its_own_advantage():
     method, _ = wan_method(logit="chunk", group_size=2)
     _, numbers = run_turn(method, wan_batch(), "student")
-    assert method.discriminator(wan_batch()["latents"], wan_batch()["cond"]).shape == (2, 2) and numbers["weight_std"] >= 0
+    assert (
+        method.discriminator(wan_batch()["latents"], wan_batch()["cond"]).shape == (2, 2)
+        and numbers["weight_std"] >= 0
+    )
 
 
 def test_a_logit_a_token_weighs_its_own_patch():
@@ -281,13 +340,17 @@ def test_a_logit_a_token_weighs_its_own_patch():
     weights = method._weights(r, batch["latents"])
     assert weights.shape == (4, 1, 2, 4, 4)
     for n, frame, y, x in ((0, 0, 0, 0), (1, 1, 3, 0), (0, 2, 1, 2), (1, 3, 2, 3)):
-        assert weights[2 * (frame // 2) + n, 0, frame % 2, y, x] == r[n, 4 * frame + 2 * (y // 2) + x // 2]
+        assert (
+            weights[2 * (frame // 2) + n, 0, frame % 2, y, x]
+            == r[n, 4 * frame + 2 * (y // 2) + x // 2]
+        )
     grads, _ = run_turn(method, batch, "student")
     assert any(g.any() for g in grads["student"].values() if g is not None)
 
 
 class Slopes(nn.Module):
-    """D of a token = w x, and of the clip their sum: the log ratio of clips whose numbers are independent, whole and in parts."""
+    """D of a token = w x, and of the clip their sum: the log ratio of clips whose numbers are
+    independent, whole and in parts."""
 
     def __init__(self, w, per_token):
         super().__init__()
@@ -299,17 +362,25 @@ class Slopes(nn.Module):
 
 
 def test_advantages_of_tokens_say_the_same_with_less_noise():
-    """Clips of 16 independent numbers of variance s^2: the gradient to their mean is -2 w s^2 (1 - 1/G) either way, but what a
-    token is weighed by is a sixteenth of what the clip is."""
+    """Clips of 16 independent numbers of variance s^2: the gradient to their mean is -2 w s^2 (1 -
+    1/G) either way, but what a token is weighed by is a sixteenth of what the clip is."""
     slopes = {}
     for logit in ("clip", "token"):
         student = Ar1Student(s=1.5, mean=0.0)
         student.config = SimpleNamespace(patch_size=(1, 1, 1))
         config = Config(group_size=4, self_normalized=False, lam_prior=0.0, logit=logit)
-        method = AFD(config, student, StreamConfig(num_steps=1, chunk_frames=16), Slopes(0.02, logit == "token"))
+        method = AFD(
+            config,
+            student,
+            StreamConfig(num_steps=1, chunk_frames=16),
+            Slopes(0.02, logit == "token"),
+        )
         own = []
         for step in range(60):
-            batch = {**number_batch(range(8 * step, 8 * step + 8)), "latents": torch.zeros(8, 1, 16, 1, 1)}
+            batch = {
+                **number_batch(range(8 * step, 8 * step + 8)),
+                "latents": torch.zeros(8, 1, 16, 1, 1),
+            }
             own.append(run_turn(method, batch, "student")[0]["student"]["mean"])
         slopes[logit] = torch.stack(own)
     expected = -2 * 0.02 * 1.5**2 * (1 - 1 / 4)
@@ -322,9 +393,19 @@ def test_advantages_of_tokens_say_the_same_with_less_noise():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"group_size": 0}, {"beta": 0.0}, {"old_decay": 1.0}, {"lam_prior": -1.0}, {"advantage_clip": 0.0},
-              {"group_size": 1}, {"clips_per_pass": 0}, {"control": "random"}, {"discriminator_updates": -1}]
-)  # fmt: skip
+    "wrong",
+    [
+        {"group_size": 0},
+        {"beta": 0.0},
+        {"old_decay": 1.0},
+        {"lam_prior": -1.0},
+        {"advantage_clip": 0.0},
+        {"group_size": 1},
+        {"clips_per_pass": 0},
+        {"control": "random"},
+        {"discriminator_updates": -1},
+    ],
+)
 def test_a_wrong_setting_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Config(**wrong)

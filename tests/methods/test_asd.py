@@ -1,4 +1,5 @@
-"""Adversarial self-distillation: who learns from whom, in which logit, and what the discriminator finds."""
+"""Adversarial self-distillation: who learns from whom, in which logit, and what the discriminator
+finds."""
 
 from collections import Counter
 from dataclasses import replace
@@ -6,7 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from method_fakes import TINY_WAN, Ar1Student, ClipStudent, ScoreOf, ar1_teacher, noise, prompt_batch, run_turn
+from method_fakes import (
+    TINY_WAN,
+    Ar1Student,
+    ClipStudent,
+    ScoreOf,
+    ar1_teacher,
+    noise,
+    prompt_batch,
+    run_turn,
+)
 from torch import nn
 
 from streamvid.methods.asd import ASD, Config, Method
@@ -26,7 +36,11 @@ def wan_method(stream=STREAM, **config):
     teacher.uncond = noise(5, 8)
     student = CausalWanTransformer3DModel(**TINY_WAN)
     method = ASD(Config(num_chunks=2, **config), student, teacher, stream, (4, 4, 4))
-    return method, {"cond": noise(2, 5, 8, seed=1), "keys": [7, 8], "latents": noise(2, 4, 4, 4, 4, seed=2)}
+    return method, {
+        "cond": noise(2, 5, 8, seed=1),
+        "keys": [7, 8],
+        "latents": noise(2, 4, 4, 4, 4, seed=2),
+    }
 
 
 def step_with(method, turn, n):
@@ -41,8 +55,10 @@ def step_with(method, turn, n):
 def test_the_discriminator_plays_before_the_student():
     method, _ = wan_method(fake_updates_per_student=3, discriminator_updates_per_cycle=2)
     assert [method.turns(step) for step in range(3)] == [
-        ("fake_score",), ("fake_score", "discriminator"), ("fake_score", "discriminator", "student"),
-    ]  # fmt: skip
+        ("fake_score",),
+        ("fake_score", "discriminator"),
+        ("fake_score", "discriminator", "student"),
+    ]
 
 
 @pytest.mark.parametrize("real_clips", [False, True])
@@ -50,12 +66,15 @@ def test_every_number_of_steps_is_drawn_and_a_pair_has_one_step_more(real_clips)
     method, _ = wan_method(real_clips=real_clips)
     student = Counter(method.decide("student", step).num_steps for step in range(400))
     disc = Counter(method.decide("discriminator", step).num_steps for step in range(400))
-    assert set(student) == {1, 2, 3, 4} and set(disc) == {1, 2, 3, 4} - (set() if real_clips else {4})
+    assert set(student) == {1, 2, 3, 4} and set(disc) == {1, 2, 3, 4} - (
+        set() if real_clips else {4}
+    )
     assert min(student.values()) > 60
 
 
 def test_every_step_of_every_list_is_trained_and_what_is_compared_is_complete():
-    """Below N only the last steps once carried gradient, so that the middle one of three, the better side of n = 2, never did."""
+    """Below N only the last steps once carried gradient, so that the middle one of three, the
+    better side of n = 2, never did."""
     method, _ = wan_method()
     exits = {turn: {n: set() for n in range(1, 5)} for turn in ("student", "discriminator")}
     for turn in exits:
@@ -102,26 +121,41 @@ def test_the_fake_score_learns_its_labels_and_the_discriminator_is_not_told():
     assert told.fake_score.step_labels.weight.grad.abs().sum(1).nonzero().flatten().tolist() == [5]
 
     nn.init.normal_(told.fake_score.step_labels.weight)
-    differs = lambda turn, step: plain.loss(turn, batch, step)[0] != told.loss(turn, batch, step)[0]  # noqa: E731
-    assert differs("fake_score", step) and not differs("discriminator", step_with(told, "discriminator", 2))
-    first, second = (method.loss("student", batch, step_with(told, "student", 2))[1] for method in (plain, told))
-    assert first["adversarial"] == second["adversarial"] and first["gradient_rms"] != second["gradient_rms"]
+    differs = lambda turn, step: plain.loss(turn, batch, step)[0] != told.loss(turn, batch, step)[0]
+    assert differs("fake_score", step) and not differs(
+        "discriminator", step_with(told, "discriminator", 2)
+    )
+    first, second = (
+        method.loss("student", batch, step_with(told, "student", 2))[1] for method in (plain, told)
+    )
+    assert (
+        first["adversarial"] == second["adversarial"]
+        and first["gradient_rms"] != second["gradient_rms"]
+    )
 
 
 # Rollouts -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stream, n", [(STREAM, 1), (STREAM, 2), (STREAM, 3), (FIRST, 1), (FIRST, 2)])
+@pytest.mark.parametrize(
+    "stream, n", [(STREAM, 1), (STREAM, 2), (STREAM, 3), (FIRST, 1), (FIRST, 2)]
+)
 def test_the_clips_of_a_pair_are_what_streaming_in_so_many_steps_gives(stream, n):
     method, batch = wan_method(stream)
     decision = method.decide("discriminator", step_with(method, "discriminator", n))
-    exits_freely = stream.first_steps is not None  # the first chunk, whose prediction is then not its end
+    # the first chunk, whose prediction is then not its end
+    exits_freely = stream.first_steps is not None
     with torch.no_grad():
-        clips = method._roll_out(batch, method.stream_of(decision), decision), method._better(batch, decision)
+        clips = (
+            method._roll_out(batch, method.stream_of(decision), decision),
+            method._better(batch, decision),
+        )
     for clip, steps, role in zip(clips, (n, n + 1), ("student", "student_with_more_steps")):
         config = replace(stream, num_steps=steps)
         seeds = [key_to_seed(0, role, key) for key in batch["keys"]]
-        streamed = generate_latents(method.student, batch["cond"], config, seeds=seeds, latent_shape=(4, 4, 4), num_chunks=2)
+        streamed = generate_latents(
+            method.student, batch["cond"], config, seeds=seeds, latent_shape=(4, 4, 4), num_chunks=2
+        )
         first = stream.chunk_frames if exits_freely else 0
         assert torch.equal(clip[:, :, first:], streamed[:, :, first:])
 
@@ -132,7 +166,9 @@ def test_first_frame_enhancement_gives_the_first_chunk_its_steps_at_every_n():
     for n, expected in ((1, [0] * 4 + [1] + [2]), (2, [0] * 4 + [1] * 2 + [2] * 2)):
         student.calls.clear()
         decision = method.decide("discriminator", step_with(method, "discriminator", n))
-        method._roll_out(prompt_batch(method.teacher, range(2)), method.stream_of(decision), decision)
+        method._roll_out(
+            prompt_batch(method.teacher, range(2)), method.stream_of(decision), decision
+        )
         assert [chunk for chunk, _ in student.calls] == expected
 
 
@@ -156,7 +192,8 @@ def test_the_better_clip_carries_no_gradient():
     batch = prompt_batch(method.teacher, range(2))
     student.calls.clear()
     method.loss("student", batch, step_with(method, "student", 2))
-    assert sum(grad for _, grad in student.calls) == 3  # the last step of each chunk of the worse clip
+    # the last step of each chunk of the worse clip
+    assert sum(grad for _, grad in student.calls) == 3
     assert sum(not grad for _, grad in student.calls) == 3 + 9
 
 
@@ -166,9 +203,17 @@ def test_the_better_clip_carries_no_gradient():
 def test_each_turn_trains_its_own_network():
     method, batch = wan_method(r1_weight=1.0, r2_weight=1.0)
     for turn in method.networks():
-        grads, numbers = run_turn(method, batch, turn, step_with(method, "discriminator" if turn == "discriminator" else "student", 2))
+        grads, numbers = run_turn(
+            method,
+            batch,
+            turn,
+            step_with(method, "discriminator" if turn == "discriminator" else "student", 2),
+        )
         for name, of_network in grads.items():
-            assert all((grad is not None) == (name == turn) for grad in of_network.values()), (turn, name)
+            assert all((grad is not None) == (name == turn) for grad in of_network.values()), (
+                turn,
+                name,
+            )
         assert all(g.isfinite().all() for g in grads[turn].values())
 
 
@@ -176,8 +221,12 @@ def test_each_turn_trains_its_own_network():
 def test_n_steps_move_the_nth_logit_alone(logit):
     method, batch = wan_method(logit=logit)
     for n in (1, 2, 3):
-        grads, numbers = run_turn(method, batch, "discriminator", step_with(method, "discriminator", n))
-        last = [name for name in grads["discriminator"] if "join" in name and name.endswith("weight")][-1]
+        grads, numbers = run_turn(
+            method, batch, "discriminator", step_with(method, "discriminator", n)
+        )
+        last = [
+            name for name in grads["discriminator"] if "join" in name and name.endswith("weight")
+        ][-1]
         rows = grads["discriminator"][last].abs().sum(1)
         assert rows.nonzero().flatten().tolist() == [n - 1]
         assert f"gap_{n}" in numbers
@@ -220,9 +269,24 @@ class SlopeOfMean(nn.Module):
 
 
 def gaussian_method(student, stream, discriminator=None, frames=3, **config):
-    teacher, options = ar1_teacher(0.8, frames), {"num_chunks": frames, "guidance_scale": 1.0, **config}
+    teacher, options = (
+        ar1_teacher(0.8, frames),
+        {
+            "num_chunks": frames,
+            "guidance_scale": 1.0,
+            **config,
+        },
+    )
     disc = SlopeOfMean() if discriminator is None else discriminator
-    return ASD(Config(**options), student, teacher, replace(stream, chunk_frames=1), (1, 1, 1), ScoreOf(teacher), disc)
+    return ASD(
+        Config(**options),
+        student,
+        teacher,
+        replace(stream, chunk_frames=1),
+        (1, 1, 1),
+        ScoreOf(teacher),
+        disc,
+    )
 
 
 def one_frame_method(**config):
@@ -279,23 +343,30 @@ def test_a_penalty_flattens_the_logit():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"asd_weight": -1.0}, {"discriminator_updates_per_cycle": 9}, {"noise_low": 0.9, "noise_high": 0.1},
-              {"penalty_sigma": 0.0}, {"num_chunks": 0}]
-)  # fmt: skip
+    "wrong",
+    [
+        {"asd_weight": -1.0},
+        {"discriminator_updates_per_cycle": 9},
+        {"noise_low": 0.9, "noise_high": 0.1},
+        {"penalty_sigma": 0.0},
+        {"num_chunks": 0},
+    ],
+)
 def test_a_wrong_setting_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Config(**wrong)
 
 
 @pytest.mark.parametrize(
-    "stream, config, message", [
+    "stream, config, message",
+    [
         (StreamConfig(num_steps=1), {}, "no other to learn from"),
         (StreamConfig(num_steps=4, first_steps=2), {}, "below stream.num_steps"),
         (StreamConfig(step_table=((1.0, 0.5),)), {}, "no step_table"),
         (StreamConfig(num_steps=2, first_steps=4), {"lists": "shared"}, "respaced"),
         (STREAM, {"layers": (7,)}, "blocks 0 to 1"),
-    ]
-)  # fmt: skip
+    ],
+)
 def test_a_stream_that_does_not_fit_is_refused(stream, config, message):
     with pytest.raises(ValueError, match=message):
         wan_method(stream, **config)

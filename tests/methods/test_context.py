@@ -1,7 +1,8 @@
-"""Context in training is made as it is made in a stream: by the same passes, from the same states, at the same times.
+"""Context in training is made as it is made in a stream: by the same passes, from the same states,
+at the same times.
 
-A chunk once became context from its random exit, so that with reused keys a quarter of the first chunk's were those of pure
-noise, where a stream writes all of them at the last time of its list.
+A chunk once became context from its random exit, so that with reused keys a quarter of the first
+chunk's were those of pure noise, where a stream writes all of them at the last time of its list.
 """
 
 from collections import Counter
@@ -30,7 +31,8 @@ STREAMS = {
 
 
 class Writes(Ar1Student):
-    """Keeps what is written to its context: (the chunk's number, time, state), whichever way it is written."""
+    """Keeps what is written to its context: (the chunk's number, time, state), whichever way it is
+    written."""
 
     def __init__(self):
         super().__init__(a=0.4, b=0.7, s=1.1)
@@ -38,7 +40,9 @@ class Writes(Ar1Student):
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, cache, return_kv=False):
         output = super().forward(hidden_states, timestep, encoder_hidden_states, cache)
-        output.kv = torch.cat([timestep.reshape(1, -1), hidden_states.flatten()[None]], dim=1).detach()
+        output.kv = torch.cat(
+            [timestep.reshape(1, -1), hidden_states.flatten()[None]], dim=1
+        ).detach()
         return output
 
     def commit(self, latents, timestep, encoder_hidden_states, cache):
@@ -65,7 +69,9 @@ class _Cache(list):
 
 def streamed_context(student, stream, seeds, cond):
     with torch.no_grad():
-        generate_latents(student, cond, stream, seeds=seeds, latent_shape=(1, 1, 1), num_chunks=CHUNKS)
+        generate_latents(
+            student, cond, stream, seeds=seeds, latent_shape=(1, 1, 1), num_chunks=CHUNKS
+        )
     return list(student.written)
 
 
@@ -81,10 +87,17 @@ def assert_same(context, streamed):
 def test_matching_writes_the_context_of_a_stream_at_every_exit(module, stream):
     student, teacher = Writes(), ar1_teacher(0.8, CHUNKS)
     method = module.Method(
-        module.Config(num_chunks=CHUNKS, guidance_scale=1.0), student, teacher, stream, (1, 1, 1), ScoreOf(teacher)
+        module.Config(num_chunks=CHUNKS, guidance_scale=1.0),
+        student,
+        teacher,
+        stream,
+        (1, 1, 1),
+        ScoreOf(teacher),
     )
     batch = prompt_batch(teacher, KEYS)
-    streamed = streamed_context(student, stream, [key_to_seed(0, "student", key) for key in KEYS], batch["cond"])
+    streamed = streamed_context(
+        student, stream, [key_to_seed(0, "student", key) for key in KEYS], batch["cond"]
+    )
     exits = set()
     for step in range(12):
         for turn in method.networks():
@@ -99,7 +112,9 @@ def test_asd_writes_the_context_of_a_stream_of_n_steps(first_steps):
     student, teacher = Writes(), ar1_teacher(0.8, CHUNKS)
     stream = StreamConfig(num_steps=4, chunk_frames=1, first_steps=first_steps)
     config = asd.Config(num_chunks=CHUNKS, guidance_scale=1.0, asd_weight=0.0)
-    method = asd.ASD(config, student, teacher, stream, (1, 1, 1), ScoreOf(teacher), torch.nn.Linear(1, 1))
+    method = asd.ASD(
+        config, student, teacher, stream, (1, 1, 1), ScoreOf(teacher), torch.nn.Linear(1, 1)
+    )
     batch, seeds = prompt_batch(teacher, KEYS), [key_to_seed(0, "student", key) for key in KEYS]
     drawn = Counter()
     for step in range(40):
@@ -107,7 +122,9 @@ def test_asd_writes_the_context_of_a_stream_of_n_steps(first_steps):
         drawn[n] += 1
         method.loss("student", batch, step)
         written = list(student.written)
-        assert_same(written, streamed_context(student, replace(stream, num_steps=n), seeds, batch["cond"]))
+        assert_same(
+            written, streamed_context(student, replace(stream, num_steps=n), seeds, batch["cond"])
+        )
     assert set(drawn) == {1, 2, 3, 4}
 
 
@@ -131,7 +148,10 @@ def test_the_context_of_the_exit_costs_fewer_forwards_and_is_not_that_of_a_strea
         of[context] = dmd.DMD(config, student, teacher, stream, (1, 1, 1), ScoreOf(teacher))
     step = next(step for step in range(50) if of["exit"].decide("student", step).exit_index == 0)
     decision = of["exit"].decide("student", step)
-    forwards = {name: cost_of(method._schedule(stream, decision, CHUNKS), 1, "reuse").nfe for name, method in of.items()}
+    forwards = {
+        name: cost_of(method._schedule(stream, decision, CHUNKS), 1, "reuse").nfe
+        for name, method in of.items()
+    }
     assert forwards == {"streamed": 4 + 4 + 1, "exit": 3}
     of["exit"].loss("student", prompt_batch(teacher, KEYS), step)
     assert [time for _, time, _ in student.written] == [1000.0, 1000.0]

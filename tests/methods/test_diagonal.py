@@ -1,9 +1,18 @@
-"""Diagonal distillation: the flow term's gradient in closed form, and rollouts that end where streaming does."""
+"""Diagonal distillation: the flow term's gradient in closed form, and rollouts that end where
+streaming does."""
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from method_fakes import TINY_WAN, Ar1Student, ClipStudent, ScoreOf, ar1_teacher, noise, prompt_batch
+from method_fakes import (
+    TINY_WAN,
+    Ar1Student,
+    ClipStudent,
+    ScoreOf,
+    ar1_teacher,
+    noise,
+    prompt_batch,
+)
 from torch import nn
 
 from streamvid.core.inject import dmd_gradient
@@ -25,7 +34,9 @@ KEYS = range(5)
 
 def gaussian_method(student, fake, stream=ONE_STEP, **config):
     options = {"num_chunks": FRAMES, "guidance_scale": 1.0, **config}
-    return Diagonal(Config(**options), student, ar1_teacher(0.8, FRAMES), stream, (1, 1, 1), fake_score=fake)
+    return Diagonal(
+        Config(**options), student, ar1_teacher(0.8, FRAMES), stream, (1, 1, 1), fake_score=fake
+    )
 
 
 def student_gradient(method, turn="student"):
@@ -37,14 +48,18 @@ def student_gradient(method, turn="student"):
 
 
 class Offset(nn.Module):
-    """The teacher as a fake score whose velocity is off by ``offset``, the same or other for each frame."""
+    """The teacher as a fake score whose velocity is off by ``offset``, the same or other for each
+    frame."""
 
     def __init__(self, offset):
         super().__init__()
         self.teacher, self.offset = ar1_teacher(0.8, FRAMES), offset
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict=False):
-        return (self.teacher.predict(hidden_states, timestep / 1000, encoder_hidden_states) + self.offset,)
+        return (
+            self.teacher.predict(hidden_states, timestep / 1000, encoder_hidden_states)
+            + self.offset,
+        )
 
 
 def clip_student(seed=0):
@@ -58,13 +73,21 @@ def clip_student(seed=0):
 def test_the_flow_gradient_is_the_transposed_difference_of_the_weighted_motion_gradient(kind):
     """In the released code it is zero, for want of a graph."""
     student, fake = clip_student(), ScoreOf(ar1_teacher(0.1, FRAMES))
-    (with_flow,), numbers = student_gradient(gaussian_method(student, fake, motion_weight=0.7, frame_weights=kind))
+    (with_flow,), numbers = student_gradient(
+        gaussian_method(student, fake, motion_weight=0.7, frame_weights=kind)
+    )
     method = gaussian_method(student, fake, motion_weight=0.0)
     (without,), _ = student_gradient(method)
     (x_t, t), cond = fake.inputs[-1], prompt_batch(method.teacher, KEYS)["cond"]
     moving = student.clip.detach().diff(dim=2)
-    fake_moves, real_moves = (x0_from_v(x_t, s.predict(x_t, t, cond), t).diff(dim=2) for s in (fake.teacher, method.teacher))
-    g = dmd_gradient(moving, fake_moves, real_moves) * frame_weights(kind, fake_moves - real_moves)[:, None, :, None, None]
+    fake_moves, real_moves = (
+        x0_from_v(x_t, s.predict(x_t, t, cond), t).diff(dim=2)
+        for s in (fake.teacher, method.teacher)
+    )
+    g = (
+        dmd_gradient(moving, fake_moves, real_moves)
+        * frame_weights(kind, fake_moves - real_moves)[:, None, :, None, None]
+    )
     g = 0.7 * g / g.numel()
     expected = torch.cat([-g[:, :, :1], g[:, :, :-1] - g[:, :, 1:], g[:, :, -1:]], dim=2)
     torch.testing.assert_close(with_flow - without, expected, rtol=1e-4, atol=1e-7)
@@ -75,14 +98,20 @@ def test_an_offset_that_is_the_same_in_all_frames_is_no_motion():
     torch.manual_seed(0)
     steady, moving = torch.full((1, 1, 1, 1, 1), 0.5), 0.5 * noise(1, 1, FRAMES, 1, 1)
     for offset, alike in ((steady, True), (moving, False)):
-        (with_flow,), _ = student_gradient(gaussian_method(clip_student(), Offset(offset), motion_weight=1.0))
-        (without,), _ = student_gradient(gaussian_method(clip_student(), Offset(offset), motion_weight=0.0))
+        (with_flow,), _ = student_gradient(
+            gaussian_method(clip_student(), Offset(offset), motion_weight=1.0)
+        )
+        (without,), _ = student_gradient(
+            gaussian_method(clip_student(), Offset(offset), motion_weight=0.0)
+        )
         assert torch.allclose(with_flow, without, atol=1e-5) is alike
         assert without.abs().max() > 1e-3
 
 
 def test_equal_scores_leave_the_student_exactly_where_it_is():
-    (grad,), _ = student_gradient(gaussian_method(clip_student(), ScoreOf(ar1_teacher(0.8, FRAMES)), motion_weight=1.0))
+    (grad,), _ = student_gradient(
+        gaussian_method(clip_student(), ScoreOf(ar1_teacher(0.8, FRAMES)), motion_weight=1.0)
+    )
     assert (grad == 0).all()
 
 
@@ -98,7 +127,10 @@ def test_growing_weights_have_mean_one_and_grow():
 
 def test_a_learned_feature_begins_as_the_difference():
     fake = ScoreOf(ar1_teacher(0.1, FRAMES))
-    grads = [student_gradient(gaussian_method(clip_student(), fake, motion=motion))[0][0] for motion in ("difference", "learned")]
+    grads = [
+        student_gradient(gaussian_method(clip_student(), fake, motion=motion))[0][0]
+        for motion in ("difference", "learned")
+    ]
     torch.testing.assert_close(*grads)
 
 
@@ -131,7 +163,9 @@ def test_a_clip_takes_seventeen_forwards_where_four_steps_and_clean_context_take
     published = StreamConfig(step_table=TABLE, chunk_frames=3, commit="reuse")
     cost = cost_of(build_schedule(published, 7), 3, "reuse", commit_last=True)
     assert (cost.nfe, cost.commits) == (17, 0)
-    clean = cost_of(build_schedule(StreamConfig(num_steps=4, chunk_frames=3), 7), 3, "clean", commit_last=True)
+    clean = cost_of(
+        build_schedule(StreamConfig(num_steps=4, chunk_frames=3), 7), 3, "clean", commit_last=True
+    )
     assert clean.nfe + clean.commits == 35
 
 
@@ -152,27 +186,43 @@ class CountsSteps(Ar1Student):
         return []
 
 
-@pytest.mark.parametrize("place, last", [(0.0, (0, 0, 0)), (0.5, (2, 1, 1)), (0.3, (1, 0, 0)), (0.99, (3, 2, 1))])
+@pytest.mark.parametrize(
+    "place, last", [(0.0, (0, 0, 0)), (0.5, (2, 1, 1)), (0.3, (1, 0, 0)), (0.99, (3, 2, 1))]
+)
 @pytest.mark.parametrize("context", ["streamed", "exit"])
 def test_all_chunks_exit_at_the_same_fraction_of_their_lists(context, place, last):
-    """The exits are the same whether a chunk then takes the rest of its steps or not; the last chunk never does."""
+    """The exits are the same whether a chunk then takes the rest of its steps or not; the last
+    chunk never does."""
     student = CountsSteps()
     method = gaussian_method(student, ScoreOf(ar1_teacher(0.8, FRAMES)), DIAGONAL, context=context)
     events = list(method._schedule(DIAGONAL, Decision(0, place, 0), FRAMES))
     exits = [(event.chunks[0], event.t[0]) for event in events if event.tap[0]]
     assert exits == [(chunk, TABLE[min(chunk, 2)][last[min(chunk, 2)]]) for chunk in range(FRAMES)]
     method._roll_out(prompt_batch(method.teacher, KEYS), DIAGONAL, Decision(0, place, 0))
-    ends = [len(TABLE[min(chunk, 2)]) if context == "streamed" else last[min(chunk, 2)] + 1 for chunk in range(FRAMES - 1)]
+    ends = [
+        len(TABLE[min(chunk, 2)]) if context == "streamed" else last[min(chunk, 2)] + 1
+        for chunk in range(FRAMES - 1)
+    ]
     ends.append(last[min(FRAMES - 1, 2)] + 1)
-    assert student.times == [(chunk, t) for chunk, end in enumerate(ends) for t in TABLE[min(chunk, 2)][:end]]
+    assert student.times == [
+        (chunk, t) for chunk, end in enumerate(ends) for t in TABLE[min(chunk, 2)][:end]
+    ]
 
 
 def wan_method(**config):
     torch.manual_seed(0)
     teacher = WanTeacher(WanTransformer3DModel(**TINY_WAN), None, shift=5.0)
     teacher.uncond = noise(5, 8)
-    stream = StreamConfig(step_table=TABLE, chunk_frames=2, window_frames=4, sink_frames=1, commit="reuse")
-    method = Diagonal(Config(num_chunks=3, **config), CausalWanTransformer3DModel(**TINY_WAN), teacher, stream, (4, 4, 4))
+    stream = StreamConfig(
+        step_table=TABLE, chunk_frames=2, window_frames=4, sink_frames=1, commit="reuse"
+    )
+    method = Diagonal(
+        Config(num_chunks=3, **config),
+        CausalWanTransformer3DModel(**TINY_WAN),
+        teacher,
+        stream,
+        (4, 4, 4),
+    )
     return method, {"cond": noise(2, 5, 8, seed=1), "keys": [7, 8]}
 
 
@@ -183,7 +233,9 @@ def test_a_causal_wan_gets_a_finite_gradient_in_each_turn(motion):
         loss, numbers = method.loss(turn, batch, 0)
         loss.backward()
         grads = [p.grad for p in method.networks()[turn].parameters()]
-        assert all(g is not None and g.isfinite().all() for g in grads) and any(g.any() for g in grads)
+        assert all(g is not None and g.isfinite().all() for g in grads) and any(
+            g.any() for g in grads
+        )
 
 
 def test_training_rolls_out_what_will_be_streamed():
@@ -191,14 +243,24 @@ def test_training_rolls_out_what_will_be_streamed():
     with torch.no_grad():
         x = method._roll_out(batch, method.stream, method.decide("student", 0))
     seeds = [key_to_seed(0, "student", key) for key in batch["keys"]]
-    streamed = generate_latents(method.student, batch["cond"], method.stream, seeds=seeds, latent_shape=(4, 4, 4), num_chunks=3)
+    streamed = generate_latents(
+        method.student,
+        batch["cond"],
+        method.stream,
+        seeds=seeds,
+        latent_shape=(4, 4, 4),
+        num_chunks=3,
+    )
     assert torch.equal(x, streamed)
 
 
 # Errors -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [{"motion_weight": -1.0}, {"motion": "flow"}, {"frame_weights": "late"}, {"num_chunks": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"motion_weight": -1.0}, {"motion": "flow"}, {"frame_weights": "late"}, {"num_chunks": 0}],
+)
 def test_a_wrong_setting_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Config(**wrong)

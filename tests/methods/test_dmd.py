@@ -1,4 +1,5 @@
-"""Properties of distribution matching on self-forced rollouts; the mathematics is exact where data is Gaussian."""
+"""Properties of distribution matching on self-forced rollouts; the mathematics is exact where data
+is Gaussian."""
 
 import math
 
@@ -36,7 +37,9 @@ def ar1_method(student, fake=None, stream=ONE_STEP, teacher=None, as_image=None,
     teacher = teacher or ar1_teacher(RHO, FRAMES)
     options = {"num_chunks": FRAMES, "guidance_scale": 1.0, **config}
     fake = ScoreOf(teacher) if fake is None else fake
-    return DMD(Config(**options), student, teacher, stream, (1, 1, 1), fake_score=fake, as_image=as_image)
+    return DMD(
+        Config(**options), student, teacher, stream, (1, 1, 1), fake_score=fake, as_image=as_image
+    )
 
 
 def gradients(method, turn, batch, step=0):
@@ -63,7 +66,9 @@ def test_the_gradient_at_the_predictions_is_the_score_difference_over_the_number
     (grad,) = gradients(method, "student", prompt_batch(method.teacher, KEYS)).values()
     (x_t, t), cond = fake.inputs[0], prompt_batch(method.teacher, KEYS)["cond"]
     assert t.shape == (6,) and len(set(t.tolist())) == 6  # one time a clip
-    x0_fake, x0_real = (x0_from_v(x_t, of.predict(x_t, t, cond), t) for of in (fake.teacher, method.teacher))
+    x0_fake, x0_real = (
+        x0_from_v(x_t, of.predict(x_t, t, cond), t) for of in (fake.teacher, method.teacher)
+    )
     g = dmd_gradient(student.clip.detach(), x0_fake, x0_real)
     torch.testing.assert_close(grad, g / g.numel(), rtol=1e-5, atol=1e-9)
     assert g.abs().max() > 0.01
@@ -80,13 +85,16 @@ def test_descent_narrows_a_student_that_is_too_wide_and_moves_one_that_is_beside
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_guidance_is_uncond_plus_scale_times_the_difference(guidance_scale):
-    """The fixed point of a guided teacher is at m_c + (s - 1)(m_c - m_u); other conventions have another."""
+    """The fixed point of a guided teacher is at m_c + (s - 1)(m_c - m_u); other conventions have
+    another."""
     teacher = ar1_teacher(RHO, FRAMES, {"cat": 0.5, "": -0.25})
     goal = 0.5 + (guidance_scale - 1) * (0.5 + 0.25)
     student = Ar1Student(RHO, 0.6, 1.0, mean=goal)
     fixed = AnalyticTeacher(torch.full((1, FRAMES, 1, 1), goal), ar1_covariance(RHO, FRAMES))
     fake = ScoreOf(fixed)
-    method = ar1_method(student, fake, teacher=teacher, guidance_scale=guidance_scale, normalizer="none")
+    method = ar1_method(
+        student, fake, teacher=teacher, guidance_scale=guidance_scale, normalizer="none"
+    )
     fake.teacher.means = fake.teacher.means.repeat(2, 1)  # the same for both prompts
     grads = gradients(method, "student", prompt_batch(teacher, KEYS, "cat"))
     assert all(grad.abs() < 1e-6 for grad in grads.values())
@@ -107,7 +115,8 @@ def test_a_turn_trains_its_own_network_and_nothing_else():
 
 
 def test_no_graph_is_built_that_no_gradient_needs():
-    """It would change nothing but the memory: that of the fake score in one turn, of a rollout in the other."""
+    """It would change nothing but the memory: that of the fake score in one turn, of a rollout in
+    the other."""
     student = ClipStudent(noise(6, 1, FRAMES, 1, 1))
     method = ar1_method(student, stream=FOUR_STEPS, exit="last")
     batch = prompt_batch(method.teacher, KEYS)
@@ -154,7 +163,9 @@ def test_a_student_with_a_learned_fake_score_finds_the_process():
     student, fake = Ar1Student(a=0.1, b=0.5, s=1.5), LearnedGaussian()
     method = ar1_method(student, fake, normalizer="none", shift=1.0, fake_updates_per_student=2)
     networks = method.networks()
-    optimizers = {name: torch.optim.Adam(n.parameters(), betas=(0.5, 0.99)) for name, n in networks.items()}
+    optimizers = {
+        name: torch.optim.Adam(n.parameters(), betas=(0.5, 0.99)) for name, n in networks.items()
+    }
     steps = 240
     for step in range(steps):
         for turn in method.turns(step):
@@ -173,14 +184,20 @@ def test_a_student_with_a_learned_fake_score_finds_the_process():
 def test_all_processes_end_their_rollouts_at_the_same_step():
     method = ar1_method(Ar1Student(), stream=FOUR_STEPS)
     halves = [prompt_batch(method.teacher, keys) for keys in (range(3), range(3, 6))]
-    exits = [[method.loss("student", half, step)[1]["exit_index"] for half in halves] for step in range(30)]
+    exits = [
+        [method.loss("student", half, step)[1]["exit_index"] for half in halves]
+        for step in range(30)
+    ]
     assert all(first == second for first, second in exits)
     assert {first for first, _ in exits} == {0, 1, 2, 3}
-    assert len({method.decide("student", 0, micro).exit_index for micro in range(30)}) == 4  # repeated
+    # repeated
+    assert len({method.decide("student", 0, micro).exit_index for micro in range(30)}) == 4
 
 
 def test_a_sample_does_not_depend_on_the_slice_that_it_comes_in():
-    method = ar1_method(Ar1Student(), stream=StreamConfig(num_steps=4, chunk_frames=1, context_t=0.1))
+    method = ar1_method(
+        Ar1Student(), stream=StreamConfig(num_steps=4, chunk_frames=1, context_t=0.1)
+    )
     for turn in ("student", "fake_score"):
         method.fake_score.inputs.clear()
         for keys in (range(6), range(2), range(2, 6)):
@@ -201,7 +218,9 @@ def test_turns_and_steps_draw_different_clips():
 def test_the_student_follows_the_fake_score_at_the_end_of_each_cycle():
     method = ar1_method(Ar1Student(), fake_updates_per_student=3, student_start_step=4)
     turns = [method.turns(step) for step in range(9)]
-    assert turns == [("fake_score", "student") if step in (5, 8) else ("fake_score",) for step in range(9)]
+    assert turns == [
+        ("fake_score", "student") if step in (5, 8) else ("fake_score",) for step in range(9)
+    ]
 
 
 def test_exit_last_always_runs_the_whole_list():
@@ -214,7 +233,12 @@ def test_exit_last_always_runs_the_whole_list():
 
 def long_method(student, fake=None, **config):
     """In its codec an image's latent is minus its frame's in a clip."""
-    return ar1_method(student, fake, as_image=lambda latents: -latents[:, :, -1:], **{"rollout_chunks": 8, **config})
+    return ar1_method(
+        student,
+        fake,
+        as_image=lambda latents: -latents[:, :, -1:],
+        **{"rollout_chunks": 8, **config},
+    )
 
 
 @pytest.mark.parametrize("window", ["random", "last"])
@@ -226,18 +250,22 @@ def test_a_long_rollout_is_judged_and_trained_on_a_part_of_the_teachers_length(w
     for step in range(40):
         student.calls.clear(), fake.inputs.clear()
         student.zero_grad(set_to_none=True)
-        (grad,) = gradients(method, "student", prompt_batch(method.teacher, range(2)), step).values()
+        (grad,) = gradients(
+            method, "student", prompt_batch(method.teacher, range(2)), step
+        ).values()
         first = method.decide("student", step).first_chunk
         firsts.add(first)
         assert fake.inputs[0][0].shape[2] == FRAMES
         assert student.calls == [(chunk, chunk >= first) for chunk in range(first + FRAMES)]
-        trained = range(first + (1 if first else 0), first + FRAMES)  # not the first chunk of a part from the middle
+        # not the first chunk of a part from the middle
+        trained = range(first + (1 if first else 0), first + FRAMES)
         assert grad.abs().sum((0, 1, 3, 4)).nonzero().flatten().tolist() == list(trained)
     assert firsts == (set(range(6)) if window == "random" else {5})
 
 
 def test_a_part_from_the_middle_begins_with_an_image_and_one_from_the_start_is_left_alone():
-    """The teacher knows no clip whose first latent is not an image's: its loss there was .787 where it has .123."""
+    """The teacher knows no clip whose first latent is not an image's: its loss there was .787 where
+    it has .123."""
     clip = noise(2, 1, 8, 1, 1)
     method = long_method(ClipStudent(clip))
     batch = prompt_batch(method.teacher, range(2))
@@ -291,13 +319,21 @@ def wan_method(student=None, stream=WAN_STREAM, **config):
     teacher.uncond = noise(5, 8)
     causal = CausalWanTransformer3DModel(**TINY_WAN)
     options = {"num_chunks": 3, "guidance_scale": 3.0, **config}
-    method = DMD(Config(**options), causal if student is None else student(causal), teacher, stream, (4, 4, 4))
+    method = DMD(
+        Config(**options),
+        causal if student is None else student(causal),
+        teacher,
+        stream,
+        (4, 4, 4),
+    )
     return method, {"cond": noise(2, 5, 8, seed=1), "keys": [7, 8]}
 
 
 @pytest.mark.parametrize("commit", ["clean", "reuse"])
 def test_a_causal_wan_gets_the_same_finite_gradient_with_and_without_checkpointing(commit):
-    stream = StreamConfig(num_steps=2, chunk_frames=2, window_frames=4, sink_frames=1, commit=commit)
+    stream = StreamConfig(
+        num_steps=2, chunk_frames=2, window_frames=4, sink_frames=1, commit=commit
+    )
     method, batch = wan_method(stream=stream, exit="last")
     for turn, network in method.networks().items():
         plain = gradients(method, turn, batch)
@@ -309,18 +345,23 @@ def test_a_causal_wan_gets_the_same_finite_gradient_with_and_without_checkpointi
         network.disable_gradient_checkpointing()
         network.zero_grad(set_to_none=True)
         for name, grad in plain.items():
-            torch.testing.assert_close(recomputed[name], grad, rtol=1e-5, atol=1e-7, msg=f"{turn} {name}")
+            torch.testing.assert_close(
+                recomputed[name], grad, rtol=1e-5, atol=1e-7, msg=f"{turn} {name}"
+            )
 
 
 def test_the_fake_score_starts_as_a_float32_copy_of_the_teacher():
     method, batch = wan_method(guidance_scale=1.0)
-    for theirs, ours in zip(method.teacher.transformer.parameters(), method.fake_score.parameters(), strict=True):
+    for theirs, ours in zip(
+        method.teacher.transformer.parameters(), method.fake_score.parameters(), strict=True
+    ):
         assert torch.equal(theirs, ours) and not theirs.requires_grad and ours.requires_grad
     assert all((grad == 0).all() for grad in gradients(method, "student", batch).values())
 
 
 class Probed(nn.Module):
-    """Adds a number of its own to what the student is given of each chunk; a wrapper, as for data parallelism."""
+    """Adds a number of its own to what the student is given of each chunk; a wrapper, as for data
+    parallelism."""
 
     def __init__(self, student):
         super().__init__()
@@ -329,7 +370,9 @@ class Probed(nn.Module):
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, cache):
         chunk = cache.num_committed_frames // 2
-        return self.module(hidden_states + self.probes[chunk], timestep, encoder_hidden_states, cache=cache)
+        return self.module(
+            hidden_states + self.probes[chunk], timestep, encoder_hidden_states, cache=cache
+        )
 
 
 def test_a_wrapped_student_trains_the_same():
@@ -355,7 +398,9 @@ def test_no_gradient_passes_from_a_chunk_to_the_ones_before_it():
     assert probes[0] == 0 and probes[1] != 0 and probes[2] == 0
 
 
-@pytest.mark.parametrize("order", [{"order": "full_sequence", "commit": "none"}, {"order": "rolling"}])
+@pytest.mark.parametrize(
+    "order", [{"order": "full_sequence", "commit": "none"}, {"order": "rolling"}]
+)
 def test_other_orders_train(order):
     stream = StreamConfig(num_steps=2, chunk_frames=2, **order)
     method, batch = wan_method(stream=stream, exit="last")
@@ -371,9 +416,18 @@ def test_a_single_chunk_of_a_single_frame_trains():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_chunks": 0}, {"low": 0.5, "high": 0.4}, {"rollout_chunks": 3}, {"exit": "first"}, {"shift": 0.0},
-              {"fake_updates_per_student": 0}, {"window": "first"}, {"low": 2.0}]
-)  # fmt: skip
+    "wrong",
+    [
+        {"num_chunks": 0},
+        {"low": 0.5, "high": 0.4},
+        {"rollout_chunks": 3},
+        {"exit": "first"},
+        {"shift": 0.0},
+        {"fake_updates_per_student": 0},
+        {"window": "first"},
+        {"low": 2.0},
+    ],
+)
 def test_a_wrong_setting_is_refused(wrong):
     with pytest.raises(ValueError, match=next(reversed(wrong))):
         Config(**wrong)

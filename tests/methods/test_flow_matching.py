@@ -13,7 +13,8 @@ CAUSAL = ("diffusion_forcing", "teacher_forcing")
 
 
 class Zero(nn.Module):
-    """Says 0 and keeps what it is asked; every prediction has a number of its own that gets its gradient."""
+    """Says 0 and keeps what it is asked; every prediction has a number of its own that gets its
+    gradient."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +36,9 @@ def clips(batch=4, frames=6, offset=0):
 
 
 def method_of(student, **config):
-    return FlowMatching(Config(**{"chunk_frames": 2, "uncond_share": 0.0, **config}), student, torch.zeros(5, 8))
+    return FlowMatching(
+        Config(**{"chunk_frames": 2, "uncond_share": 0.0, **config}), student, torch.zeros(5, 8)
+    )
 
 
 @pytest.mark.parametrize("mode", ["bidirectional", *CAUSAL])
@@ -46,12 +49,18 @@ def test_a_network_that_says_nothing_has_the_loss_of_the_velocity(mode):
     x_t, t, _, _ = student.calls[0]
     t = (t if t.ndim == 2 else t[:, None].expand(-1, 6))[:, None, :, None, None]
     eps = (x_t - (1 - t) * batch["latents"]) / t
-    torch.testing.assert_close(loss.detach(), (eps - batch["latents"]).square().mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        loss.detach(), (eps - batch["latents"]).square().mean(), rtol=1e-4, atol=0
+    )
     assert numbers == {"loss": loss.item()}
 
 
 def test_the_whole_clip_has_one_time_in_a_teacher_and_each_chunk_its_own_in_a_student():
-    for mode, times_a_clip in (("bidirectional", 1), ("diffusion_forcing", 3), ("teacher_forcing", 3)):
+    for mode, times_a_clip in (
+        ("bidirectional", 1),
+        ("diffusion_forcing", 3),
+        ("teacher_forcing", 3),
+    ):
         student = Zero()
         method_of(student, mode=mode).loss("student", clips(), 0)
         t, chunk = student.calls[0][1], student.calls[0][3]
@@ -109,19 +118,26 @@ def test_a_clean_chunk_is_seen_by_later_chunks_only(changed):
     clean = noise(1, 4, 6, 4, 4, seed=4)
     before = outputs_over_clean(clean)
     clean[:, :, 2 * changed : 2 * changed + 2] += 1
-    moved = (outputs_over_clean(clean) - before).abs().amax((0, 1, 3, 4)).reshape(3, 2).amax(1) > 1e-4
+    moved = (outputs_over_clean(clean) - before).abs().amax((0, 1, 3, 4)).reshape(3, 2).amax(
+        1
+    ) > 1e-4
     assert moved.tolist() == [chunk > changed for chunk in range(3)]
 
 
-@pytest.mark.parametrize("network, mode", [
-    (WanTransformer3DModel, "bidirectional"),
-    (CausalWanTransformer3DModel, "bidirectional"),
-    (CausalWanTransformer3DModel, "diffusion_forcing"),
-    (CausalWanTransformer3DModel, "teacher_forcing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "network, mode",
+    [
+        (WanTransformer3DModel, "bidirectional"),
+        (CausalWanTransformer3DModel, "bidirectional"),
+        (CausalWanTransformer3DModel, "diffusion_forcing"),
+        (CausalWanTransformer3DModel, "teacher_forcing"),
+    ],
+)
 def test_a_wan_of_either_kind_gets_a_gradient_everywhere(network, mode):
     torch.manual_seed(0)
     student = network(**TINY_WAN)
     loss, _ = method_of(student, mode=mode).loss("student", clips(2), 0)
     loss.backward()
-    assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+    assert loss.isfinite() and all(
+        p.grad is not None and p.grad.isfinite().all() for p in student.parameters()
+    )

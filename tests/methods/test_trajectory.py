@@ -23,7 +23,11 @@ from streamvid.seeding import keyed_normal
 
 STREAM = StreamConfig(num_steps=2, shift=3.0, chunk_frames=2)
 TIMES = (*step_times(2, 3.0), 0.0)  # 1, .75, 0
-MODES = [(mode, level) for mode in ("diffusion_forcing", "teacher_forcing") for level in ("chunk", "clip")]
+MODES = [
+    (mode, level)
+    for mode in ("diffusion_forcing", "teacher_forcing")
+    for level in ("chunk", "clip")
+]
 
 
 def trajectories(batch=8, times=TIMES, frames=6):
@@ -45,7 +49,9 @@ class Knows(nn.Module):
     def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict=False, **chunk):
         t = timestep / 1000
         self.calls.append((hidden_states, t, chunk))
-        return ((hidden_states - self.x0 - self.error) / expand_time(t, hidden_states).clamp_min(1e-3),)
+        return (
+            (hidden_states - self.x0 - self.error) / expand_time(t, hidden_states).clamp_min(1e-3),
+        )
 
 
 def method_of(student, stream=STREAM, mode="diffusion_forcing", level="chunk"):
@@ -119,15 +125,20 @@ def test_times_that_the_student_does_not_use_are_not_drawn():
 
 
 def test_trajectories_of_another_step_list_are_refused():
-    """Self-Forcing's script stores shift 8 where its training asks for shift 5 (ar_peers.md, D6)."""
+    """Self-Forcing's script stores shift 8 where its training asks for shift 5 (ar_peers.md,
+    D6)."""
     batch = trajectories(times=(*step_times(2, 5.0), 0.0))
-    with pytest.raises(ValueError, match=r"no states at t=0\.75, .* only at 1, 0\.833333, 0; .*make_trajectories"):
+    with pytest.raises(
+        ValueError, match=r"no states at t=0\.75, .* only at 1, 0\.833333, 0; .*make_trajectories"
+    ):
         method_of(Knows(batch["states"][:, -1])).loss("student", batch, 0)
 
 
 def test_chunks_that_do_not_fit_the_clip_are_refused():
     batch = trajectories(frames=5)
-    with pytest.raises(ValueError, match="chunk_frames=2 does not divide the trajectories' 5 latent frames"):
+    with pytest.raises(
+        ValueError, match="chunk_frames=2 does not divide the trajectories' 5 latent frames"
+    ):
         method_of(Knows(batch["states"][:, -1])).loss("student", batch, 0)
     with pytest.raises(ValueError, match="mode='teacher'"):
         Config(mode="teacher")
@@ -139,7 +150,9 @@ def test_a_causal_wan_gets_a_gradient_everywhere(mode, level):
     student = CausalWanTransformer3DModel(**TINY_WAN)
     loss, _ = method_of(student, mode=mode, level=level).loss("student", trajectories(2), 0)
     loss.backward()
-    assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+    assert loss.isfinite() and all(
+        p.grad is not None and p.grad.isfinite().all() for p in student.parameters()
+    )
 
 
 def test_states_are_selected_a_chunk():
@@ -155,10 +168,15 @@ def test_states_are_selected_a_chunk():
 def solve(times=TIMES, steps=100, guidance_scale=1.0, prompt="", seeds=(3, 4), teacher=None):
     teacher = teacher or ar1_teacher(0.8, 3)
     return solve_trajectories(
-        teacher, teacher.encode_prompt([prompt] * len(seeds)).double(), list(seeds), times=times,
-        grid=grid_through(times[:-1], step_times(steps, 3.0)), guidance_scale=guidance_scale,
-        latent_shape=(1, 1, 1), latent_frames=3,
-    )  # fmt: skip
+        teacher,
+        teacher.encode_prompt([prompt] * len(seeds)).double(),
+        list(seeds),
+        times=times,
+        grid=grid_through(times[:-1], step_times(steps, 3.0)),
+        guidance_scale=guidance_scale,
+        latent_shape=(1, 1, 1),
+        latent_frames=3,
+    )
 
 
 def test_the_grid_passes_the_students_times_exactly_and_adds_only_those_that_are_new():
@@ -166,7 +184,8 @@ def test_the_grid_passes_the_students_times_exactly_and_adds_only_those_that_are
     assert grid_through(step_times(4, 5.0), grid) == pytest.approx(grid, abs=1e-12)
     assert set(step_times(4, 5.0)) <= set(grid_through(step_times(4, 5.0), grid))
     mixed = grid_through(step_times(4, 3.0), grid)
-    assert set(step_times(4, 3.0)) <= set(mixed) and len(mixed) == 48 + 1  # .9; the others are there
+    # .9; the others are there
+    assert set(step_times(4, 3.0)) <= set(mixed) and len(mixed) == 48 + 1
     assert list(mixed) == sorted(mixed, reverse=True)
 
 
@@ -174,7 +193,11 @@ def test_a_solution_goes_along_the_probability_flow():
     """For a Gaussian it is linear in the noise, with ((1 - t)^2 S + t^2)^(1/2), symmetric."""
     states = solve(steps=400)
     values, vectors = torch.linalg.eigh(ar1_covariance(0.8, 3))
-    noisy = torch.stack([keyed_normal((1, 3, 1, 1), "rollout", seed, 0, 0) for seed in (3, 4)]).flatten(1).double()
+    noisy = (
+        torch.stack([keyed_normal((1, 3, 1, 1), "rollout", seed, 0, 0) for seed in (3, 4)])
+        .flatten(1)
+        .double()
+    )
     for k, t in enumerate(TIMES):
         root = vectors @ torch.diag(((1 - t) ** 2 * values + t**2).sqrt()) @ vectors.T
         torch.testing.assert_close(states[:, k].flatten(1), noisy @ root, rtol=0, atol=0.01)
@@ -183,7 +206,9 @@ def test_a_solution_goes_along_the_probability_flow():
 
 def test_guidance_moves_the_ends():
     teacher = ar1_teacher(0.8, 3, {"cat": 1.0})
-    plain, guided = (solve(prompt="cat", teacher=teacher, guidance_scale=s)[:, -1] for s in (1.0, 3.0))
+    plain, guided = (
+        solve(prompt="cat", teacher=teacher, guidance_scale=s)[:, -1] for s in (1.0, 3.0)
+    )
     torch.testing.assert_close(guided - plain, torch.full_like(plain, 2.0), rtol=0, atol=0.1)
 
 
@@ -195,7 +220,13 @@ def test_times_off_the_grid_are_refused():
     teacher = ar1_teacher(0.8, 3)
     with pytest.raises(ValueError, match="does not pass"):
         solve_trajectories(
-            teacher, teacher.encode_prompt([""]), [0], times=(1.0, 0.7, 0.0), grid=(1.0, 0.5), guidance_scale=1.0,
-            latent_shape=(1, 1, 1), latent_frames=3,
-        )  # fmt: skip
+            teacher,
+            teacher.encode_prompt([""]),
+            [0],
+            times=(1.0, 0.7, 0.0),
+            grid=(1.0, 0.5),
+            guidance_scale=1.0,
+            latent_shape=(1, 1, 1),
+            latent_frames=3,
+        )
     assert math.isclose(grid_through((1.0, 0.7), (1.0, 0.5))[1], 0.7)

@@ -47,7 +47,9 @@ def student() -> CausalWanTransformer3DModel:
     return model.eval()
 
 
-def inputs(frames: int, batch: int = 1, height: int = HEIGHT, width: int = WIDTH) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(
+    frames: int, batch: int = 1, height: int = HEIGHT, width: int = WIDTH
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents [B, 16, T, H, W] and text [B, 5, 32], the same at every call."""
     generator = torch.Generator().manual_seed(frames)
     latents = torch.randn(batch, 16, frames, height, width, generator=generator)
@@ -58,11 +60,17 @@ def minimal_student() -> CausalWanTransformer3DModel:
     """Two blocks of one head: fast enough to stream for thousands of chunks."""
     torch.manual_seed(0)
     sizes = dict(num_attention_heads=1, attention_head_dim=12, ffn_dim=16, num_layers=2)
-    return CausalWanTransformer3DModel(**{**GOLDEN_CONFIG, **sizes, "in_channels": 2, "out_channels": 2}).eval()
+    return CausalWanTransformer3DModel(
+        **{**GOLDEN_CONFIG, **sizes, "in_channels": 2, "out_channels": 2}
+    ).eval()
 
 
 def stream(
-    student: CausalWanTransformer3DModel, latents: torch.Tensor, text: torch.Tensor, chunk: int, timestep: float
+    student: CausalWanTransformer3DModel,
+    latents: torch.Tensor,
+    text: torch.Tensor,
+    chunk: int,
+    timestep: float,
 ) -> torch.Tensor:
     """Each chunk denoised over the clean commits of the ones before it: [B, 16, T, H, W]."""
     cache = student.new_cache(len(latents), *latents.shape[-2:])
@@ -77,11 +85,13 @@ def stream(
 
 
 @pytest.mark.parametrize(
-    "name, window", [("full_attention", {}), ("window6_sink1", {"window_frames": 6, "sink_frames": 1})]
+    "name, window",
+    [("full_attention", {}), ("window6_sink1", {"window_frames": 6, "sink_frames": 1})],
 )
 @torch.no_grad()
 def test_golden(student, name, window):
-    """Cached passes equal the reference tensors, with all frames kept and with a window and a sink."""
+    """Cached passes equal the reference tensors, with all frames kept and with a window and a
+    sink."""
     golden = load_file(FIXTURES / f"{name}.safetensors")
     cache = student.new_cache(1, HEIGHT, WIDTH, **window)
     chunks = zip(golden["x"].split(3, dim=2), golden["clean"].split(3, dim=2), strict=True)
@@ -93,10 +103,13 @@ def test_golden(student, name, window):
         student.commit(clean, torch.zeros(1), golden["ctx"], cache)
 
 
-@pytest.mark.parametrize("batch, frames, height, width", [(1, 1, 8, 8), (2, 3, 8, 8), (1, 4, 6, 10)])
+@pytest.mark.parametrize(
+    "batch, frames, height, width", [(1, 1, 8, 8), (2, 3, 8, 8), (1, 4, 6, 10)]
+)
 @torch.no_grad()
 def test_bidirectional_pass_equals_diffusers(student, reference, batch, frames, height, width):
-    """Without cache and chunks the student is diffusers' Wan, for any shape and a timestep per sample."""
+    """Without cache and chunks the student is diffusers' Wan, for any shape and a timestep per
+    sample."""
     latents, text = inputs(frames, batch, height, width)
     timestep = torch.linspace(1000, 250, batch)
     expected = reference(latents, timestep, text).sample
@@ -121,11 +134,13 @@ def test_frame_timesteps_equal_token_timesteps_of_diffusers(student, reference):
 def test_cached_pass_equals_block_causal_pass(student, frames, chunk, batch):
     """Chunk after chunk over a cache is one block-causal pass, also where a chunk is 128 tokens.
 
-    The bug: padding to a multiple of 128 cut with ``[:, :, :-padding]`` leaves nothing when padding is 0.
-    """
+    The bug: padding to a multiple of 128 cut with ``[:, :, :-padding]`` leaves nothing when padding
+    is 0."""
     latents, text = inputs(frames, batch)
     expected = student(latents, 500.0, text, chunk_frames=chunk).sample
-    torch.testing.assert_close(stream(student, latents, text, chunk, 500.0), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        stream(student, latents, text, chunk, 500.0), expected, atol=1e-5, rtol=0
+    )
 
 
 @torch.no_grad()
@@ -165,7 +180,12 @@ def test_teacher_forcing_equals_streaming_over_clean_context(student, context_ti
         expected.append(student(noisy[:, :, frames], timestep[:, frames], text, cache=cache).sample)
         student.commit(clean[:, :, frames], context_timestep, text, cache)
     actual = student(
-        noisy, timestep, text, chunk_frames=3, clean_context=clean, context_timestep=context_timestep
+        noisy,
+        timestep,
+        text,
+        chunk_frames=3,
+        clean_context=clean,
+        context_timestep=context_timestep,
     ).sample
     torch.testing.assert_close(actual, torch.cat(expected, dim=2), atol=1e-5, rtol=0)
 
@@ -182,7 +202,8 @@ def test_teacher_forcing_gradient_reaches_clean_past_and_own_noise(student):
 
 @torch.no_grad()
 def test_joint_chunks_over_a_cache_equal_chunk_by_chunk(student):
-    """Two chunks at different levels in one block-causal pass over a cache are two passes that reuse keys."""
+    """Two chunks at different levels in one block-causal pass over a cache are two passes that
+    reuse keys."""
     latents, text = inputs(9)
     timestep = torch.tensor([[300.0] * 3 + [800.0] * 3])
     cache = student.new_cache(1, HEIGHT, WIDTH)
@@ -190,20 +211,25 @@ def test_joint_chunks_over_a_cache_equal_chunk_by_chunk(student):
     joint = student(latents[:, :, 3:], timestep, text, cache=cache, chunk_frames=3).sample
     for c in (1, 2):
         frames = slice(3 * c, 3 * c + 3)
-        output = student(latents[:, :, frames], timestep[:, 3 * c - 3], text, cache=cache, return_kv=True)
+        output = student(
+            latents[:, :, frames], timestep[:, 3 * c - 3], text, cache=cache, return_kv=True
+        )
         cache.append(output.kv)
         torch.testing.assert_close(joint[:, :, 3 * c - 3 : 3 * c], output.sample, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_joint_frames_see_each_other(student):
-    """Without ``chunk_frames`` the frames given over a cache attend to each other, later ones included."""
+    """Without ``chunk_frames`` the frames given over a cache attend to each other, later ones
+    included."""
     latents, text = inputs(6)
     cache = student.new_cache(1, HEIGHT, WIDTH)
     student.commit(latents[:, :, :3], 0.0, text, cache)
     changed = latents[:, :, 3:].clone()
     changed[:, :, 2] += 1
-    first = [student(x, 500.0, text, cache=cache).sample[:, :, 0] for x in (latents[:, :, 3:], changed)]
+    first = [
+        student(x, 500.0, text, cache=cache).sample[:, :, 0] for x in (latents[:, :, 3:], changed)
+    ]
     assert not torch.equal(*first)
 
 
@@ -242,10 +268,11 @@ def test_reuse_commits_the_keys_of_the_pass(student):
 
 
 def test_no_gradient_crosses_chunks(student):
-    """A loss on chunk 1 reaches neither chunk 0's latents nor, through the cache, chunk 0's use of the weights.
+    """A loss on chunk 1 reaches neither chunk 0's latents nor, through the cache, chunk 0's use of
+    the weights.
 
-    The bug: keys written into a cache with their graph carry chunk 1's loss into chunk 0's noisy pass.
-    """
+    The bug: keys written into a cache with their graph carry chunk 1's loss into chunk 0's noisy
+    pass."""
     latents, text = inputs(6)
     gradients = []
     for grad in (True, False):
@@ -262,7 +289,8 @@ def test_no_gradient_crosses_chunks(student):
 
 
 def test_text_kept_by_a_stream_is_not_read_under_gradient(student):
-    """The bug: text keys filled by a pass without gradient and reused with gradient train no text weights."""
+    """The bug: text keys filled by a pass without gradient and reused with gradient train no text
+    weights."""
     latents, text = inputs(3)
     cache = student.new_cache(1, HEIGHT, WIDTH)
     student.commit(latents, 0.0, text, cache)
@@ -284,14 +312,19 @@ def test_a_new_prompt_replaces_the_kept_text(student):
 
 @pytest.mark.parametrize("window", [{}, {"window_frames": 6, "sink_frames": 1}])
 def test_gradients_are_equal_with_checkpointing(student, window):
-    """Activation checkpointing through cached passes, commits in between, changes no gradient at all.
+    """Activation checkpointing through cached passes, commits in between, changes no gradient at
+    all.
 
     The bug: a cache that a checkpointed block writes to is recomputed from its later state.
     """
     latents, text = inputs(9)
     gradients = []
     for checkpointing in (False, True):
-        student.enable_gradient_checkpointing() if checkpointing else student.disable_gradient_checkpointing()
+        (
+            student.enable_gradient_checkpointing()
+            if checkpointing
+            else student.disable_gradient_checkpointing()
+        )
         student.zero_grad()
         cache, loss = student.new_cache(1, HEIGHT, WIDTH, **window), 0.0
         for part in latents.split(3, dim=2):
@@ -304,10 +337,13 @@ def test_gradients_are_equal_with_checkpointing(student, window):
 
 @torch.no_grad()
 def test_endless_stream_keeps_memory_and_positions():
-    """2,000 chunks: memory stays flat, positions stay in the trained range, the output stays finite."""
+    """2,000 chunks: memory stays flat, positions stay in the trained range, the output stays
+    finite."""
     student = minimal_student()
     latents, text = torch.randn(1, 2, 1, 2, 2), torch.randn(1, 2, 32)
-    cache = student.new_cache(1, 2, 2, window_frames=4, sink_frames=1, positions="window", max_trained_frames=6)
+    cache = student.new_cache(
+        1, 2, 2, window_frames=4, sink_frames=1, positions="window", max_trained_frames=6
+    )
     memory, positions = set(), set()
     for chunk in range(2000):
         if chunk >= 4:
@@ -321,7 +357,8 @@ def test_endless_stream_keeps_memory_and_positions():
 
 @torch.no_grad()
 def test_output_depends_on_window_and_sink_only():
-    """Streams of different length and history, with the same frames in sink and window, go on bit-equal.
+    """Streams of different length and history, with the same frames in sink and window, go on
+    bit-equal.
 
     Under absolute positions they don't: there the sink's distance grows without end.
     """
@@ -344,7 +381,7 @@ def frames_kv(student: CausalWanTransformer3DModel, frames: int, seed: int) -> t
     generator = torch.Generator().manual_seed(seed)
     config = student.config
     shape = (1, frames, 1, config.num_attention_heads, config.attention_head_dim)
-    draw = lambda: torch.randn(shape, generator=generator)  # noqa: E731
+    draw = lambda: torch.randn(shape, generator=generator)
     return tuple((draw(), draw()) for _ in range(config.num_layers))
 
 
@@ -364,14 +401,21 @@ class Warnings(logging.Handler):
 
 def public_config(model: torch.nn.Module) -> dict:
     """A model's configuration as its folder has it, without diffusers' own entries."""
-    return {key: value for key, value in json.loads(model.to_json_string()).items() if key[0] != "_"}
+    return {
+        key: value for key, value in json.loads(model.to_json_string()).items() if key[0] != "_"
+    }
 
 
 @pytest.mark.parametrize("to_diffusers", [True, False])
 @torch.no_grad()
 def test_folders_are_exchanged_with_diffusers(student, reference, tmp_path, to_diffusers):
-    """A student's folder opens in diffusers and the reverse: every key, no warning, the same output."""
-    source, target = (student, WanTransformer3DModel) if to_diffusers else (reference, CausalWanTransformer3DModel)
+    """A student's folder opens in diffusers and the reverse: every key, no warning, the same
+    output."""
+    source, target = (
+        (student, WanTransformer3DModel)
+        if to_diffusers
+        else (reference, CausalWanTransformer3DModel)
+    )
     source.save_pretrained(tmp_path)
     warnings = Warnings()
     logging.getLogger("diffusers").addHandler(warnings)
@@ -379,7 +423,9 @@ def test_folders_are_exchanged_with_diffusers(student, reference, tmp_path, to_d
     logging.getLogger("diffusers").removeHandler(warnings)
     assert not warnings.messages
     assert not any(info.values()), info
-    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "WanTransformer3DModel"
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["_class_name"] == "WanTransformer3DModel"
+    )
     assert public_config(loaded) == public_config(source)
     latents, text = inputs(3)
     timestep = torch.tensor([700.0])
@@ -389,7 +435,8 @@ def test_folders_are_exchanged_with_diffusers(student, reference, tmp_path, to_d
 
 @torch.no_grad()
 def test_half_precision_load_equals_diffusers(student, tmp_path):
-    """Loaded in bfloat16, norms, time embedder and modulation tables stay float32, as in diffusers."""
+    """Loaded in bfloat16, norms, time embedder and modulation tables stay float32, as in
+    diffusers."""
     student.save_pretrained(tmp_path)
     ours, theirs = (
         model.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
@@ -416,7 +463,8 @@ def test_casting_a_model_rounds_no_positions(student):
 
 @torch.no_grad()
 def test_blocks_compile_without_a_graph_break(student):
-    """``compile_repeated_blocks`` traces cached and block-causal passes whole, to the same numbers."""
+    """``compile_repeated_blocks`` traces cached and block-causal passes whole, to the same
+    numbers."""
     latents, text = inputs(6)
     cache = student.new_cache(1, HEIGHT, WIDTH)
     student.commit(latents[:, :, :3], 0.0, text, cache)
@@ -424,7 +472,9 @@ def test_blocks_compile_without_a_graph_break(student):
     expected = [student(latents, 500.0, text, **call).sample for call in calls]
     student.compile_repeated_blocks(backend="eager", fullgraph=True)
     for call, sample in zip(calls, expected, strict=True):
-        torch.testing.assert_close(student(latents, 500.0, text, **call).sample, sample, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            student(latents, 500.0, text, **call).sample, sample, atol=1e-6, rtol=0
+        )
 
 
 def test_tuple_output(student):
@@ -462,11 +512,16 @@ def test_configurations_that_are_not_supported_are_refused(config, message):
         (dict(chunk_frames=3), "does not divide 2"),
         (dict(clean_context=torch.zeros(1, 16, 2, 8, 8)), "needs chunk_frames"),
         (dict(clean_context=torch.zeros(1, 16, 1, 8, 8), chunk_frames=1), "differ in shape"),
-        (dict(clean_context=torch.zeros(1, 16, 2, 8, 8), chunk_frames=1, return_kv=True), "neither cache"),
+        (
+            dict(clean_context=torch.zeros(1, 16, 2, 8, 8), chunk_frames=1, return_kv=True),
+            "neither cache",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(student, call, message):
     """What a caller can get wrong is said at the border."""
     latents, text = inputs(2)
     with pytest.raises(ValueError, match=message):
-        student(**{"hidden_states": latents, "timestep": 500.0, "encoder_hidden_states": text, **call})
+        student(
+            **{"hidden_states": latents, "timestep": 500.0, "encoder_hidden_states": text, **call}
+        )

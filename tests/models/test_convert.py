@@ -25,22 +25,44 @@ from streamvid.models.convert import (
 
 WAN_1_3B = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 WAN_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
-WAN_5B = {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}
+WAN_5B = {
+    "num_attention_heads": 24,
+    "ffn_dim": 14336,
+    "num_layers": 30,
+    "in_channels": 48,
+    "out_channels": 48,
+}
 TINY = {
-    "num_attention_heads": 2, "attention_head_dim": HEAD_DIM, "ffn_dim": 96, "num_layers": 2, "text_dim": 24, "freq_dim": 32,
-    "in_channels": 4, "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": HEAD_DIM,
+    "ffn_dim": 96,
+    "num_layers": 2,
+    "text_dim": 24,
+    "freq_dim": 32,
+    "in_channels": 4,
+    "out_channels": 4,
 }
 
-LINEARS = "self_attn.q self_attn.k self_attn.v self_attn.o cross_attn.q cross_attn.k cross_attn.v cross_attn.o ffn.0 ffn.2"
+LINEARS = (
+    "self_attn.q self_attn.k self_attn.v self_attn.o cross_attn.q cross_attn.k cross_attn.v"
+    " cross_attn.o ffn.0 ffn.2"
+)
 NORMS = "self_attn.norm_q self_attn.norm_k cross_attn.norm_q cross_attn.norm_k"
-OUTSIDE = "patch_embedding text_embedding.0 text_embedding.2 time_embedding.0 time_embedding.2 time_projection.1 head.head"
+OUTSIDE = (
+    "patch_embedding text_embedding.0 text_embedding.2 time_embedding.0 time_embedding.2"
+    " time_projection.1 head.head"
+)
 
 
 def published_names(num_layers: int) -> set[str]:
     """The names in Wan2.1's own files, written down from them."""
-    block = [f"{name}.{kind}" for name in [*LINEARS.split(), "norm3"] for kind in ("weight", "bias")]
+    block = [
+        f"{name}.{kind}" for name in [*LINEARS.split(), "norm3"] for kind in ("weight", "bias")
+    ]
     block += [f"{name}.weight" for name in NORMS.split()] + ["modulation"]
-    outside = [f"{name}.{kind}" for name in OUTSIDE.split() for kind in ("weight", "bias")] + ["head.modulation"]
+    outside = [f"{name}.{kind}" for name in OUTSIDE.split() for kind in ("weight", "bias")] + [
+        "head.modulation"
+    ]
     return {*outside, *(f"blocks.{i}.{name}" for i in range(num_layers) for name in block)}
 
 
@@ -53,14 +75,17 @@ def on_meta(**config) -> WanTransformer3DModel:
 def model() -> CausalWanTransformer3DModel:
     torch.manual_seed(0)
     model = CausalWanTransformer3DModel(**TINY).eval()
-    for parameter in model.parameters():  # norms begin at 1 and biases at 0: swapped ones would not show
+    # norms begin at 1 and biases at 0: swapped ones would not show
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
 
 
 @pytest.fixture
 def original(model) -> dict[str, torch.Tensor]:
-    return original_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    return original_state_dict(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    )
 
 
 def assert_same_weights(one, other) -> None:
@@ -72,11 +97,17 @@ def assert_same_weights(one, other) -> None:
 # ---- names --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config, parameters", [
-    (WAN_1_3B, 1_418_996_800), (WAN_14B, 14_288_491_584), (WAN_5B, 4_999_787_712),
-])
+@pytest.mark.parametrize(
+    "config, parameters",
+    [
+        (WAN_1_3B, 1_418_996_800),
+        (WAN_14B, 14_288_491_584),
+        (WAN_5B, 4_999_787_712),
+    ],
+)
 def test_names_of_the_published_sizes_go_there_and_back(config, parameters):
-    """Diffusers' own classes at the real sizes: names as published, back to themselves, geometry read from shapes alone."""
+    """Diffusers' own classes at the real sizes: names as published, back to themselves, geometry
+    read from shapes alone."""
     tensors = on_meta(**config).state_dict()
     assert sum(tensor.numel() for tensor in tensors.values()) == parameters
     original = original_state_dict(tensors)
@@ -92,14 +123,23 @@ def test_the_table_is_that_of_diffusers(original):
     """norm2 and norm3 change places; a table that forgets it gives other names."""
     theirs = convert_wan_transformer_to_diffusers(dict(original))
     ours = {diffusers_name(name): tensor for name, tensor in original.items()}
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
-@pytest.mark.parametrize("name", [
-    "blocks.0.cross_attn.k_img.weight", "blocks.0.norm2.weight", "blocks.x.norm3.weight",
-    "condition_embedder.time_proj.bias",
-    "img_emb.proj.0.weight", "head", "",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.0.cross_attn.k_img.weight",
+        "blocks.0.norm2.weight",
+        "blocks.x.norm3.weight",
+        "condition_embedder.time_proj.bias",
+        "img_emb.proj.0.weight",
+        "head",
+        "",
+    ],
+)
 def test_other_names_are_not_guessed(name):
     assert diffusers_name(name) is None
 
@@ -109,15 +149,18 @@ def test_names_that_diffusers_lacks_are_named():
         original_state_dict({"blocks.0.attn3.to_q.weight": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("wrapped", [
-    "blocks.0.ffn.0.weight",
-    "model.blocks.0.ffn.0.weight",
-    "model._fsdp_wrapped_module.blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.ffn.0.weight",
-    "_fsdp_wrapped_module.model._fsdp_wrapped_module.blocks.0.ffn.0.weight",
-    "_orig_mod.model.blocks.0._orig_mod.ffn.0.weight",
-    "module.model.blocks.0.ffn.0.weight",
-    "model.diffusion_model.blocks.0.ffn.0.weight",
-])
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "blocks.0.ffn.0.weight",
+        "model.blocks.0.ffn.0.weight",
+        "model._fsdp_wrapped_module.blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.ffn.0.weight",
+        "_fsdp_wrapped_module.model._fsdp_wrapped_module.blocks.0.ffn.0.weight",
+        "_orig_mod.model.blocks.0._orig_mod.ffn.0.weight",
+        "module.model.blocks.0.ffn.0.weight",
+        "model.diffusion_model.blocks.0.ffn.0.weight",
+    ],
+)
 def test_wrappings_come_off(wrapped):
     assert bare_name(wrapped) == "blocks.0.ffn.0.weight"
 
@@ -132,7 +175,10 @@ def prefixed(tensors, prefix):
 def fsdp(tensors):
     """As FSDP1 with checkpointed blocks names them."""
     inner = "blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module."
-    return {"model._fsdp_wrapped_module." + name.replace("blocks.0.", inner): tensor for name, tensor in tensors.items()}
+    return {
+        "model._fsdp_wrapped_module." + name.replace("blocks.0.", inner): tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def other(tensors):
@@ -142,7 +188,11 @@ def other(tensors):
 CONTENTS = {
     "bare": lambda t: t,
     "model prefix": lambda t: prefixed(t, "model."),
-    "generator": lambda t: {"generator": prefixed(t, "model."), "critic": prefixed(other(t), "model."), "step": 7},
+    "generator": lambda t: {
+        "generator": prefixed(t, "model."),
+        "critic": prefixed(other(t), "model."),
+        "step": 7,
+    },
     "ema first": lambda t: {"generator": prefixed(other(t), "model."), "generator_ema": fsdp(t)},
     "fsdp in generator": lambda t: {"generator": fsdp(t)},
     "two deep": lambda t: {"state_dict": {"model": t}},
@@ -155,7 +205,9 @@ CONTENTS = {
 def test_every_container_opens_to_the_same_weights(model, original, content, dtype, tmp_path):
     """To the bit, in the file's own precision, which is not changed on the way."""
     file = tmp_path / "student.pt"
-    torch.save(CONTENTS[content]({name: tensor.to(dtype) for name, tensor in original.items()}), file)
+    torch.save(
+        CONTENTS[content]({name: tensor.to(dtype) for name, tensor in original.items()}), file
+    )
     opened = open_original(file)
     assert {tensor.dtype for tensor in opened.state_dict().values()} == {dtype}
     assert opened.config.num_attention_heads == 2
@@ -168,7 +220,9 @@ def test_safetensors_open_too(model, original, prefix, tmp_path):
     """A flat file has its containers in the names; the critic's tensors are not unknown ones."""
     tensors = prefixed(original, prefix)
     if prefix.startswith("generator_ema"):
-        tensors |= prefixed(other(original), "generator.model.") | prefixed(other(original), "critic.model.")
+        tensors |= prefixed(other(original), "generator.model.") | prefixed(
+            other(original), "critic.model."
+        )
     save_file(tensors, tmp_path / "student.safetensors")
     assert_same_weights(open_original(tmp_path / "student.safetensors"), model)
 
@@ -193,8 +247,10 @@ def shard(original, folder):
     """An original Wan folder in two files, its other models beside them."""
     folder.mkdir()
     names = sorted(original)
-    parts = {"diffusion_pytorch_model-00001-of-00002.safetensors": names[::2],
-             "diffusion_pytorch_model-00002-of-00002.safetensors": names[1::2]}
+    parts = {
+        "diffusion_pytorch_model-00001-of-00002.safetensors": names[::2],
+        "diffusion_pytorch_model-00002-of-00002.safetensors": names[1::2],
+    }
     for file, part in parts.items():
         save_file({name: original[name] for name in part}, folder / file)
     weight_map = {name: file for file, part in parts.items() for name in part}
@@ -234,7 +290,10 @@ def test_what_opens_is_the_model_that_was_saved(model, original, tmp_path):
     """Velocities, not only weights, and those of diffusers' own class."""
     torch.save({"generator": prefixed(original, "model.")}, tmp_path / "student.pt")
     generator = torch.Generator().manual_seed(1)
-    latents, text = torch.randn(1, 4, 3, 4, 4, generator=generator), torch.randn(1, 5, 24, generator=generator)
+    latents, text = (
+        torch.randn(1, 4, 3, 4, 4, generator=generator),
+        torch.randn(1, 5, 24, generator=generator),
+    )
     inputs = (latents, torch.tensor([500.0]), text)
     theirs = WanTransformer3DModel(**TINY).eval()
     theirs.load_state_dict(model.state_dict())
@@ -260,15 +319,22 @@ def refused(content, tmp_path, match):
 
 
 def test_code_is_not_run(original, tmp_path):
-    refused({"generator": original, "more": Code()}, tmp_path, "holds code besides tensors, which is not run")
+    refused(
+        {"generator": original, "more": Code()},
+        tmp_path,
+        "holds code besides tensors, which is not run",
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_damaged_file_is_one_line_whatever_torch_says_to_it(zipped, tmp_path):
     """Torch meets flipped bytes with an IndexError, an AssertionError, a BadZipFile, and others."""
-    torch.save({"generator": {"model.patch_embedding.weight": torch.zeros(8, 4, 1, 2, 2)}}, tmp_path / "whole.pt",
-               _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"generator": {"model.patch_embedding.weight": torch.zeros(8, 4, 1, 2, 2)}},
+        tmp_path / "whole.pt",
+        _use_new_zipfile_serialization=zipped,
+    )
     whole, random = (tmp_path / "whole.pt").read_bytes(), Random(0)
     for _ in range(100):
         content = bytearray(whole)
@@ -285,8 +351,16 @@ def test_other_contents_are_refused(original, tmp_path):
     refused({}, tmp_path, "got none")
     refused({"generator": {"a": 3}}, tmp_path, "expected named tensors, got a besides")
     refused({"critic": original}, tmp_path, "has critic, expected one of generator_ema, generator")
-    refused({"a.weight": torch.zeros(2)}, tmp_path, "has no patch_embedding.weight; expected a checkpoint in Wan's original")
-    for name, content in {"text.pt": b"not a checkpoint", "empty.pt": b"", "text.safetensors": b"none either"}.items():
+    refused(
+        {"a.weight": torch.zeros(2)},
+        tmp_path,
+        "has no patch_embedding.weight; expected a checkpoint in Wan's original",
+    )
+    for name, content in {
+        "text.pt": b"not a checkpoint",
+        "empty.pt": b"",
+        "text.safetensors": b"none either",
+    }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="damaged"):
             open_original(tmp_path / name)
@@ -310,24 +384,44 @@ def test_every_fault_is_named_and_counted(original, tmp_path):
     original["blocks.1.self_attn.rubbish"] = torch.zeros(1)
     original["blocks.0.norm3.weight"] = torch.zeros(3)
     original["head.head.bias"] = original["head.head.bias"].to(torch.int8)
-    refused(original, tmp_path, r"4 missing: blocks\.1\.self_attn\.\w\.bias, .* and 1 more; "
-            r"1 unknown: blocks\.1\.self_attn\.rubbish; "
-            r"1 of another shape: blocks\.0\.norm3\.weight \(3,\) instead of \(256,\); "
-            r"1 no 16- or 32-bit floats: head\.head\.bias")
+    refused(
+        original,
+        tmp_path,
+        r"4 missing: blocks\.1\.self_attn\.\w\.bias, .* and 1 more; "
+        r"1 unknown: blocks\.1\.self_attn\.rubbish; "
+        r"1 of another shape: blocks\.0\.norm3\.weight \(3,\) instead of \(256,\); "
+        r"1 no 16- or 32-bit floats: head\.head\.bias",
+    )
 
 
 def test_a_missing_block_and_a_doubled_name_are_named(original, tmp_path):
     gone = {name: tensor for name, tensor in original.items() if not name.startswith("blocks.0.")}
-    refused(gone | {"blocks.0.modulation": original["blocks.0.modulation"]}, tmp_path, "has no blocks.0.ffn.0.weight")
+    refused(
+        gone | {"blocks.0.modulation": original["blocks.0.modulation"]},
+        tmp_path,
+        "has no blocks.0.ffn.0.weight",
+    )
     norms = {name for name in original if ".norm3." in name}
-    refused({name: original[name] for name in original.keys() - norms}, tmp_path, "4 missing: blocks.0.norm3.weight")
+    refused(
+        {name: original[name] for name in original.keys() - norms},
+        tmp_path,
+        "4 missing: blocks.0.norm3.weight",
+    )
     later = {"blocks.3000000000.modulation": torch.zeros(1, 6, 256)}
     refused(original | later, tmp_path, "nothing of blocks.2 but has a later")
-    refused(original | {"model.head.head.bias": original["head.head.bias"]}, tmp_path, "has head.head.bias twice")
+    refused(
+        original | {"model.head.head.bias": original["head.head.bias"]},
+        tmp_path,
+        "has head.head.bias twice",
+    )
 
 
 def test_an_image_to_video_model_is_called_so(original, tmp_path):
-    refused(original | {"img_emb.proj.0.weight": torch.zeros(4)}, tmp_path, "img_emb.*it is an image-to-video model")
+    refused(
+        original | {"img_emb.proj.0.weight": torch.zeros(4)},
+        tmp_path,
+        "img_emb.*it is an image-to-video model",
+    )
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -335,19 +429,28 @@ def test_weights_that_see_an_image_are_called_so_by_their_channels(original, tmp
     """Wan 2.1's have layers for the image besides, Wan 2.2's only more channels."""
     original["patch_embedding.weight"] = torch.zeros(256, 36, 1, 2, 2)
     clip = {"img_emb.proj.0.weight": torch.zeros(4)} if named else {}
-    refused(original | clip, tmp_path, "takes 36 channels and makes 4: it holds image-to-video weights")
+    refused(
+        original | clip, tmp_path, "takes 36 channels and makes 4: it holds image-to-video weights"
+    )
 
 
 def test_the_layout_of_diffusers_opens_as_it_is(tmp_path):
-    """The whole folder, its transformer/ and its file; heads of 32 and another eps, which only config.json tells."""
+    """The whole folder, its transformer/ and its file; heads of 32 and another eps, which only
+    config.json tells."""
     torch.manual_seed(1)
-    model = CausalWanTransformer3DModel(**{**TINY, "num_attention_heads": 8, "attention_head_dim": 32, "eps": 1e-3})
+    model = CausalWanTransformer3DModel(
+        **{**TINY, "num_attention_heads": 8, "attention_head_dim": 32, "eps": 1e-3}
+    )
     home = tmp_path / "wan" / "transformer"
     model.save_pretrained(home)
     for path in (home.parent, home, home / "diffusion_pytorch_model.safetensors"):
         opened = open_original(path)
         assert_same_weights(opened, model)
-        assert (opened.config.num_attention_heads, opened.config.attention_head_dim, opened.config.eps) == (8, 32, 1e-3)
+        assert (
+            opened.config.num_attention_heads,
+            opened.config.attention_head_dim,
+            opened.config.eps,
+        ) == (8, 32, 1e-3)
 
 
 def test_what_is_wrong_in_the_layout_of_diffusers_is_named_as_there(model, tmp_path):
@@ -356,7 +459,10 @@ def test_what_is_wrong_in_the_layout_of_diffusers_is_named_as_there(model, tmp_p
     whole, file = model.state_dict(), home / "diffusion_pytorch_model.safetensors"
     part = {name: tensor for name, tensor in whole.items() if name != "blocks.1.norm2.weight"}
     save_file({**part, "condition_embedder.image_embedder.a": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match=r"1 missing: blocks.1.norm2.weight; 1 unknown: .*it is an image-to-video model"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 missing: blocks.1.norm2.weight; 1 unknown: .*it is an image-to-video model",
+    ):
         open_original(home)
     save_file({**whole, "patch_embedding.weight": torch.zeros(256, 36, 1, 2, 2)}, file)
     with pytest.raises(ValueError, match="takes 36 channels"):
@@ -386,7 +492,9 @@ def updates(original, rank=4) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def peft(pairs, adapter=""):
     a = {f"base_model.model.{name}.lora_A{adapter}.weight": pair[0] for name, pair in pairs.items()}
-    return a | {f"base_model.model.{name}.lora_B{adapter}.weight": pair[1] for name, pair in pairs.items()}
+    return a | {
+        f"base_model.model.{name}.lora_B{adapter}.weight": pair[1] for name, pair in pairs.items()
+    }
 
 
 def comfy(pairs, alpha):
@@ -428,28 +536,56 @@ def test_bf16_weights_are_rounded_once(original, tmp_path):
     name, weight = "blocks.0.ffn.net.0.proj.weight", original["blocks.0.ffn.0.weight"].bfloat16()
     update = LowRank(torch.randn(4, 256).bfloat16(), torch.randn(96, 4).bfloat16(), 0.25)
     merged = merge_lora({name: weight}, {"blocks.0.ffn.0": update}, "it")[name]
-    assert torch.equal(merged, (weight.float() + 0.25 * update.up.float() @ update.down.float()).bfloat16())
+    assert torch.equal(
+        merged, (weight.float() + 0.25 * update.up.float() @ update.down.float()).bfloat16()
+    )
 
 
 def test_pefts_configuration_gives_alpha(original, tmp_path):
     save_file(peft(updates(original)), tmp_path / "adapter_model.safetensors")
-    assert {update.scale for update in read_lora(tmp_path / "adapter_model.safetensors").values()} == {1.0}
+    assert {
+        update.scale for update in read_lora(tmp_path / "adapter_model.safetensors").values()
+    } == {1.0}
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps({"lora_alpha": 32, "r": 4}))
-    assert {update.scale for update in read_lora(tmp_path / "adapter_model.safetensors").values()} == {8.0}
+    assert {
+        update.scale for update in read_lora(tmp_path / "adapter_model.safetensors").values()
+    } == {8.0}
     config.write_text(json.dumps({"lora_alpha": 32, "r": 4, "use_rslora": True}))
     with pytest.raises(ValueError, match="use_rslora"):
         read_lora(tmp_path / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("change, match", [
-    (lambda p: peft({"blocks.7.ffn.0": p["blocks.0.ffn.0"]}), "LoRA of another model: blocks.7.ffn.0 is not there"),
-    (lambda p: peft({"blocks.0.ffn.2": p["blocks.0.ffn.0"]}), r"model: blocks.0.ffn.2 \(96, 256\) instead of \(256, 96\)"),
-    (lambda p: peft({"blocks.0.ffn.0": (p["blocks.0.ffn.0"][0][:2], p["blocks.0.ffn.0"][1])}), "LoRA of another model"),
-    (lambda p: {k: v for k, v in peft(p).items() if "lora_B" not in k}, "without their other half"),
-    (lambda p: peft(p) | {"base_model.model.blocks.0.ffn.0.lora_magnitude_vector": torch.zeros(1)}, "1 unknown"),
-    (lambda p: {"a": Code()}, "holds code"),
-])
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (
+            lambda p: peft({"blocks.7.ffn.0": p["blocks.0.ffn.0"]}),
+            "LoRA of another model: blocks.7.ffn.0 is not there",
+        ),
+        (
+            lambda p: peft({"blocks.0.ffn.2": p["blocks.0.ffn.0"]}),
+            r"model: blocks.0.ffn.2 \(96, 256\) instead of \(256, 96\)",
+        ),
+        (
+            lambda p: peft(
+                {"blocks.0.ffn.0": (p["blocks.0.ffn.0"][0][:2], p["blocks.0.ffn.0"][1])}
+            ),
+            "LoRA of another model",
+        ),
+        (
+            lambda p: {k: v for k, v in peft(p).items() if "lora_B" not in k},
+            "without their other half",
+        ),
+        (
+            lambda p: (
+                peft(p) | {"base_model.model.blocks.0.ffn.0.lora_magnitude_vector": torch.zeros(1)}
+            ),
+            "1 unknown",
+        ),
+        (lambda p: {"a": Code()}, "holds code"),
+    ],
+)
 def test_a_lora_that_does_not_fit_is_refused(original, tmp_path, change, match):
     torch.save(original, tmp_path / "base.pt")
     torch.save(change(updates(original)), tmp_path / "lora.pt")

@@ -1,4 +1,5 @@
-"""Properties of the stream's memory. Legend: B batch, F frames, S tokens a frame, N heads, D head size."""
+"""Properties of the stream's memory. Legend: B batch, F frames, S tokens a frame, N heads, D head
+size."""
 
 from __future__ import annotations
 
@@ -32,12 +33,17 @@ def seen(cache: StreamKVCache, num_frames: int) -> list[int]:
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5])
 @pytest.mark.parametrize("window, sink", [(None, 0), (6, 0), (6, 1), (7, 2)])
 def test_a_pass_sees_the_sink_and_the_most_recent_frames(chunk, window, sink):
-    """The window counts the chunk; what the tensors hold is what ``visible_frames`` says, at every chunk."""
+    """The window counts the chunk; what the tensors hold is what ``visible_frames`` says, at every
+    chunk."""
     cache = make_cache(window_frames=window, sink_frames=sink)
     for start in range(0, 8 * chunk, chunk):
         everything = list(range(start))
         fits = window is None or start + chunk <= window
-        expected = everything if fits else everything[:sink] + everything[start - (window - sink - chunk) :]
+        expected = (
+            everything
+            if fits
+            else everything[:sink] + everything[start - (window - sink - chunk) :]
+        )
         assert seen(cache, chunk) == list(cache.visible_frames(chunk)) == expected
         cache.append(frames_of(*range(start, start + chunk)))
         assert cache.num_committed_frames == start + chunk
@@ -64,8 +70,11 @@ def test_window_positions_are_absolute_within_the_trained_length():
 
 @pytest.mark.parametrize("max_trained", [6, 12])
 def test_window_positions_of_a_long_stream(max_trained):
-    """Recent distances are true, the sink is as far as was ever trained, nothing leaves the trained range."""
-    cache = make_cache(window_frames=6, sink_frames=1, positions="window", max_trained_frames=max_trained)
+    """Recent distances are true, the sink is as far as was ever trained, nothing leaves the trained
+    range."""
+    cache = make_cache(
+        window_frames=6, sink_frames=1, positions="window", max_trained_frames=max_trained
+    )
     cache.append(frames_of(*range(300)))
     context, chunk = cache.frame_positions(3)
     assert (*context[1:], *chunk) == tuple(range(max_trained - 5, max_trained))
@@ -87,11 +96,17 @@ def test_reset_forgets_everything():
     cache.append(frames_of(0, 1))
     cache.keep_text(torch.zeros(1), frames_of(0))
     cache.reset()
-    assert (cache.num_frames, cache.num_committed_frames, cache.memory_bytes(), seen(cache, 1)) == (0, 0, 0, [])
+    assert (cache.num_frames, cache.num_committed_frames, cache.memory_bytes(), seen(cache, 1)) == (
+        0,
+        0,
+        0,
+        [],
+    )
 
 
 def test_text_is_found_by_identity():
-    """Another prompt, an equal copy of it, or a prompt written to in place is not the kept prompt."""
+    """Another prompt, an equal copy of it, or a prompt written to in place is not the kept
+    prompt."""
     cache, prompt = make_cache(), torch.zeros(1, 2, 3)
     cache.keep_text(prompt, frames_of(0))
     assert cache.text_kv(prompt)
@@ -101,7 +116,8 @@ def test_text_is_found_by_identity():
 
 
 def test_context_made_in_inference_mode_serves_training():
-    """The turned context is kept between passes; one made under inference_mode would break a backward pass."""
+    """The turned context is kept between passes; one made under inference_mode would break a
+    backward pass."""
     cache = make_cache()
     cache.append(frames_of(0))
     with torch.inference_mode():
@@ -117,7 +133,10 @@ def test_context_made_in_inference_mode_serves_training():
         (dict(sink_frames=1), "needs a window"),
         (dict(positions="window"), "needs window_frames"),
         (dict(window_frames=3, sink_frames=3), "no room beside"),
-        (dict(window_frames=9, positions="window", max_trained_frames=6), "more than the model was trained on"),
+        (
+            dict(window_frames=9, positions="window", max_trained_frames=6),
+            "more than the model was trained on",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):
@@ -127,9 +146,14 @@ def test_options_that_do_not_fit_are_refused(options, message):
 
 
 def test_passes_and_commits_that_do_not_fit_are_refused():
-    """Batch, size, window, trained length and layers are checked, with the numbers in the message."""
+    """Batch, size, window, trained length and layers are checked, with the numbers in the
+    message."""
     cache = make_cache(window_frames=4, sink_frames=2, max_trained_frames=5)
-    cases = [((2, 1, 4, 4), "holds 1 streams"), ((1, 1, 4, 6), "4 x 4"), ((1, 3, 4, 4), "use at least 5")]
+    cases = [
+        ((2, 1, 4, 4), "holds 1 streams"),
+        ((1, 1, 4, 6), "4 x 4"),
+        ((1, 3, 4, 4), "use at least 5"),
+    ]
     for sizes, message in cases:
         with pytest.raises(ValueError, match=message):
             cache.check_pass(*sizes)

@@ -9,6 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
+from streamvid.experiment.build import build_trainer, load_run
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import (
     LORA_FILE,
@@ -22,14 +23,20 @@ from streamvid.models.lora import (
 )
 from streamvid.models.video_discriminator import VideoDiscriminator
 from streamvid.students.folder import TINY_TEACHER, load_student, load_transformer
-from streamvid.experiment.build import build_trainer, load_run
 
 pytest.importorskip("peft")
 
 SIZES = dict(
-    patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
-    freq_dim=16, ffn_dim=32, num_layers=2,
-)  # fmt: skip
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=8,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=2,
+)
 RANK_4 = LoraConfig(rank=4)
 RUNS = Path(__file__).parents[2] / "configs" / "run"
 
@@ -50,7 +57,9 @@ def moved(role, seed=1, size=0.3):
 
 def inputs(seed=5, frames=2):
     generator = torch.Generator().manual_seed(seed)
-    x, cond = (torch.randn(shape, generator=generator) for shape in ((2, 4, frames, 4, 4), (2, 3, 8)))
+    x, cond = (
+        torch.randn(shape, generator=generator) for shape in ((2, 4, frames, 4, 4), (2, 3, 8))
+    )
     return x, torch.tensor([300.0, 700.0]), cond
 
 
@@ -116,9 +125,12 @@ def gradients(checkpointing, disturb):
 
 
 def test_recomputation_sees_the_adapter_of_its_own_forward():
-    """Bug: with one module whose adapter is switched, checkpointing recomputes with that of the last call."""
+    """Bug: with one module whose adapter is switched, checkpointing recomputes with that of the
+    last call."""
     plain, recomputed = gradients(False, False), gradients(True, True)
-    assert all(plain[name].abs().sum() > 0 and torch.equal(plain[name], recomputed[name]) for name in plain)
+    assert all(
+        plain[name].abs().sum() > 0 and torch.equal(plain[name], recomputed[name]) for name in plain
+    )
 
 
 def test_gradients_are_those_of_the_merged_matrix():
@@ -136,7 +148,8 @@ def test_gradients_are_those_of_the_merged_matrix():
 
 
 def test_a_cached_rollout_of_the_student_uses_its_adapter():
-    """`commit` and `new_cache` are methods of the network itself, which a wrapper of calls would pass by."""
+    """`commit` and `new_cache` are methods of the network itself, which a wrapper of calls would
+    pass by."""
     student, (x, t, cond) = moved(adapt(wan(), RANK_4)), inputs()
     values = []
     for network in (student, merged(student)):
@@ -147,7 +160,8 @@ def test_a_cached_rollout_of_the_student_uses_its_adapter():
 
 
 def test_a_deep_copy_has_its_own_adapter_on_the_same_weights():
-    """What adversarial distillation does for its old policy and for the trunk of its discriminator."""
+    """What adversarial distillation does for its old policy and for the trunk of its
+    discriminator."""
     student = moved(adapt(wan(), RANK_4))
     twin, before = copy.deepcopy(student), velocity(student)
     assert torch.equal(velocity(twin), before) and addresses(twin) == addresses(student)
@@ -167,17 +181,22 @@ def test_bf16_weights_get_float32_adapters():
     assert {p.dtype for p in student.parameters()} == {torch.float32}
     out = velocity(student)
     out.float().square().mean().backward()
-    assert out.dtype == torch.bfloat16 and all(p.grad.dtype == torch.float32 for p in student.parameters())
+    assert out.dtype == torch.bfloat16 and all(
+        p.grad.dtype == torch.float32 for p in student.parameters()
+    )
 
 
 def test_the_first_values_are_keyed():
-    """Processes and resumed runs start alike, whatever was drawn before, and draw nothing from the global generator."""
+    """Processes and resumed runs start alike, whatever was drawn before, and draw nothing from the
+    global generator."""
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = adapt(wan(), RANK_4, 0, "student").state_dict()
     torch.set_rng_state(state)
     torch.rand(3)
-    again, other = (adapt(wan(), RANK_4, 0, name).state_dict() for name in ("student", "fake_score"))
+    again, other = (
+        adapt(wan(), RANK_4, 0, name).state_dict() for name in ("student", "fake_score")
+    )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
@@ -190,9 +209,13 @@ def test_the_export_is_an_ordinary_folder_that_diffusers_opens(tmp_path, cls):
     assert set(opened.state_dict()) == set(wan(cls).state_dict())
     torch.testing.assert_close(velocity(opened), velocity(student), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(velocity(opened), velocity(wan(cls)), atol=1e-2)
-    assert merged(student).proj_out.weight is student.proj_out.weight  # only what has an adapter is made anew
+    # only what has an adapter is made anew
+    assert merged(student).proj_out.weight is student.proj_out.weight
     frozen, fresh = base_parameters(student), dict(wan(cls).named_parameters())
-    assert frozen.keys() == fresh.keys() and all(torch.equal(frozen[name], fresh[name]) for name in fresh)  # by merging
+    # by merging
+    assert frozen.keys() == fresh.keys() and all(
+        torch.equal(frozen[name], fresh[name]) for name in fresh
+    )
 
 
 def test_diffusers_loads_the_adapter_onto_the_base(tmp_path):
@@ -202,10 +225,14 @@ def test_diffusers_loads_the_adapter_onto_the_base(tmp_path):
     base = wan(WanTransformer3DModel)
     student = moved(adapt(base, LoraConfig(rank=4, alpha=2.0)))
     save_adapter(student, tmp_path / "lora")
-    parts = dict(tokenizer=None, text_encoder=None, vae=None, scheduler=FlowMatchEulerDiscreteScheduler())
+    parts = dict(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=FlowMatchEulerDiscreteScheduler()
+    )
     pipeline = WanPipeline(transformer=wan(WanTransformer3DModel), **parts)
     pipeline.load_lora_weights(tmp_path / "lora")
-    torch.testing.assert_close(velocity(pipeline.transformer), velocity(student), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        velocity(pipeline.transformer), velocity(student), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_an_adapter_goes_to_disk_and_back(tmp_path):
@@ -232,10 +259,15 @@ def test_an_adapter_of_another_network_is_one_line(tmp_path):
         assert all(torch.equal(before[name], tensor) for name, tensor in role.state_dict().items())
 
 
-@pytest.mark.parametrize("values, message", [
-    (dict(rank=-1), "rank"), (dict(rank=0, alpha=4.0), "lora.rank=0"), (dict(rank=4, alpha=0.0), "alpha"),
-    (dict(rank=4, targets=()), "targets"),
-])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(rank=-1), "rank"),
+        (dict(rank=0, alpha=4.0), "lora.rank=0"),
+        (dict(rank=4, alpha=0.0), "alpha"),
+        (dict(rank=4, targets=()), "targets"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         LoraConfig(**values)
@@ -263,10 +295,17 @@ def test_a_teacher_stands_on_the_students_weights():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A teacher's folder with a very small transformer, nothing of it zero, for the shipped codec and texts."""
+    """A teacher's folder with a very small transformer, nothing of it zero, for the shipped codec
+    and texts."""
     folder = tmp_path_factory.mktemp("teacher")
     shutil.copytree(TINY_TEACHER / "scheduler", folder / "scheduler")
-    sizes = {**SIZES, "num_attention_heads": 1, "in_channels": 16, "out_channels": 16, "text_dim": 64}
+    sizes = {
+        **SIZES,
+        "num_attention_heads": 1,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 64,
+    }
     torch.manual_seed(0)
     WanTransformer3DModel(**sizes).save_pretrained(folder / "transformer")
     return folder
@@ -274,9 +313,16 @@ def checkpoint(tmp_path_factory):
 
 def trainer_of(run, folder, checkpoint, *overrides):
     quick = [
-        f"train.output_dir={folder}", "train.name=run", "train.batch_size=2", "train.log_every=1", "train.max_steps=2",
-        f"student.path={checkpoint}", f"teacher.path={checkpoint}", "student.lora.rank=4", "data.num_prompts=4",
-    ]  # fmt: skip
+        f"train.output_dir={folder}",
+        "train.name=run",
+        "train.batch_size=2",
+        "train.log_every=1",
+        "train.max_steps=2",
+        f"student.path={checkpoint}",
+        f"teacher.path={checkpoint}",
+        "student.lora.rank=4",
+        "data.num_prompts=4",
+    ]
     return build_trainer(load_run(RUNS / f"{run}.yaml", [*quick, *overrides]), progress=False)
 
 
@@ -303,7 +349,9 @@ def test_dmd_holds_the_weights_of_three_roles_once_and_exports(tmp_path, checkpo
     again = adapt(load_transformer(checkpoint), LoraConfig(rank=4, path=str(folder / "lora")))
     for opened in (load_student(folder).transformer, again):
         with torch.no_grad():
-            torch.testing.assert_close(opened(x, t, cond, chunk_frames=3).sample, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                opened(x, t, cond, chunk_frames=3).sample, expected, rtol=1e-4, atol=1e-5
+            )
 
 
 def test_a_resumed_run_is_the_same_bit_by_bit(tmp_path, checkpoint):
@@ -313,37 +361,58 @@ def test_a_resumed_run_is_the_same_bit_by_bit(tmp_path, checkpoint):
     trainer_of("tiny_dmd", tmp_path / "parts", checkpoint, *dmd, "train.max_steps=1").train()
     parts = trainer_of("tiny_dmd", tmp_path / "parts", checkpoint, *dmd, "train.max_steps=3")
     parts.train()
-    for file in ("student", "student.ema", "student.optimizer", "fake_score", "fake_score.optimizer"):
+    for file in (
+        "student",
+        "student.ema",
+        "student.optimizer",
+        "fake_score",
+        "fake_score.optimizer",
+    ):
         place = Path("run", "checkpoints", "step-0000003", f"{file}.safetensors")
         one, other = (load_file(tmp_path / part / place) for part in ("whole", "parts"))
-        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        assert one.keys() == other.keys() and all(
+            torch.equal(one[name], other[name]) for name in one
+        )
 
 
 def test_the_fake_score_can_be_a_whole_network(tmp_path, checkpoint):
     trainer = trainer_of("tiny_dmd", tmp_path, checkpoint, *DMD, "fake_score.lora_rank=0")
     fake_score = trainer.learners["fake_score"].network
-    assert type(fake_score) is WanTransformer3DModel and all(p.requires_grad for p in fake_score.parameters())
-    assert addresses(trainer.learners["student"].network) == addresses(trainer.method.teacher.transformer)
-    assert not set(addresses(fake_score).values()) & set(addresses(trainer.method.teacher.transformer).values())
+    assert type(fake_score) is WanTransformer3DModel and all(
+        p.requires_grad for p in fake_score.parameters()
+    )
+    assert addresses(trainer.learners["student"].network) == addresses(
+        trainer.method.teacher.transformer
+    )
+    assert not set(addresses(fake_score).values()) & set(
+        addresses(trainer.method.teacher.transformer).values()
+    )
 
 
 def test_a_student_of_another_start_has_weights_of_its_own(tmp_path, checkpoint):
     start = tmp_path / "start"
     torch.manual_seed(3)
-    WanTransformer3DModel.from_config(load_transformer(checkpoint).config).save_pretrained(start / "transformer")
+    WanTransformer3DModel.from_config(load_transformer(checkpoint).config).save_pretrained(
+        start / "transformer"
+    )
     trainer = trainer_of("tiny_dmd", tmp_path, checkpoint, *DMD, f"student.path={start}")
-    student, fake_score = (addresses(trainer.learners[name].network) for name in ("student", "fake_score"))
+    student, fake_score = (
+        addresses(trainer.learners[name].network) for name in ("student", "fake_score")
+    )
     assert fake_score == addresses(trainer.method.teacher.transformer)
     assert not set(student.values()) & set(fake_score.values())
 
 
-@pytest.mark.parametrize("run, options", [
-    ("tiny_asd", (*DMD, "stream.num_steps=2", "train.gradient_checkpointing=true")),
-    ("tiny_diagonal", DMD),
-    ("tiny_afd", ("options.student_start_step=0",)),
-    ("tiny_start", ("train.optimizers.student.kind=adamw",)),
-    ("tiny_dmd", (*DMD, "student.lora.dtype=bf16", "teacher.dtype=bf16")),
-])
+@pytest.mark.parametrize(
+    "run, options",
+    [
+        ("tiny_asd", (*DMD, "stream.num_steps=2", "train.gradient_checkpointing=true")),
+        ("tiny_diagonal", DMD),
+        ("tiny_afd", ("options.student_start_step=0",)),
+        ("tiny_start", ("train.optimizers.student.kind=adamw",)),
+        ("tiny_dmd", (*DMD, "student.lora.dtype=bf16", "teacher.dtype=bf16")),
+    ],
+)
 def test_every_method_trains_adapters_alone(tmp_path, checkpoint, run, options):
     world = [f"data.path={tmp_path / 'world.safetensors'}", "data.world.num_clips=2"]
     frames = {"tiny_afd": 9, "tiny_start": 57}.get(run)
@@ -354,18 +423,29 @@ def test_every_method_trains_adapters_alone(tmp_path, checkpoint, run, options):
     adapter = {name: p.clone() for name, p in student.named_parameters()}
     trainer.train()
     assert all(torch.equal(frozen[name], p) for name, p in base_parameters(student).items())
-    assert all(not torch.equal(adapter[name], p) for name, p in student.named_parameters() if "lora_B" in name)
+    assert all(
+        not torch.equal(adapter[name], p)
+        for name, p in student.named_parameters()
+        if "lora_B" in name
+    )
 
 
-@pytest.mark.parametrize("run, override, message", [
-    ("tiny_dmd", "student.path=null", "student.path"),
-    ("tiny_dmd", "fake_score.lora_rank=-1", "fake_score.lora_rank"),
-    ("tiny_start", "train.optimizers.student.kind=muon", "muon"),
-    ("tiny_afd", "fake_score.lora_rank=2", "no fake score"),
-    ("tiny_asd", "teacher.offload=true", "offload"),
-])
+@pytest.mark.parametrize(
+    "run, override, message",
+    [
+        ("tiny_dmd", "student.path=null", "student.path"),
+        ("tiny_dmd", "fake_score.lora_rank=-1", "fake_score.lora_rank"),
+        ("tiny_start", "train.optimizers.student.kind=muon", "muon"),
+        ("tiny_afd", "fake_score.lora_rank=2", "no fake score"),
+        ("tiny_asd", "teacher.offload=true", "offload"),
+    ],
+)
 def test_adapters_on_nothing_are_refused(tmp_path, checkpoint, run, override, message):
     clips = run in ("tiny_start", "tiny_afd")
-    world = ["data.world.num_clips=2", "data.world.num_frames=9", f"data.path={tmp_path / 'w.st'}"] if clips else []
+    world = (
+        ["data.world.num_clips=2", "data.world.num_frames=9", f"data.path={tmp_path / 'w.st'}"]
+        if clips
+        else []
+    )
     with pytest.raises(ValueError, match=message):
         trainer_of(run, tmp_path, checkpoint, *world, override)

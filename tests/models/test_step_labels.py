@@ -1,4 +1,5 @@
-"""Labels on the time embedding: nothing at first, a shift of its bias afterwards, and gone outside."""
+"""Labels on the time embedding: nothing at first, a shift of its bias afterwards, and gone
+outside."""
 
 import pytest
 import torch
@@ -10,14 +11,24 @@ from streamvid.models.lora import LoraConfig, adapt
 from streamvid.models.step_labels import add_step_labels, labelled
 
 TINY = dict(
-    patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
-    freq_dim=16, ffn_dim=32, num_layers=2,
-)  # fmt: skip
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=8,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=2,
+)
 
 
 def velocity(network):
     generator = torch.Generator().manual_seed(1)
-    x, cond = torch.randn(2, 4, 3, 4, 4, generator=generator), torch.randn(2, 5, 8, generator=generator)
+    x, cond = (
+        torch.randn(2, 4, 3, 4, 4, generator=generator),
+        torch.randn(2, 5, 8, generator=generator),
+    )
     return network(x, torch.tensor([300.0, 800.0]), cond, return_dict=False)[0]
 
 

@@ -10,9 +10,16 @@ from streamvid.models.video_discriminator import VideoDiscriminator
 from streamvid.seeding import keyed_normal
 
 TINY_WAN = dict(
-    patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8,
-    freq_dim=16, ffn_dim=32, num_layers=3,
-)  # fmt: skip
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=8,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=3,
+)
 
 
 def trunk():
@@ -33,7 +40,15 @@ def test_all_that_it_reads_learns_and_nothing_else(train_trunk):
     assert x.grad.abs().sum() > 0
     for name, parameter in disc.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
-        assert parameter.requires_grad == (name.startswith("heads") or (train_trunk and "norm_out" not in name and "proj_out" not in name and name != "trunk.scale_shift_table")), name
+        assert parameter.requires_grad == (
+            name.startswith("heads")
+            or (
+                train_trunk
+                and "norm_out" not in name
+                and "proj_out" not in name
+                and name != "trunk.scale_shift_table"
+            )
+        ), name
 
 
 def test_a_logit_for_the_clip_or_one_a_chunk():
@@ -45,7 +60,8 @@ def test_a_logit_for_the_clip_or_one_a_chunk():
 
 
 def test_a_logit_a_token_is_read_where_the_token_is():
-    """The heads see the patch embedding alone here, so that only the moved patch's logit may move."""
+    """The heads see the patch embedding alone here, so that only the moved patch's logit may
+    move."""
     network = trunk()
     network.blocks[0] = Passed()
     disc, (x, cond) = VideoDiscriminator(network, layers=[0], per_token=True), inputs()
@@ -64,7 +80,10 @@ def test_prompts_and_clips_matter_and_batches_do_not():
     disc, (x, cond) = VideoDiscriminator(trunk()), inputs()
     both = disc(x, cond)
     torch.testing.assert_close(disc(x[:1], cond[:1]), both[:1], rtol=1e-4, atol=1e-6)
-    assert not torch.isclose(disc(x, cond.flip(0)), both).any() and not torch.isclose(disc(x.flip(0), cond), both.flip(0)).any()
+    assert (
+        not torch.isclose(disc(x, cond.flip(0)), both).any()
+        and not torch.isclose(disc(x.flip(0), cond), both.flip(0)).any()
+    )
 
 
 class Blocks(nn.Module):
@@ -99,16 +118,22 @@ def test_heads_hold_nothing_of_the_trunk_and_begin_by_their_seed():
     heads = TrunkHeads(network, [1], seed=3)
     assert not {id(p) for p in heads.parameters()} & {id(p) for p in network.parameters()}
     same, other = TrunkHeads(network, [1], seed=3), TrunkHeads(network, [1], seed=4)
-    pairs = lambda a, b: all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))  # noqa: E731
+    pairs = lambda a, b: all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     assert pairs(heads, same) and not pairs(heads, other)
 
 
-@pytest.mark.parametrize("make, said", [
-    (lambda: VideoDiscriminator(trunk(), layers=[3]), "blocks 0 to 2"),
-    (lambda: VideoDiscriminator(trunk(), t=1.5), "t=1.5"),
-    (lambda: VideoDiscriminator(trunk(), chunk_frames=2, per_token=True), "chunk_frames=2 and per_token: give one"),
-    (lambda: TrunkHeads(trunk(), []), r"layers=\[\]"),
-])
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda: VideoDiscriminator(trunk(), layers=[3]), "blocks 0 to 2"),
+        (lambda: VideoDiscriminator(trunk(), t=1.5), "t=1.5"),
+        (
+            lambda: VideoDiscriminator(trunk(), chunk_frames=2, per_token=True),
+            "chunk_frames=2 and per_token: give one",
+        ),
+        (lambda: TrunkHeads(trunk(), []), r"layers=\[\]"),
+    ],
+)
 def test_what_does_not_exist_is_refused(make, said):
     with pytest.raises(ValueError, match=said):
         make()

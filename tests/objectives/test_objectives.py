@@ -1,4 +1,5 @@
-"""Every preset on images and on clips with small networks: it runs, and only those who may receive a gradient do."""
+"""Every preset on images and on clips with small networks: it runs, and only those who may receive
+a gradient do."""
 
 import copy
 import math
@@ -10,11 +11,12 @@ from torch import nn
 from streamvid.core.adversary import FeatureHeads, generator_loss
 from streamvid.core.process import add_noise, expand_time
 from streamvid.objectives import all_presets
-from streamvid.objectives.preferences import distillation_dpo, teacher_refinement
 from streamvid.objectives.base import Context
+from streamvid.objectives.preferences import distillation_dpo, teacher_refinement
 
 IMAGE, CLIP = (4, 6, 6), (4, 3, 4, 4)
-THROUGH_BOTH = {"sid", "sid_lsg", "few_step_sid", "sida"}  # gradients pass the inputs of fake score and teacher
+# gradients pass the inputs of fake score and teacher
+THROUGH_BOTH = {"sid", "sid_lsg", "few_step_sid", "sida"}
 THROUGH_CRITIC = THROUGH_BOTH | {"adm", "dmdx"}  # of the fake score
 
 
@@ -23,7 +25,11 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.prompt, self.time = nn.Conv2d(4, 4, 3, padding=1), nn.Embedding(3, 4), nn.Linear(2, 4)
+        self.conv, self.prompt, self.time = (
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.Embedding(3, 4),
+            nn.Linear(2, 4),
+        )
 
     def features(self, x, t, s, cond):
         index = torch.full((len(x),), 2) if cond is None else cond
@@ -44,7 +50,18 @@ class Networks:
 
     def __init__(self, preset):
         torch.manual_seed(0)
-        nets = {name: Net() for name in ("student", "average", "lagged", "start", "teacher", "critic", "second_critic")}
+        nets = {
+            name: Net()
+            for name in (
+                "student",
+                "average",
+                "lagged",
+                "start",
+                "teacher",
+                "critic",
+                "second_critic",
+            )
+        }
         self.nets = nets
         self.heads = FeatureHeads([4], preset.heads, preset.num_logits, hidden=8)
         for name in ("student", "average", "lagged", "start"):
@@ -62,19 +79,31 @@ class Networks:
     def parameters(self, phase):
         """What the phase trains."""
         own = {"student": ["student"], "critic": ["critic", "second_critic"], "disc": []}[phase]
-        return [p for name in own for p in self.nets[name].parameters()] + (list(self.heads.parameters()) if phase == "disc" else [])
+        return [p for name in own for p in self.nets[name].parameters()] + (
+            list(self.heads.parameters()) if phase == "disc" else []
+        )
 
     def everything(self):
-        return [*(p for net in self.nets.values() for p in net.parameters()), *self.heads.parameters()]
+        return [
+            *(p for net in self.nets.values() for p in net.parameters()),
+            *self.heads.parameters(),
+        ]
 
 
 def context(preset, shape, progress=0.7, seed=0):
     rng = torch.Generator().manual_seed(seed)
-    draw = lambda cond: torch.randn(len(cond), *shape, generator=rng)  # noqa: E731
+    draw = lambda cond: torch.randn(len(cond), *shape, generator=rng)
     return Context(
-        networks=Networks(preset), cond=torch.tensor([0, 1, 0, 1]), shape=shape, rng=rng, preset=preset, data=draw,
-        pairs=lambda cond: (draw(cond), draw(cond)), reward=lambda x, cond: x.flatten(1).mean(1), progress=progress,
-    )  # fmt: skip
+        networks=Networks(preset),
+        cond=torch.tensor([0, 1, 0, 1]),
+        shape=shape,
+        rng=rng,
+        preset=preset,
+        data=draw,
+        pairs=lambda cond: (draw(cond), draw(cond)),
+        reward=lambda x, cond: x.flatten(1).mean(1),
+        progress=progress,
+    )
 
 
 def cases():
@@ -84,7 +113,8 @@ def cases():
 @pytest.mark.parametrize("shape", [IMAGE, CLIP], ids=["image", "clip"])
 @pytest.mark.parametrize("name, scale", cases())
 def test_a_phase_trains_its_own_network(name, scale, shape):
-    """Its loss is finite, all its network's parameters that matter get a gradient, and nobody else's do."""
+    """Its loss is finite, all its network's parameters that matter get a gradient, and nobody
+    else's do."""
     preset = all_presets()[name](scale)
     if not preset.on_points and shape == IMAGE:
         return
@@ -107,12 +137,15 @@ def test_a_phase_trains_its_own_network(name, scale, shape):
 
 @pytest.mark.parametrize("name", sorted(set(all_presets()) - {"flow_dmd"}))
 def test_who_could_get_a_gradient(name):
-    """With every parameter listening, the student's loss reaches the fake score only where the method says that it passes
-    through its input, and never the teacher's parameters except there."""
+    """With every parameter listening, the student's loss reaches the fake score only where the
+    method says that it passes through its input, and never the teacher's parameters except
+    there."""
     preset = all_presets()[name](1.0)
     ctx = context(preset, IMAGE)
     preset.student(ctx).backward()
-    heard = lambda net: any(p.grad is not None and p.grad.abs().sum() > 0 for p in ctx.networks.nets[net].parameters())  # noqa: E731
+    heard = lambda net: any(
+        p.grad is not None and p.grad.abs().sum() > 0 for p in ctx.networks.nets[net].parameters()
+    )
     assert heard("student")
     assert heard("critic") == (name in THROUGH_CRITIC)
     assert heard("teacher") == (name in THROUGH_BOTH)
@@ -171,7 +204,8 @@ def test_distillation_plus_plus_at_weight_zero_asks_nobody():
     assert teacher_refinement(ctx, x0, torch.full((4,), 0.5), 0.0) is x0
     assert torch.equal(ctx.rng.get_state(), before)
     ctx = context(all_presets()["dmd"](1.0), IMAGE)
-    ctx.networks.teacher = lambda x, t, cond: (x - 7.0) / expand_time(t, x)  # a teacher that is sure of 7
+    # a teacher that is sure of 7
+    ctx.networks.teacher = lambda x, t, cond: (x - 7.0) / expand_time(t, x)
     mixed = teacher_refinement(ctx, x0, torch.full((4,), 0.5), 0.25)
     torch.testing.assert_close(mixed, 0.75 * x0 + 0.25 * 7.0, rtol=1e-5, atol=1e-5)
 
@@ -190,7 +224,7 @@ def test_the_student_learns_from_the_heads_it_is_shown():
     ctx = context(preset, IMAGE)
     x = torch.randn(4, *IMAGE, requires_grad=True)
     t = torch.full((4,), 0.3)
-    noised = lambda x: add_noise(x, torch.zeros_like(x), t)  # noqa: E731
+    noised = lambda x: add_noise(x, torch.zeros_like(x), t)
     before = generator_loss("hinge", ctx.logits(noised(x), t))
     (slope,) = torch.autograd.grad(before, x)
     after = generator_loss("hinge", ctx.logits(noised(copy.copy(x.detach()) - 50 * slope), t))
@@ -207,7 +241,9 @@ def test_the_fake_score_is_told_which_step_made_a_sample():
         for seed in range(30):
             ctx = context(preset, IMAGE, seed=seed)
             critic = ctx.networks.critic
-            ctx.networks.critic = lambda x, t, cond, made_at, net=critic: told.update(made_at.tolist()) or net(x, t, cond, made_at)
+            ctx.networks.critic = lambda x, t, cond, made_at, net=critic: (
+                told.update(made_at.tolist()) or net(x, t, cond, made_at)
+            )
             preset.critic(ctx)
             preset.student(ctx)
         assert told == seen
@@ -220,7 +256,9 @@ def test_a_loser_that_is_far_is_drawn_back_and_one_that_is_near_pushed_off():
         preset = distillation_dpo(eta=eta, stop=stop)
         ctx = context(preset, IMAGE)
         preset.student(ctx).backward()
-        return torch.cat([p.grad.flatten() for p in ctx.networks.parameters("student") if p.grad is not None])
+        return torch.cat(
+            [p.grad.flatten() for p in ctx.networks.parameters("student") if p.grad is not None]
+        )
 
     winners = gradient(0.0, math.inf)
     pushed, drawn = gradient(0.2, math.inf) - winners, gradient(0.2, 0.0) - winners

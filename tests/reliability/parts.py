@@ -40,14 +40,24 @@ data: {{kind: latents, path: {parts}/latents.safetensors}}
 stream: {{num_steps: 1, shift: 8.0, chunk_frames: 1, window_frames: 9, positions: window, max_trained_frames: 9}}
 """
 SIZES = dict(
-    patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=64,
-    freq_dim=16, ffn_dim=32, num_layers=1, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
-)  # fmt: skip
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=16,
+    out_channels=16,
+    text_dim=64,
+    freq_dim=16,
+    ffn_dim=32,
+    num_layers=1,
+    cross_attn_norm=True,
+    qk_norm="rms_norm_across_heads",
+)
 
 
 def make_parts(folder: Path) -> None:
-    """teacher/, start/, student/ (complete), run.yaml, flow.yaml, latents.safetensors, done/ (a finished run), other/
-    (the same with another seed), prompts/ (a prompt cache), clips/ (two captioned clips)."""
+    """teacher/, start/, student/ (complete), run.yaml, flow.yaml, latents.safetensors, done/ (a
+    finished run), other/ (the same with another seed), prompts/ (a prompt cache), clips/ (two
+    captioned clips)."""
     import torch
     from diffusers import WanTransformer3DModel
 
@@ -79,7 +89,12 @@ def make_parts(folder: Path) -> None:
 
 def _make_latents(folder: Path) -> None:
     """As a run makes them of the verifiable world."""
-    world = ["data.kind=world", "data.world.num_clips=2", "data.world.num_frames=9", "data.world.paraphrases=1"]
+    world = [
+        "data.kind=world",
+        "data.world.num_clips=2",
+        "data.world.num_frames=9",
+        "data.world.paraphrases=1",
+    ]
     _train(folder, "made", *world, file="flow.yaml", name_of_run="flow")
     shutil.rmtree(folder / "made")
 
@@ -90,7 +105,9 @@ def _fill_prompt_cache(folder: Path) -> None:
     shutil.rmtree(folder / "made")
 
 
-def _train(folder: Path, name: str, *overrides: str, file: str = "run.yaml", name_of_run: str = "run") -> None:
+def _train(
+    folder: Path, name: str, *overrides: str, file: str = "run.yaml", name_of_run: str = "run"
+) -> None:
     """A finished run of the working folder, whose folder is then `name`."""
     from streamvid.experiment.build import build_trainer, load_run
 

@@ -1,11 +1,11 @@
 """Runs hostile cases, each in a forked process of its own, and says which held.
 
-The parent has imported torch and the tools; a case is forked from it, makes its folder, and forks the tools that it runs,
-so that a case takes what its tool takes and not the seconds of an import. The parent limits its time and its memory.
+The parent has imported torch and the tools; a case is forked from it, makes its folder, and forks
+the tools that it runs, so that a case takes what its tool takes and not the seconds of an import.
+The parent limits its time and its memory.
 
-A case holds if its function returns. `NotHeld` says what came instead; any other exception is a fault of the case and
-counts as not held too.
-"""
+A case holds if its function returns. `NotHeld` says what came instead; any other exception is a
+fault of the case and counts as not held too."""
 
 from __future__ import annotations
 
@@ -56,16 +56,19 @@ class Outcome:
 
     def said(self) -> str:
         """The exit status and the end of what it wrote, for a report."""
-        text = " ".join(repr(line) for line in (self.err.strip() or self.out.strip()).splitlines()[-1:])
+        text = " ".join(
+            repr(line) for line in (self.err.strip() or self.out.strip()).splitlines()[-1:]
+        )
         return f"{self.limit or f'exit {self.code}'}, {text[:240]}"
 
 
 @dataclass(frozen=True)
 class Stroke:
-    """A signal that a process sends to itself at the `nth` event of Python's audit hooks whose path matches.
+    """A signal that a process sends to itself at the `nth` event of Python's audit hooks whose path
+    matches.
 
-    Events are "open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"; so no case need be in time for anything.
-    """
+    Events are "open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"; so no case need be in time
+    for anything."""
 
     number: int
     event: str
@@ -84,12 +87,22 @@ class Place:
         self.folder, self.parts, self.marker = folder, parts, folder / "CODE_RAN"
         self._count = 0
 
-    def run(self, tool: str, *arguments: object, stroke: Stroke | None = None, largest_file: int | None = None) -> Outcome:
+    def run(
+        self,
+        tool: str,
+        *arguments: object,
+        stroke: Stroke | None = None,
+        largest_file: int | None = None,
+    ) -> Outcome:
         """A tool's command line, to its end; it has no terminal and an empty standard input."""
         return self.finish(self.start(tool, *arguments, stroke=stroke, largest_file=largest_file))
 
     def start(
-        self, tool: str | Callable[[], int], *arguments: object, stroke: Stroke | None = None, largest_file: int | None = None
+        self,
+        tool: str | Callable[[], int],
+        *arguments: object,
+        stroke: Stroke | None = None,
+        largest_file: int | None = None,
     ) -> tuple[int, Path]:
         """Begins a tool, or a function; `finish` waits for it."""
         self._count += 1
@@ -116,14 +129,18 @@ class Place:
     def _become(self, log: Path, stroke: Stroke | None, largest_file: int | None) -> None:
         os.chdir(self.folder)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(
+                number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            )
         for descriptor, path, flags in (
             (0, "/dev/null", os.O_RDONLY),
             (1, f"{log}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
             (2, f"{log}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
         ):
             os.dup2(os.open(path, flags), descriptor)
-        sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, encoding="utf-8") for n, mode in enumerate("rww"))
+        sys.stdin, sys.stdout, sys.stderr = (
+            os.fdopen(n, mode, encoding="utf-8") for n, mode in enumerate("rww")
+        )
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
         if stroke is not None:
@@ -141,7 +158,10 @@ class Place:
             if limit:
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
-        out, err = (Path(f"{log}.{name}").read_text(encoding="utf-8", errors="replace") for name in ("out", "err"))
+        out, err = (
+            Path(f"{log}.{name}").read_text(encoding="utf-8", errors="replace")
+            for name in ("out", "err")
+        )
         return Outcome(os.waitstatus_to_exitcode(status), out, err, limit)
 
     def part(self, name: str) -> Path:
@@ -212,7 +232,10 @@ def refused(outcome: Outcome, *words: str) -> None:
         raise NotHeld(f"expected a refusal, got {outcome.said()}")
     errors = [line for line in outcome.err.splitlines() if re.match(r"(\S+\.py: )?error: ", line)]
     if len(errors) != 1 or outcome.last_line != errors[0]:
-        raise NotHeld(f"expected one error line as the last, got {len(errors)}: {outcome.err.strip()[-240:]!r}")
+        raise NotHeld(
+            f"expected one error line as the last, got {len(errors)}:"
+            f" {outcome.err.strip()[-240:]!r}"
+        )
     if len(errors[0]) > LONGEST_LINE:
         raise NotHeld(f"an error line of {len(errors[0])} characters: {errors[0][:160]!r}")
     for word in words:
@@ -247,16 +270,30 @@ def import_everything() -> None:
     for name in ("diffusers", "transformers", "accelerate", "imageio.v2", "scipy.ndimage", *TOOLS):
         importlib.import_module(name)
     for module in (
-        "streamvid.experiment.build", "streamvid.experiment.estimate", "streamvid.students.clips", "streamvid.teachers.load",
-        "streamvid.evaluation.runs", "streamvid.evaluation.report", "streamvid.evaluation.bench_suites",
-        "streamvid.models.convert", "streamvid.data.trajectories", "streamvid.methods.dmd", "streamvid.methods.trajectory",
-    ):  # fmt: skip
+        "streamvid.experiment.build",
+        "streamvid.experiment.estimate",
+        "streamvid.students.clips",
+        "streamvid.teachers.load",
+        "streamvid.evaluation.runs",
+        "streamvid.evaluation.report",
+        "streamvid.evaluation.bench_suites",
+        "streamvid.models.convert",
+        "streamvid.data.trajectories",
+        "streamvid.methods.dmd",
+        "streamvid.methods.trajectory",
+    ):
         importlib.import_module(module)
     from diffusers import WanPipeline  # noqa: F401  lazily imported otherwise
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5EncoderModel  # noqa: F401
 
 
-def run_all(cases: list[Case], parts: Path, work: Path, jobs: int, tell: Callable[[int, Case, str, float], None]) -> list[str]:
+def run_all(
+    cases: list[Case],
+    parts: Path,
+    work: Path,
+    jobs: int,
+    tell: Callable[[int, Case, str, float], None],
+) -> list[str]:
     """What came of each case, "" where it held."""
     came, running, waiting = [""] * len(cases), {}, list(enumerate(cases))
     while waiting or running:
@@ -268,7 +305,9 @@ def run_all(cases: list[Case], parts: Path, work: Path, jobs: int, tell: Callabl
         pid, status = os.wait()
         index, folder, began = running.pop(pid)
         verdict = folder / ".verdict"
-        came[index] = verdict.read_text() if verdict.is_file() else f"the case ended with status {status}"
+        came[index] = (
+            verdict.read_text() if verdict.is_file() else f"the case ended with status {status}"
+        )
         if (folder / "CODE_RAN").exists():
             came[index] = "code out of the input was run"
         tell(index, cases[index], came[index], time.monotonic() - began)
@@ -287,6 +326,9 @@ def _fork_case(case: Case, place: Place) -> int:
         came = str(error)
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        came = f"the case itself failed: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+        came = (
+            f"the case itself failed: {type(error).__name__}: {error}"
+            f" ({Path(where.filename).name}:{where.lineno})"
+        )
     (place.folder / ".verdict").write_text(came or "", encoding="utf-8", errors="replace")
     os._exit(0)

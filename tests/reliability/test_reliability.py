@@ -14,12 +14,25 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments):
-    done = subprocess.run([sys.executable, "-m", "tests.reliability", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.reliability", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
 def test_a_sample_holds():
-    run("--every", "40", *(word for area in ("YAML", "overrides", "folders", "weight files") for word in ("--only", area)))
+    run(
+        "--every",
+        "40",
+        *(
+            word
+            for area in ("YAML", "overrides", "folders", "weight files")
+            for word in ("--only", area)
+        ),
+    )
 
 
 @pytest.mark.slow
@@ -35,19 +48,22 @@ def test_names_of_cases_are_unique_and_there_are_six_hundred():
 GOOD = Outcome(2, "", "warning: x\nerror: size=7, expected 8\n")
 
 
-@pytest.mark.parametrize("outcome, said", [
-    (GOOD, ""),
-    (Outcome(0, "wrote x", ""), "expected a refusal"),
-    (Outcome(1, "", GOOD.err), "expected a refusal, got exit 1"),
-    (Outcome(-9, "", GOOD.err, "over 2500 MB of memory"), "over 2500 MB"),
-    (Outcome(2, "", "Traceback (most recent call last):\nerror: x\n"), "a traceback"),
-    (Outcome(2, "", "error: \x1b[31mred\n"), "escape"),
-    (Outcome(2, "\x1b[31m", GOOD.err), "escape"),
-    (Outcome(2, "", "error: a\nerror: b\n"), "got 2"),
-    (Outcome(2, "", "error: a\nand more\n"), "the last"),
-    (Outcome(2, "", ""), "got 0"),
-    (Outcome(2, "", "error: " + "x" * 2000), "2007 characters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "outcome, said",
+    [
+        (GOOD, ""),
+        (Outcome(0, "wrote x", ""), "expected a refusal"),
+        (Outcome(1, "", GOOD.err), "expected a refusal, got exit 1"),
+        (Outcome(-9, "", GOOD.err, "over 2500 MB of memory"), "over 2500 MB"),
+        (Outcome(2, "", "Traceback (most recent call last):\nerror: x\n"), "a traceback"),
+        (Outcome(2, "", "error: \x1b[31mred\n"), "escape"),
+        (Outcome(2, "\x1b[31m", GOOD.err), "escape"),
+        (Outcome(2, "", "error: a\nerror: b\n"), "got 2"),
+        (Outcome(2, "", "error: a\nand more\n"), "the last"),
+        (Outcome(2, "", ""), "got 0"),
+        (Outcome(2, "", "error: " + "x" * 2000), "2007 characters"),
+    ],
+)
 def test_what_a_refusal_is(outcome, said):
     if not said:
         return refused(outcome, "size=7")

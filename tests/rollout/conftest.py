@@ -1,4 +1,5 @@
-"""The smallest student with a cache; elementwise, so that a batch of one is bitwise a part of a batch."""
+"""The smallest student with a cache; elementwise, so that a batch of one is bitwise a part of a
+batch."""
 
 from types import SimpleNamespace
 
@@ -7,7 +8,8 @@ import torch
 
 
 class FakeCache:
-    """Committed frames, kept as they come: a graph that the loop forgets to cut would stay in here."""
+    """Committed frames, kept as they come: a graph that the loop forgets to cut would stay in
+    here."""
 
     def __init__(self):
         self.frames = []
@@ -26,16 +28,22 @@ class FakeStudent(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(0.7))
-        self.key = torch.nn.Parameter(torch.tensor(0.3))  # reaches an output through the context only
+        # reaches an output through the context only
+        self.key = torch.nn.Parameter(torch.tensor(0.3))
         self.calls = []  # (latent frames, timestep, what)
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, cache=None, return_kv=False):
         self.calls.append((hidden_states.shape[2], timestep.tolist(), "denoise"))
-        t = timestep.reshape(*timestep.shape, *[1] * (2 - timestep.ndim))[:, None, :, None, None] / 1000
+        t = (
+            timestep.reshape(*timestep.shape, *[1] * (2 - timestep.ndim))[:, None, :, None, None]
+            / 1000
+        )
         prompt = encoder_hidden_states.mean(dim=(1, 2)).reshape(-1, 1, 1, 1, 1)
         context = cache.summary() if cache is not None and cache.frames else 0
         joint = hidden_states.mean(dim=2, keepdim=True)  # frames of one forward see each other
-        sample = torch.tanh(self.weight * hidden_states + 0.1 * joint + context + prompt) * (0.5 + t)
+        sample = torch.tanh(self.weight * hidden_states + 0.1 * joint + context + prompt) * (
+            0.5 + t
+        )
         kv = (self.key * hidden_states + t, hidden_states)
         return SimpleNamespace(sample=sample, kv=kv if return_kv else None)
 

@@ -1,13 +1,13 @@
-"""O5: a streaming distribution-matching stack on an AR(1) process, from noise to fixed point, exactly.
+"""O5: a streaming distribution-matching stack on an AR(1) process, from noise to fixed point,
+exactly.
 
-Frames have covariance S_ij = rho^|i - j|. The teacher is the exact bidirectional denoiser. The student is
-causal, x_1 = s z_1, x_{k+1} = a ctx_k + b z_{k+1}, with ctx_k = (1 - c) x_k + c eps_k what the loop commits,
-detached. Distribution matching recovers a = rho / (1 - c), b^2 = 1 - rho^2 ((1 - c)^2 + c^2) / (1 - c)^2 and
-s = 1, although no gradient flows through the context.
+Frames have covariance S_ij = rho^|i - j|. The teacher is the exact bidirectional denoiser. The
+student is causal, x_1 = s z_1, x_{k+1} = a ctx_k + b z_{k+1}, with ctx_k = (1 - c) x_k + c eps_k
+what the loop commits, detached. Distribution matching recovers a = rho / (1 - c), b^2 = 1 - rho^2
+((1 - c)^2 + c^2) / (1 - c)^2 and s = 1, although no gradient flows through the context.
 
-Everything is linear in the Gaussian draws, so that a batch of their scaled unit vectors has second moments
-that are exactly the identity, and batch means are expectations.
-"""
+Everything is linear in the Gaussian draws, so that a batch of their scaled unit vectors has second
+moments that are exactly the identity, and batch means are expectations."""
 
 from types import SimpleNamespace
 
@@ -39,7 +39,8 @@ class UnitNoise:
 
 
 class LinearStudent(torch.nn.Module):
-    """x_{k+1} = a ctx_k + b z as a velocity at t = 1; its cache is a list of the committed frames."""
+    """x_{k+1} = a ctx_k + b z as a velocity at t = 1; its cache is a list of the committed
+    frames."""
 
     def __init__(self):
         super().__init__()
@@ -64,9 +65,15 @@ def denoise(x_t, covariance):
 
 def clip_of(student, context_t):
     results = rollout(
-        student, PROMPTS, autoregressive((1.0,), NUM_FRAMES), UnitNoise(), latent_shape=(1, 1, 1),
-        chunk_frames=1, cache=[], context_t=context_t,
-    )  # fmt: skip
+        student,
+        PROMPTS,
+        autoregressive((1.0,), NUM_FRAMES),
+        UnitNoise(),
+        latent_shape=(1, 1, 1),
+        chunk_frames=1,
+        cache=[],
+        context_t=context_t,
+    )
     return torch.cat([result.prediction for result in results], dim=2)  # [B, 1, K, 1, 1]
 
 
@@ -81,16 +88,22 @@ def test_streaming_distribution_matching_recovers_the_process(context_t, toleran
     teacher = RHO ** (index[:, None] - index[None]).abs().double()
     student = LinearStudent()
     shape = (1, 1, 1, 1)
-    score_noise = [UnitNoise().draw(k, "score", shape, None, torch.float64) for k in range(NUM_FRAMES)]
+    score_noise = [
+        UnitNoise().draw(k, "score", shape, None, torch.float64) for k in range(NUM_FRAMES)
+    ]
     for _ in range(400):
         x = clip_of(student, context_t)
         x_t = add_noise(x.detach(), torch.cat(score_noise, dim=2), T)
-        g = dmd_gradient(x, denoise(x_t, covariance_of(x)), denoise(x_t, teacher), normalizer="none")
+        g = dmd_gradient(
+            x, denoise(x_t, covariance_of(x)), denoise(x_t, teacher), normalizer="none"
+        )
         gradients = torch.autograd.grad(surrogate(x, g, "sum") / BATCH, student.parameters())
         with torch.no_grad():
             for parameter, gradient in zip(student.parameters(), gradients):
                 parameter -= 0.5 * gradient
     clean = 1 - context_t
     b = (1 - RHO**2 * (clean**2 + context_t**2) / clean**2) ** 0.5
-    assert [student.a.item(), student.b.item(), student.s.item()] == pytest.approx([RHO / clean, b, 1], abs=tolerance)
+    assert [student.a.item(), student.b.item(), student.s.item()] == pytest.approx(
+        [RHO / clean, b, 1], abs=tolerance
+    )
     assert (covariance_of(clip_of(student, context_t)) - teacher).abs().max() < 4 * tolerance

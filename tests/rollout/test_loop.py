@@ -1,4 +1,5 @@
-"""The loop: gradients where they belong, context where it belongs, and schedules held to their word."""
+"""The loop: gradients where they belong, context where it belongs, and schedules held to their
+word."""
 
 import itertools
 
@@ -8,7 +9,15 @@ import torch
 from streamvid.core.process import add_noise, x0_from_v
 from streamvid.rollout.loop import rollout
 from streamvid.rollout.noise import CONTEXT_EVENT, KeyedNoise
-from streamvid.rollout.schedule import Denoise, autoregressive, cost_of, full_sequence, rolling, table, truncate
+from streamvid.rollout.schedule import (
+    Denoise,
+    autoregressive,
+    cost_of,
+    full_sequence,
+    rolling,
+    table,
+    truncate,
+)
 
 TIMES = (1.0, 0.9, 0.6)
 SHAPE, FRAMES = (3, 4, 4), 2
@@ -30,12 +39,16 @@ def run(student, prompts, schedule, noise=None, **options):
     if "cache" not in options:
         options["cache"] = None if options.get("commit") == "none" else student.new_cache(2, 4, 4)
     noise = noise or KeyedNoise(range(len(prompts)))
-    return rollout(student, prompts, schedule, noise, latent_shape=SHAPE, chunk_frames=FRAMES, **options)
+    return rollout(
+        student, prompts, schedule, noise, latent_shape=SHAPE, chunk_frames=FRAMES, **options
+    )
 
 
 def reached(output, noise):
     """The (chunk, event) of the draws that the gradient of ``output`` reaches."""
-    gradients = torch.autograd.grad(output.sum(), noise.draws.values(), allow_unused=True, retain_graph=True)
+    gradients = torch.autograd.grad(
+        output.sum(), noise.draws.values(), allow_unused=True, retain_graph=True
+    )
     return {key for key, gradient in zip(noise.draws, gradients) if gradient is not None}
 
 
@@ -52,32 +65,42 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("commit", ["clean", "reuse"])
 def test_gradient_only_on_taps_and_none_across_chunks(student, prompts, commit):
-    """A chunk's loss reaches the state its tapped step began from, not earlier steps, not earlier chunks.
+    """A chunk's loss reaches the state its tapped step began from, not earlier steps, not earlier
+    chunks.
 
-    In the Self-Forcing lineage it leaks to earlier chunks, through keys that were written with their graph.
-    The fake's cache keeps whatever graph it is given, and its ``key`` reaches an output through it only.
-    """
+    In the Self-Forcing lineage it leaks to earlier chunks, through keys that were written with
+    their graph. The fake's cache keeps whatever graph it is given, and its ``key`` reaches an
+    output through it only."""
     noise = LeafNoise([3, 4])
     results = list(run(student, prompts, autoregressive(TIMES, 3), noise, commit=commit))
     for result in results:
         assert reached(result.prediction, noise) == {(result.index, 2)}
         assert not result.latents.requires_grad and result.t == 0.6
         assert torch.equal(result.latents, result.prediction.detach())
-    gradients = torch.autograd.grad(results[2].prediction.sum(), student.parameters(), allow_unused=True)
+    gradients = torch.autograd.grad(
+        results[2].prediction.sum(), student.parameters(), allow_unused=True
+    )
     assert gradients[0] is not None and gradients[1] is None
 
 
 def test_untapped_steps_keep_no_graph(student, prompts):
-    """Neither in memory, while they run, nor, with a stepper that carries the state on, in the result."""
+    """Neither in memory, while they run, nor, with a stepper that carries the state on, in the
+    result."""
     noise, modes = LeafNoise([3, 4]), []
     record = lambda chunk, t, x_t: modes.append(torch.is_grad_enabled()) or x_t
-    results = list(run(student, prompts, autoregressive(TIMES, 2), noise, stepper="euler", before_step=record))
+    results = list(
+        run(student, prompts, autoregressive(TIMES, 2), noise, stepper="euler", before_step=record)
+    )
     assert modes == [False, False, True] * 2
-    assert all(result.prediction.requires_grad and not reached(result.prediction, noise) for result in results)
+    assert all(
+        result.prediction.requires_grad and not reached(result.prediction, noise)
+        for result in results
+    )
 
 
 def test_gradient_of_a_chunk_is_that_of_its_last_step_alone(student, prompts):
-    """The same numbers as one forward by hand, from the recorded state and over recomputed context."""
+    """The same numbers as one forward by hand, from the recorded state and over recomputed
+    context."""
     states = {}
     record = lambda chunk, t, x_t: states.update({(chunk, t): x_t}) or x_t
     results = list(run(student, prompts, autoregressive(TIMES, 2), before_step=record))
@@ -93,11 +116,14 @@ def test_gradient_of_a_chunk_is_that_of_its_last_step_alone(student, prompts):
 
 
 def test_gradient_of_a_joint_forward_reaches_its_states_and_no_older_ones(student, prompts):
-    """In a rolling window of 3 the finishing chunk is tapped, and depends on the noisier ones beside it."""
+    """In a rolling window of 3 the finishing chunk is tapped, and depends on the noisier ones
+    beside it."""
     noise = LeafNoise([3, 4])
     for result in run(student, prompts, rolling(TIMES, 4), noise):
         states = {(result.index, 2), (result.index + 1, 1), (result.index + 2, 0)}
-        assert reached(result.prediction, noise) == {(chunk, event) for chunk, event in states if chunk < 4}
+        assert reached(result.prediction, noise) == {
+            (chunk, event) for chunk, event in states if chunk < 4
+        }
 
 
 def test_tap_on_an_earlier_step_keeps_that_prediction(student, prompts):
@@ -151,13 +177,18 @@ def test_a_sample_does_not_depend_on_its_batch(student, prompts, schedule):
 
 
 def test_truncation_shows_the_predictions_of_the_full_rollout(student, prompts):
-    """The exit's prediction is that of the same step of the whole rollout, given the same context."""
+    """The exit's prediction is that of the same step of the whole rollout, given the same
+    context."""
     seen = {}
     hook = {"after_x0": lambda chunk, t, x0: seen.update({(chunk, t): x0}) or x0}
     list(run(student, prompts, autoregressive(TIMES, 1), **hook))
     for exit_index, t in enumerate(TIMES):
         (result,) = run(student, prompts, truncate(autoregressive(TIMES, 1), exit_index))
-        assert torch.equal(result.latents, seen[0, t]) and result.t == t and result.nfe == exit_index + 1
+        assert (
+            torch.equal(result.latents, seen[0, t])
+            and result.t == t
+            and result.nfe == exit_index + 1
+        )
         assert result.prediction.requires_grad
 
 
@@ -166,7 +197,9 @@ def test_endless_schedules_stream_lazily(student, prompts):
     results = run(student, prompts, autoregressive(TIMES))
     assert next(results).index == 0 and len(student.calls) == 3
     assert [r.index for r in itertools.islice(results, 2)] == [1, 2]
-    assert [what for *_, what in student.calls] == ["denoise"] * 3 + (["commit"] + ["denoise"] * 3) * 2
+    assert [what for *_, what in student.calls] == ["denoise"] * 3 + (
+        ["commit"] + ["denoise"] * 3
+    ) * 2
 
 
 @pytest.mark.parametrize("order", SCHEDULES)
@@ -185,9 +218,14 @@ def test_forwards_are_those_that_were_counted(student, prompts, order, commit, c
 
 @pytest.mark.parametrize("commit", ["clean", "reuse"])
 def test_commit_last_lets_a_stream_continue(student, prompts, commit):
-    """A later rollout over the same cache, from the next chunk on, is the rest of one rollout, bitwise."""
+    """A later rollout over the same cache, from the next chunk on, is the rest of one rollout,
+    bitwise."""
     cache = student.new_cache(2, 4, 4)
-    list(run(student, prompts, autoregressive(TIMES, 2), cache=cache, commit=commit, commit_last=True))
+    list(
+        run(
+            student, prompts, autoregressive(TIMES, 2), cache=cache, commit=commit, commit_last=True
+        )
+    )
     rest = itertools.dropwhile(lambda event: event.chunks[0] < 2, autoregressive(TIMES, 4))
     continued = list(run(student, prompts, rest, cache=cache, commit=commit))
     whole = list(run(student, prompts, autoregressive(TIMES, 4), commit=commit))
@@ -196,13 +234,22 @@ def test_commit_last_lets_a_stream_continue(student, prompts, commit):
 
 
 def test_context_is_clean_noised_or_that_of_the_last_pass(student, prompts):
-    """Committed keys are those of x0 at 0, of noised x0 at its level, or of the state that was denoised."""
+    """Committed keys are those of x0 at 0, of noised x0 at its level, or of the state that was
+    denoised."""
     noise = KeyedNoise([0, 1])
     where = ((3, FRAMES, 4, 4), torch.device("cpu"), torch.float32)
 
     def committed(**options):
         cache = student.new_cache(2, 4, 4)
-        (result,) = run(student, prompts, autoregressive((1.0,), 1), noise, cache=cache, commit_last=True, **options)
+        (result,) = run(
+            student,
+            prompts,
+            autoregressive((1.0,), 1),
+            noise,
+            cache=cache,
+            commit_last=True,
+            **options,
+        )
         return result.latents, cache.frames[0][1], student.calls[-1]
 
     latents, values, call = committed()
@@ -211,7 +258,11 @@ def test_context_is_clean_noised_or_that_of_the_last_pass(student, prompts):
     assert torch.equal(values, add_noise(latents, noise.draw(0, CONTEXT_EVENT, *where), 0.25))
     assert call == (FRAMES, [250.0, 250.0], "commit")
     latents, values, call = committed(commit="reuse")
-    assert torch.equal(values, noise.draw(0, 0, *where)) and call == (FRAMES, [1000.0, 1000.0], "denoise")
+    assert torch.equal(values, noise.draw(0, 0, *where)) and call == (
+        FRAMES,
+        [1000.0, 1000.0],
+        "denoise",
+    )
 
 
 def test_rolling_passes_a_time_a_frame(student, prompts):
@@ -225,10 +276,21 @@ def test_hooks_replace_states_and_predictions(student, prompts):
     image = torch.full((2, 3, 1, 4, 4), 7.0)
     pinned = lambda chunk, t, x: torch.cat([image, x[:, :, 1:]], dim=2) if chunk == 0 else x
     for stepper in ("renoise", "euler"):
-        results = list(run(student, prompts, autoregressive(TIMES, 2), stepper=stepper, after_x0=pinned))
-        assert torch.equal(results[0].latents[:, :, :1], image) and not results[1].latents.eq(7).any()
+        results = list(
+            run(student, prompts, autoregressive(TIMES, 2), stepper=stepper, after_x0=pinned)
+        )
+        assert (
+            torch.equal(results[0].latents[:, :, :1], image) and not results[1].latents.eq(7).any()
+        )
     seen = []
-    list(run(student, prompts, autoregressive(TIMES, 1), before_step=lambda i, t, x: seen.append((i, t)) or x))
+    list(
+        run(
+            student,
+            prompts,
+            autoregressive(TIMES, 1),
+            before_step=lambda i, t, x: seen.append((i, t)) or x,
+        )
+    )
     assert seen == [(0, t) for t in TIMES]
 
 
@@ -245,7 +307,9 @@ def test_wrapped_students_are_called_and_committed(student, prompts):
             return self.module(*args, **kwargs)
 
     wrapper = Wrapper(student)
-    wrapped = list(run(wrapper, prompts, autoregressive(TIMES, 2), cache=student.new_cache(2, 4, 4)))
+    wrapped = list(
+        run(wrapper, prompts, autoregressive(TIMES, 2), cache=student.new_cache(2, 4, 4))
+    )
     assert wrapper.num_calls == 6
     for a, b in zip(wrapped, run(student, prompts, autoregressive(TIMES, 2)), strict=True):
         assert torch.equal(a.latents, b.latents)
@@ -281,8 +345,14 @@ def test_contradictions_are_refused_at_construction(student, prompts, options, m
     [
         ([Denoise((i,), (1.0,), (0.0,), (True,)) for i in (0, 2)], r"\(2,\) where \(1,\) follow"),
         ([Denoise((0, 2), (1.0, 1.0), (0.0, 0.5), (True, False))], r"\(0, 2\) where \(0, 1\)"),
-        ([Denoise((0, 1), (1.0, 1.0), (0.5, 0.0), (False, True))], "an older chunk must finish first"),
-        ([Denoise((0,), (1.0,), (0.5,), (False,)), Denoise((0,), (0.6,), (0.0,), (True,))], "is at t=0.5"),
+        (
+            [Denoise((0, 1), (1.0, 1.0), (0.5, 0.0), (False, True))],
+            "an older chunk must finish first",
+        ),
+        (
+            [Denoise((0,), (1.0,), (0.5,), (False,)), Denoise((0,), (0.6,), (0.0,), (True,))],
+            "is at t=0.5",
+        ),
         ([Denoise((0,), (1.0,), (0.5,), (False,))], r"chunks \(0,\) unfinished"),
     ],
 )

@@ -11,7 +11,14 @@ from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout import sampler
 from streamvid.rollout.loop import rollout
 from streamvid.rollout.noise import KeyedNoise
-from streamvid.rollout.sampler import GuidedModel, generate, generate_latents, new_cache, stream, stream_latents
+from streamvid.rollout.sampler import (
+    GuidedModel,
+    generate,
+    generate_latents,
+    new_cache,
+    stream,
+    stream_latents,
+)
 from streamvid.rollout.schedule import StreamConfig, build_schedule
 
 CONFIG = StreamConfig(num_steps=2, first_steps=3, chunk_frames=2, context_t=0.1)
@@ -20,7 +27,8 @@ SHAPE = (3, 4, 4)
 
 
 class CountingCodec:
-    """Repeats a latent frame 4 times, the first of a stream once; pixels tell how many came before."""
+    """Repeats a latent frame 4 times, the first of a stream once; pixels tell how many came
+    before."""
 
     latent_channels, temporal_ratio, spatial_ratio = 3, 4, 2
 
@@ -28,8 +36,13 @@ class CountingCodec:
         return 0
 
     def decode_chunk(self, latents, state):
-        frames = latents.sigmoid().transpose(1, 2).repeat_interleave(4, dim=1)[:, 0 if state else 3 :]
-        return frames.repeat_interleave(2, -1).repeat_interleave(2, -2) / (1 + state), state + latents.shape[2]
+        frames = (
+            latents.sigmoid().transpose(1, 2).repeat_interleave(4, dim=1)[:, 0 if state else 3 :]
+        )
+        return (
+            frames.repeat_interleave(2, -1).repeat_interleave(2, -2) / (1 + state),
+            state + latents.shape[2],
+        )
 
 
 @pytest.fixture
@@ -40,16 +53,28 @@ def codec():
 def tiny_wan():
     torch.manual_seed(0)
     return CausalWanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=3, out_channels=3, text_dim=3, freq_dim=16,
-        ffn_dim=32, num_layers=2,
-    ).eval()  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=3,
+        out_channels=3,
+        text_dim=3,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+    ).eval()
 
 
 CONFIGS = {
     "self-forcing": CONFIG,
-    "reused context": StreamConfig(step_table=((1.0, 0.9, 0.4), (1.0, 0.4)), chunk_frames=2, commit="reuse"),
-    "rolling": StreamConfig(order="rolling", num_steps=2, chunk_frames=2, window_frames=6, sink_frames=1),
-    "endless positions": StreamConfig(chunk_frames=2, num_steps=1, window_frames=4, sink_frames=1, positions="window"),
+    "reused context": StreamConfig(
+        step_table=((1.0, 0.9, 0.4), (1.0, 0.4)), chunk_frames=2, commit="reuse"
+    ),
+    "rolling": StreamConfig(
+        order="rolling", num_steps=2, chunk_frames=2, window_frames=6, sink_frames=1
+    ),
+    "endless positions": StreamConfig(
+        chunk_frames=2, num_steps=1, window_frames=4, sink_frames=1, positions="window"
+    ),
 }
 
 
@@ -59,17 +84,27 @@ def test_stream_export_and_training_agree_bitwise(student, codec, prompts, confi
     student = tiny_wan() if real else student
     size = {"seeds": [1, 2], "num_frames": 29, **SIZE}  # 8 latent frames, 4 chunks
     chunks = list(stream(student, codec, prompts, config, **size))
-    assert torch.equal(torch.cat([c.frames for c in chunks], 1), generate(student, codec, prompts, config, **size))
+    assert torch.equal(
+        torch.cat([c.frames for c in chunks], 1), generate(student, codec, prompts, config, **size)
+    )
     endless = stream(student, codec, prompts, config, seeds=[1, 2], **SIZE)
     training = rollout(
-        student, prompts, build_schedule(config, 4), KeyedNoise([1, 2]), latent_shape=SHAPE,
-        chunk_frames=2, cache=new_cache(student, config, 2, SHAPE), commit=config.commit,
-        context_t=config.context_t, stepper=config.stepper,
-    )  # fmt: skip
+        student,
+        prompts,
+        build_schedule(config, 4),
+        KeyedNoise([1, 2]),
+        latent_shape=SHAPE,
+        chunk_frames=2,
+        cache=new_cache(student, config, 2, SHAPE),
+        commit=config.commit,
+        context_t=config.context_t,
+        stepper=config.stepper,
+    )
     for chunk, trained in zip(chunks, training, strict=True):
         assert trained.prediction.requires_grad
         assert torch.equal(chunk.latents, trained.prediction.detach())
-        if config.order != "rolling":  # there, chunks begin while earlier ones wait, so an end is felt before it
+        # there, chunks begin while earlier ones wait, so an end is felt before it
+        if config.order != "rolling":
             assert torch.equal(next(endless).frames, chunk.frames)
 
 
@@ -80,16 +115,22 @@ def test_a_stream_does_not_depend_on_its_batch(student, codec, prompts):
 
 
 def test_alone_and_in_a_batch_noise_is_equal_to_the_bit_and_a_sample_up_to_rounding(codec):
-    """Matrix products of another size round otherwise; a draw or a time that depends on the batch shows as 1e-2 and more."""
+    """Matrix products of another size round otherwise; a draw or a time that depends on the batch
+    shows as 1e-2 and more."""
     torch.manual_seed(0)
     student, prompts, seeds = tiny_wan(), torch.randn(5, 4, 3), [7, 1, 2, 9, 4]
 
     def made(rows):
         seen = []
         chunks = stream_latents(
-            student, prompts[rows], CONFIG, seeds=[seeds[row] for row in rows], latent_shape=SHAPE, num_chunks=3,
+            student,
+            prompts[rows],
+            CONFIG,
+            seeds=[seeds[row] for row in rows],
+            latent_shape=SHAPE,
+            num_chunks=3,
             before_step=lambda chunk, t, x: seen.append((t, x.clone())) or x,
-        )  # fmt: skip
+        )
         latents = torch.cat([chunk.latents for chunk in chunks], dim=2)
         return latents, torch.stack([x for t, x in seen if t == 1])
 
@@ -102,7 +143,9 @@ def test_alone_and_in_a_batch_noise_is_equal_to_the_bit_and_a_sample_up_to_round
 
 
 def test_chunks_have_their_frames_and_never_end(student, codec, prompts):
-    chunks = list(itertools.islice(stream(student, codec, prompts, CONFIG, seeds=[1, 2], **SIZE), 5))
+    chunks = list(
+        itertools.islice(stream(student, codec, prompts, CONFIG, seeds=[1, 2], **SIZE), 5)
+    )
     assert [c.frames.shape for c in chunks] == [(2, 5, 3, 8, 8)] + [(2, 8, 3, 8, 8)] * 4
     assert [c.index for c in chunks] == list(range(5))
     assert all(c.latents.shape == (2, 3, 2, 4, 4) and not c.frames.requires_grad for c in chunks)
@@ -127,7 +170,12 @@ def test_times_are_of_the_model_and_the_codec_only(student, prompts, monkeypatch
             return spend(0.25, super().decode_chunk(latents, state))
 
     monkeypatch.setattr(sampler, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    options = {"seeds": [1, 2], "num_frames": 21, "after_x0": lambda chunk, t, x0: spend(1, x0), **SIZE}
+    options = {
+        "seeds": [1, 2],
+        "num_frames": 21,
+        "after_x0": lambda chunk, t, x0: spend(1, x0),
+        **SIZE,
+    }
     chunks = stream(student, SlowCodec(), prompts, CONFIG, **options)
     times = [(chunk.denoise_s, chunk.decode_s, spend(100))[:2] for chunk in chunks]
     assert times == [(3, 0.25), (2, 0.25), (2, 0.25)]
@@ -135,15 +183,26 @@ def test_times_are_of_the_model_and_the_codec_only(student, prompts, monkeypatch
 
 def test_hooks_reach_the_loop(student, codec, prompts):
     zero = lambda chunk, t, x: torch.zeros_like(x)
-    (chunk,) = stream(student, codec, prompts, CONFIG, seeds=[1, 2], num_frames=5, after_x0=zero, **SIZE)
+    (chunk,) = stream(
+        student, codec, prompts, CONFIG, seeds=[1, 2], num_frames=5, after_x0=zero, **SIZE
+    )
     assert chunk.latents.eq(0).all()
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_frames": 77}, "chunk_frames=3 does not divide 20 latent frames; use 18 or 21, i.e. num_frames=69 or 81"),
-        ({"num_frames": 5}, "chunk_frames=3 does not divide 2 latent frames; use 3, i.e. num_frames=9"),
+        (
+            {"num_frames": 77},
+            (
+                "chunk_frames=3 does not divide 20 latent frames; use 18 or 21, i.e. num_frames=69"
+                " or 81"
+            ),
+        ),
+        (
+            {"num_frames": 5},
+            "chunk_frames=3 does not divide 2 latent frames; use 3, i.e. num_frames=9",
+        ),
         ({"num_frames": 80}, r"num_frames=80 is not 1 \+ 4 k; use 77 or 81"),
         ({"height": 9}, "frames of 9 x 8 pixels, expected multiples of 2; use 8 x 8"),
         ({"width": 0}, "use 8 x 2"),
@@ -171,27 +230,42 @@ def gaussian_predict(std):
 
 
 def test_teacher_sampling_converges_to_the_flow(prompts):
-    """The flow of a Gaussian takes eps to mean + std eps; Euler's error falls like 1 / n, guidance moves the mean."""
+    """The flow of a Gaussian takes eps to mean + std eps; Euler's error falls like 1 / n, guidance
+    moves the mean."""
     uncond, scale, std = prompts.flip(0), 3.0, 0.5
     model = GuidedModel(gaussian_predict(std), uncond, scale)
-    noise = [KeyedNoise([1, 2]).draw(k, 0, (3, 2, 4, 4), torch.device("cpu"), torch.float32) for k in range(3)]
+    noise = [
+        KeyedNoise([1, 2]).draw(k, 0, (3, 2, 4, 4), torch.device("cpu"), torch.float32)
+        for k in range(3)
+    ]
     mean = (uncond + scale * (prompts - uncond)).mean(dim=(1, 2)).reshape(-1, 1, 1, 1, 1)
     exact = mean + std * torch.cat(noise, dim=2)
     errors = []
     for num_steps in (50, 100, 200):
         config = StreamConfig(
-            num_steps=num_steps, shift=1.0, chunk_frames=2, order="full_sequence", stepper="euler", commit="none"
+            num_steps=num_steps,
+            shift=1.0,
+            chunk_frames=2,
+            order="full_sequence",
+            stepper="euler",
+            commit="none",
         )
-        latents = generate_latents(model, prompts, config, seeds=[1, 2], latent_shape=SHAPE, num_chunks=3)
+        latents = generate_latents(
+            model, prompts, config, seeds=[1, 2], latent_shape=SHAPE, num_chunks=3
+        )
         errors.append((latents - exact).abs().max().item())
     assert errors[-1] < 0.02
-    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1) and errors[1] / errors[2] == pytest.approx(2, rel=0.1)
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1) and errors[1] / errors[
+        2
+    ] == pytest.approx(2, rel=0.1)
 
 
 def test_guidance_of_one_runs_one_pass(prompts):
     calls = []
     predict = lambda x_t, t, cond: calls.append((t.tolist(), cond)) or torch.zeros_like(x_t)
-    config = StreamConfig(num_steps=2, shift=1.0, order="full_sequence", stepper="euler", commit="none")
+    config = StreamConfig(
+        num_steps=2, shift=1.0, order="full_sequence", stepper="euler", commit="none"
+    )
     sizes = {"seeds": [1, 2], "latent_shape": SHAPE, "num_chunks": 1}
     generate_latents(GuidedModel(predict), prompts, config, **sizes)
     assert [t for t, _ in calls] == [[1.0, 1.0], [0.5, 0.5]]

@@ -1,8 +1,8 @@
 """Schedules as data: the orders, their truncation and cost, and the saved configuration."""
 
 import itertools
-from dataclasses import replace
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -15,9 +15,9 @@ from streamvid.rollout.schedule import (
     build_schedule,
     cost_of,
     full_sequence,
+    move_tap,
     rolling,
     table,
-    move_tap,
     truncate,
 )
 
@@ -54,7 +54,8 @@ def test_rolling_gives_every_chunk_every_step(num_chunks):
     assert rows(events) == {chunk: FULL_ROW for chunk in range(num_chunks)}
     assert len(events) == num_chunks + len(TIMES) - 1
     for event in events:
-        assert list(event.t) == sorted(event.t) and len(set(event.t)) == len(event.t)  # the oldest is cleanest
+        # the oldest is cleanest
+        assert list(event.t) == sorted(event.t) and len(set(event.t)) == len(event.t)
         assert event.chunks == tuple(range(event.chunks[0], event.chunks[-1] + 1))
 
 
@@ -77,7 +78,9 @@ def test_endless_schedules_are_lazy_and_begin_like_finite_ones(endless, finite):
 
 def test_truncation_is_a_prefix_of_every_chunk():
     for order in (autoregressive, rolling, full_sequence):
-        assert rows(truncate(order(TIMES, 3), 1)) == {i: [FULL_ROW[0], (0.9, 0.0, True)] for i in range(3)}
+        assert rows(truncate(order(TIMES, 3), 1)) == {
+            i: [FULL_ROW[0], (0.9, 0.0, True)] for i in range(3)
+        }
         assert list(truncate(order(TIMES, 3), 2)) == list(order(TIMES, 3))
     assert list(truncate(rolling(TIMES, 4), 1)) == list(rolling(TIMES[:2], 4))
 
@@ -85,22 +88,33 @@ def test_truncation_is_a_prefix_of_every_chunk():
 def test_truncation_by_chunk_and_of_ragged_lists():
     schedule = list(autoregressive((1.0, 0.5), 3, first_times=TIMES))
     assert [len(row) for row in rows(truncate(schedule, 2)).values()] == [3, 2, 2]
-    assert [len(row) for row in rows(truncate(schedule, lambda chunk: (2, 0, 1)[chunk])).values()] == [3, 1, 2]
+    assert [
+        len(row) for row in rows(truncate(schedule, lambda chunk: (2, 0, 1)[chunk])).values()
+    ] == [3, 1, 2]
 
 
 def test_a_moved_tap_changes_no_step():
     for order in (autoregressive, rolling, full_sequence):
         moved = list(move_tap(order(TIMES, 3), 1))
-        assert [replace(event, tap=()) for event in moved] == [replace(event, tap=()) for event in order(TIMES, 3)]
-        assert all([tap for _, _, tap in row] == [step == 1 for step in range(len(TIMES))] for row in rows(moved).values())
+        assert [replace(event, tap=()) for event in moved] == [
+            replace(event, tap=()) for event in order(TIMES, 3)
+        ]
+        assert all(
+            [tap for _, _, tap in row] == [step == 1 for step in range(len(TIMES))]
+            for row in rows(moved).values()
+        )
         assert list(move_tap(order(TIMES, 3), len(TIMES) - 1)) == list(order(TIMES, 3))
     ragged = rows(move_tap(autoregressive((1.0, 0.5), 2, first_times=TIMES), 2))
-    assert [[tap for _, _, tap in row] for row in ragged.values()] == [[False, False, True], [False, True]]
+    assert [[tap for _, _, tap in row] for row in ragged.values()] == [
+        [False, False, True],
+        [False, True],
+    ]
     assert len(list(itertools.islice(move_tap(autoregressive(TIMES), 1), 12))) == 12
 
 
 def test_costs_of_the_published_schedules():
-    """Self-Forcing's clip has 7 (4 + 1) forwards less the useless last commit, diagonal 17 and no commit."""
+    """Self-Forcing's clip has 7 (4 + 1) forwards less the useless last commit, diagonal 17 and no
+    commit."""
     self_forcing = autoregressive(step_times(4, 5.0), 7)
     assert cost_of(self_forcing, 3) == Cost(nfe=28, commits=6, latent_frames=34 * 3)
     assert cost_of(autoregressive(step_times(4, 5.0), 7), 3, commit_last=True).commits == 7
@@ -136,10 +150,14 @@ def test_bad_counts_are_refused_at_construction():
 
 CONFIGS = [
     StreamConfig(),
-    StreamConfig(num_steps=2, first_steps=4, shift=8.0, window_frames=12, sink_frames=3, positions="window"),
+    StreamConfig(
+        num_steps=2, first_steps=4, shift=8.0, window_frames=12, sink_frames=3, positions="window"
+    ),
     StreamConfig(step_table=((1.0, 0.9), (1.0,)), commit="reuse", chunk_frames=1),
     StreamConfig(order="full_sequence", commit="none", stepper="euler", num_steps=50),
-    StreamConfig(order="rolling", num_steps=5, window_frames=21, sink_frames=3, max_trained_frames=21),
+    StreamConfig(
+        order="rolling", num_steps=5, window_frames=21, sink_frames=3, max_trained_frames=21
+    ),
 ]
 
 

@@ -1,4 +1,5 @@
-"""The laboratory's teachers are exact, its distance is fair, and a run from the command line leaves a whole report."""
+"""The laboratory's teachers are exact, its distance is fair, and a run from the command line leaves
+a whole report."""
 
 import json
 import sys
@@ -6,9 +7,14 @@ import sys
 import pytest
 import torch
 
-from streamvid.studies.plane import QUICK, Effort, distil, load_start, pretrain, sample
-from streamvid.studies.plane_metrics import NUM_POINTS, energy_distance, median_distance, modes_covered
 from streamvid.settings.targets import TARGETS, Target
+from streamvid.studies.plane import QUICK, Effort, distil, load_start, pretrain, sample
+from streamvid.studies.plane_metrics import (
+    NUM_POINTS,
+    energy_distance,
+    median_distance,
+    modes_covered,
+)
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -21,7 +27,11 @@ def test_the_velocity_is_the_conditional_mean(name):
     for t in (0.3, 0.8):
         x_t, time = (1 - t) * x0 + t * eps, torch.full((len(x0),), t, dtype=torch.float64)
         residual = (eps - x0 - target.velocity(x_t, time, cond)).flatten(1)
-        for probe in (torch.ones(len(x0), 2, dtype=torch.float64), x_t.flatten(1), x_t.flatten(1).sin()):
+        for probe in (
+            torch.ones(len(x0), 2, dtype=torch.float64),
+            x_t.flatten(1),
+            x_t.flatten(1).sin(),
+        ):
             product = residual * probe
             assert (product.mean(0).abs() < 4.5 * product.std(0) / len(x0) ** 0.5).all()
 
@@ -30,7 +40,9 @@ def test_no_prompt_is_all_prompts():
     target = TARGETS["prompts"]()
     x, t = torch.randn(50, 2, 1, 1), torch.rand(50) * 0.9 + 0.05
     whole = Target("all", target.means, target.width, target.prompts.mean(0, keepdim=True))
-    torch.testing.assert_close(target.velocity(x, t, None), whole.velocity(x, t, torch.zeros(50, dtype=torch.long)))
+    torch.testing.assert_close(
+        target.velocity(x, t, None), whole.velocity(x, t, torch.zeros(50, dtype=torch.long))
+    )
 
 
 def test_the_flow_ends_in_the_law():
@@ -73,12 +85,15 @@ def test_a_run_is_a_function_of_its_seed_and_leaves_the_start_alone(tmp_path):
     one, two, other = (distil(preset, target, start, QUICK, seed) for seed in (0, 0, 1))
     same = [torch.equal(a, b) for a, b in zip(one.student_parameters(), two.student_parameters())]
     assert all(same)
-    assert not all(torch.equal(a, b) for a, b in zip(one.student_parameters(), other.student_parameters()))
+    assert not all(
+        torch.equal(a, b) for a, b in zip(one.student_parameters(), other.student_parameters())
+    )
     assert all(torch.equal(a, b) for a, b in zip(kept, start.parameters()))
 
 
 def test_distillation_brings_a_one_step_student_near():
-    """Short of the report's effort, DMD takes one step from hundreds of times the floor to near it."""
+    """Short of the report's effort, DMD takes one step from hundreds of times the floor to near
+    it."""
     from streamvid.objectives import all_presets
 
     effort = Effort(student_updates=120, batch_size=256, start_steps=600, num_sets=3)
@@ -99,7 +114,9 @@ def toy2d(monkeypatch):
     import importlib.util
     from pathlib import Path
 
-    spec = importlib.util.spec_from_file_location("toy2d_tool", Path(__file__).parents[2] / "tools" / "toy2d.py")
+    spec = importlib.util.spec_from_file_location(
+        "toy2d_tool", Path(__file__).parents[2] / "tools" / "toy2d.py"
+    )
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "toy2d_tool", module)
     spec.loader.exec_module(module)
@@ -107,8 +124,19 @@ def toy2d(monkeypatch):
 
 
 def test_the_tool_writes_a_report_and_goes_on_where_it_was(toy2d, tmp_path, capsys):
-    arguments = ["--quick", "--only", "dmd,cd", "--targets", "ring,prompts", "--jobs", "1", "--folder", str(tmp_path / "runs"),
-                 "--out", str(tmp_path / "report.json")]  # fmt: skip
+    arguments = [
+        "--quick",
+        "--only",
+        "dmd,cd",
+        "--targets",
+        "ring,prompts",
+        "--jobs",
+        "1",
+        "--folder",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "report.json"),
+    ]
     assert toy2d.main(arguments) == 0
     table = capsys.readouterr().out
     assert "| dmd " in table and "| cd " in table and "start, 1 steps" in table
@@ -119,12 +147,15 @@ def test_the_tool_writes_a_report_and_goes_on_where_it_was(toy2d, tmp_path, caps
     assert capsys.readouterr().err.count("done before") == 4
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--only", "dmd3"], "--only dmd3: expected some of"),
-    (["--targets", "square"], "--targets square: expected some of ring, moons, prompts"),
-    (["--seeds", "a"], "expected numbers"),
-    (["--out", "report.txt"], "the report is a .json file"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--only", "dmd3"], "--only dmd3: expected some of"),
+        (["--targets", "square"], "--targets square: expected some of ring, moons, prompts"),
+        (["--seeds", "a"], "expected numbers"),
+        (["--out", "report.txt"], "the report is a .json file"),
+    ],
+)
 def test_bad_requests_end_with_one_line(toy2d, arguments, said, capsys):
     assert toy2d.main(arguments) == 2
     error = capsys.readouterr().err
@@ -134,4 +165,6 @@ def test_bad_requests_end_with_one_line(toy2d, arguments, said, capsys):
 def test_the_list_names_papers(toy2d, capsys):
     assert toy2d.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("dmd2") and "2405.14867" in line for line in lines) and len(lines) >= 45
+    assert (
+        any(line.startswith("dmd2") and "2405.14867" in line for line in lines) and len(lines) >= 45
+    )

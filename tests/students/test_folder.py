@@ -1,4 +1,5 @@
-"""Student folders: what is saved is what is loaded, parts are borrowed as a pair, and damage is one clear line."""
+"""Student folders: what is saved is what is loaded, parts are borrowed as a pair, and damage is one
+clear line."""
 
 import shutil
 
@@ -17,13 +18,22 @@ from streamvid.students.folder import (
     save_student,
 )
 
-STREAM = StreamConfig(num_steps=2, shift=3.0, window_frames=6, positions="window", max_trained_frames=9)
+STREAM = StreamConfig(
+    num_steps=2, shift=3.0, window_frames=6, positions="window", max_trained_frames=9
+)
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
 def make_transformer(**changes):
     torch.manual_seed(0)
-    sizes = {"num_attention_heads": 1, "attention_head_dim": 12, "ffn_dim": 16, "num_layers": 1, "text_dim": 64, "freq_dim": 8}
+    sizes = {
+        "num_attention_heads": 1,
+        "attention_head_dim": 12,
+        "ffn_dim": 16,
+        "num_layers": 1,
+        "text_dim": 64,
+        "freq_dim": 8,
+    }
     return CausalWanTransformer3DModel(**{**sizes, **changes})
 
 
@@ -36,7 +46,10 @@ def folder(tmp_path):
 def test_a_student_comes_back_as_it_was_saved(folder):
     student, made = load_student(folder), make_transformer()
     assert student.stream == STREAM and (folder / "README.md").read_text() == "# card\n"
-    assert all(torch.equal(p, q) for p, q in zip(student.transformer.parameters(), made.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(student.transformer.parameters(), made.parameters(), strict=True)
+    )
     assert not student.transformer.training
 
 
@@ -50,7 +63,10 @@ def test_half_precision_on_disk_runs_in_the_precision_asked_for(folder):
 def test_with_components_a_folder_is_complete_in_itself(tmp_path):
     save_student(tmp_path / "whole", make_transformer(), STREAM, TINY_TEACHER)
     student = load_student(tmp_path / "whole", components=tmp_path / "nowhere")
-    assert student.prompts.encode(["a red ball"]).shape[-1] == 64 and student.codec.latent_channels == 16
+    assert (
+        student.prompts.encode(["a red ball"]).shape[-1] == 64
+        and student.codec.latent_channels == 16
+    )
 
 
 def test_a_student_is_replaced_whole_or_not_at_all(folder, tmp_path, monkeypatch):
@@ -61,7 +77,9 @@ def test_a_student_is_replaced_whole_or_not_at_all(folder, tmp_path, monkeypatch
         save_student(folder, make_transformer(num_layers=2), STREAM)
     with pytest.raises(ValueError, match="has no folder vae/"):
         save_student(folder, make_transformer(), STREAM, components=tmp_path)
-    assert (folder / WEIGHTS).read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["student"]
+    assert (folder / WEIGHTS).read_bytes() == before and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["student"]
 
 
 def truncate(folder, part=WEIGHTS):
@@ -78,19 +96,39 @@ def rewrite(folder, change):
 DAMAGES = {
     "truncated": (truncate, "diffusion_pytorch_model.safetensors is truncated or damaged"),
     "header": (lambda f: (f / WEIGHTS).write_bytes(b"\x08"), "is truncated or damaged"),
-    "shape": (lambda f: rewrite(f, lambda w: w.update({"proj_out.bias": torch.zeros(3)})), "proj_out.bias"),
-    "missing key": (lambda f: rewrite(f, lambda w: w.pop("proj_out.bias")), "proj_out.bias and 0 more"),
-    "unknown key": (lambda f: rewrite(f, lambda w: w.update({"extra": torch.zeros(3)})), "extra and 0 more"),
+    "shape": (
+        lambda f: rewrite(f, lambda w: w.update({"proj_out.bias": torch.zeros(3)})),
+        "proj_out.bias",
+    ),
+    "missing key": (
+        lambda f: rewrite(f, lambda w: w.pop("proj_out.bias")),
+        "proj_out.bias and 0 more",
+    ),
+    "unknown key": (
+        lambda f: rewrite(f, lambda w: w.update({"extra": torch.zeros(3)})),
+        "extra and 0 more",
+    ),
     "weights": (lambda f: (f / WEIGHTS).unlink(), "has no .safetensors file"),
     "config": (lambda f: (f / "transformer/config.json").unlink(), "has no config.json"),
-    "config text": (lambda f: (f / "transformer/config.json").write_text("{"), "config.json is no JSON"),
+    "config text": (
+        lambda f: (f / "transformer/config.json").write_text("{"),
+        "config.json is no JSON",
+    ),
     "stream": (lambda f: (f / "stream_config.json").unlink(), "has no stream_config.json"),
     "stream text": (lambda f: (f / "stream_config.json").write_text("{"), "stream_config.json: "),
-    "stream key": (lambda f: (f / "stream_config.json").write_text('{"num_step": 1}'), "'num_steps'"),
+    "stream key": (
+        lambda f: (f / "stream_config.json").write_text('{"num_step": 1}'),
+        "'num_steps'",
+    ),
     "folder": (lambda f: shutil.rmtree(f), "no student folder"),
     "half a text encoder": (lambda f: (f / "tokenizer").mkdir(), "belong together"),
-    "vae": (lambda f: (shutil.copytree(TINY_TEACHER / "vae", f / "vae"),
-                       truncate(f, "vae/diffusion_pytorch_model.safetensors")), "is truncated or damaged"),
+    "vae": (
+        lambda f: (
+            shutil.copytree(TINY_TEACHER / "vae", f / "vae"),
+            truncate(f, "vae/diffusion_pytorch_model.safetensors"),
+        ),
+        "is truncated or damaged",
+    ),
 }
 
 
@@ -100,13 +138,21 @@ def test_damage_is_one_line_that_names_the_place(folder, capfd, name):
     damage(folder)
     with pytest.raises(ValueError) as caught:
         load_student(folder)
-    assert message in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        message in str(caught.value)
+        and str(folder) in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
     assert capfd.readouterr().err == ""  # diffusers has nothing to add
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"text_dim": 32}, "embeddings of 32 numbers, .* makes 64"), ({"in_channels": 8}, "latents of 8 channels, .* has 16"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"text_dim": 32}, "embeddings of 32 numbers, .* makes 64"),
+        ({"in_channels": 8}, "latents of 8 channels, .* has 16"),
+    ],
+)
 def test_parts_that_do_not_fit_each_other(tmp_path, changes, message):
     save_student(tmp_path / "student", make_transformer(**changes), STREAM)
     with pytest.raises(ValueError, match=message):
@@ -132,6 +178,9 @@ def test_another_codec_of_the_same_latents_can_stand_in(tmp_path):
     for file in (TINY_TEACHER / "vae").iterdir():
         (tmp_path / "vae" / file.name).write_bytes(file.read_bytes())
     other = load_student(TINY_STUDENT, codec=tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(own.codec.parameters(), other.codec.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(own.codec.parameters(), other.codec.parameters(), strict=True)
+    )
     with pytest.raises(ValueError, match="no config.json"):
         load_student(TINY_STUDENT, codec=tmp_path / "nowhere")

@@ -18,19 +18,28 @@ def covariance():
 
 
 def teacher_of(**means):
-    return AnalyticTeacher(torch.zeros(SHAPE), covariance(), {k: torch.full(SHAPE, m) for k, m in means.items()})
+    return AnalyticTeacher(
+        torch.zeros(SHAPE), covariance(), {k: torch.full(SHAPE, m) for k, m in means.items()}
+    )
 
 
 def test_the_prediction_is_the_regression_on_samples():
-    """E[x_0 | x_t] is the least-squares fit from x_t to x_0; here the sample moments are those of 200000 draws."""
+    """E[x_0 | x_t] is the least-squares fit from x_t to x_0; here the sample moments are those of
+    200000 draws."""
     teacher, t = teacher_of(cat=0.5), 0.6
-    x0 = 0.5 + keyed_normal((200_000, N), "z").double() @ torch.linalg.cholesky(covariance() + 1e-9 * torch.eye(N)).T
+    x0 = (
+        0.5
+        + keyed_normal((200_000, N), "z").double()
+        @ torch.linalg.cholesky(covariance() + 1e-9 * torch.eye(N)).T
+    )
     x_t = add_noise(x0, keyed_normal((200_000, N), "eps").double(), t)
     design = torch.cat([x_t, torch.ones(len(x_t), 1)], dim=1)
     fit = torch.linalg.lstsq(design, x0).solution
     clips = x_t[:5].reshape(5, *SHAPE)
     v = teacher.predict(clips, torch.full((5,), t), teacher.encode_prompt(["cat"] * 5))
-    torch.testing.assert_close(x0_from_v(clips, v, t).flatten(1), design[:5] @ fit, rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        x0_from_v(clips, v, t).flatten(1), design[:5] @ fit, rtol=0, atol=0.02
+    )
 
 
 def test_frames_may_differ_in_time_and_data_is_known_where_it_is_clean():
@@ -40,7 +49,9 @@ def test_frames_may_differ_in_time_and_data_is_known_where_it_is_clean():
     x_t = add_noise(x0, keyed_normal((2, *SHAPE), "eps").double(), times)
     v = teacher.predict(x_t, times, cond)
     torch.testing.assert_close(x0_from_v(x_t, v, times)[0, :, 0], x0[0, :, 0])
-    torch.testing.assert_close(v[1:], teacher.predict(x_t[1:], torch.tensor([0.3]).double(), cond[1:]))
+    torch.testing.assert_close(
+        v[1:], teacher.predict(x_t[1:], torch.tensor([0.3]).double(), cond[1:])
+    )
 
 
 @pytest.mark.parametrize("t", [0.0, 1.0])
@@ -49,7 +60,9 @@ def test_the_ends_of_time_are_finite(t):
     v = teacher.predict(x, torch.tensor([t]), teacher.encode_prompt([""]))
     known = x if t == 0 else torch.zeros_like(x)  # E[x0]; at t = 1 the noise is known instead
     torch.testing.assert_close(x0_from_v(x, v, t), known, rtol=0, atol=1e-9)
-    torch.testing.assert_close(eps_from_v(x, v, t), velocity(torch.zeros_like(x), x * t), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        eps_from_v(x, v, t), velocity(torch.zeros_like(x), x * t), rtol=0, atol=1e-9
+    )
 
 
 def test_guidance_is_uncond_plus_scale_times_the_difference():
@@ -76,7 +89,10 @@ def test_what_a_method_needs_is_checked():
         needs = frozenset()
 
     check_needs(Modest, teacher_of())
-    with pytest.raises(ValueError, match="Adversarial needs clips and features .* AnalyticTeacher provides only score"):
+    with pytest.raises(
+        ValueError,
+        match="Adversarial needs clips and features .* AnalyticTeacher provides only score",
+    ):
         check_needs(Adversarial(), teacher_of())
 
 

@@ -1,4 +1,5 @@
-"""CogVideoX behind our interface: its border conversion is exact, and its sampler is our Euler loop."""
+"""CogVideoX behind our interface: its border conversion is exact, and its sampler is our Euler
+loop."""
 
 import copy
 import json
@@ -44,7 +45,8 @@ def native(clip):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("step", [0, 1, 250, 700, 998, 999])
 def test_the_data_prediction_is_that_of_diffusers(cogvideox, kind, step):
-    """The same noise level in both processes: x0 and eps are the same, the states differ by a factor."""
+    """The same noise level in both processes: x0 and eps are the same, the states differ by a
+    factor."""
     pipeline, teacher = pipeline_of(cogvideox(kind)), open_teacher(cogvideox(kind))
     scheduler, embeds = pipeline.scheduler, teacher.encode_prompt(PROMPTS)
     steps = torch.tensor([step, step])
@@ -52,13 +54,20 @@ def test_the_data_prediction_is_that_of_diffusers(cogvideox, kind, step):
     rotary = None
     if kind != "2b":
         ratio = pipeline.vae_scale_factor_spatial
-        rotary = pipeline._prepare_rotary_positional_embeddings(SHAPE[2] * ratio, SHAPE[3] * ratio, SHAPE[1], "cpu")
+        rotary = pipeline._prepare_rotary_positional_embeddings(
+            SHAPE[2] * ratio, SHAPE[3] * ratio, SHAPE[1], "cpu"
+        )
     with torch.no_grad():
-        out = pipeline.transformer(noised.float(), embeds, steps, image_rotary_emb=rotary, return_dict=False)[0]
+        out = pipeline.transformer(
+            noised.float(), embeds, steps, image_rotary_emb=rotary, return_dict=False
+        )[0]
     scheduler.set_timesteps(1000)
     expected = scheduler.step(out.double(), step, noised).pred_original_sample
 
-    alpha, sigma = scheduler.alphas_cumprod[step] ** 0.5, (1 - scheduler.alphas_cumprod[step]) ** 0.5
+    alpha, sigma = (
+        scheduler.alphas_cumprod[step] ** 0.5,
+        (1 - scheduler.alphas_cumprod[step]) ** 0.5,
+    )
     t = (sigma / (alpha + sigma)).double().repeat(2)
     x_t = add_noise(X0.double(), EPS.double(), t)
     with torch.no_grad():
@@ -66,23 +75,45 @@ def test_the_data_prediction_is_that_of_diffusers(cogvideox, kind, step):
     torch.testing.assert_close(x0_from_v(x_t, velocity, t), native(expected), rtol=0, atol=1e-5)
     with torch.no_grad():
         single = teacher.predict(x_t.float(), t.float(), embeds)  # as the loop calls it
-    torch.testing.assert_close(x0_from_v(x_t.float(), single, t.float()), native(expected).float(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        x0_from_v(x_t.float(), single, t.float()), native(expected).float(), rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_of_our_loop_is_the_pipelines_deterministic_ddim(cogvideox, kind):
-    pipeline, teacher = pipeline_of(cogvideox(kind)), open_teacher(cogvideox(kind), negative_prompt=NEGATIVE)
+    pipeline, teacher = (
+        pipeline_of(cogvideox(kind)),
+        open_teacher(cogvideox(kind), negative_prompt=NEGATIVE),
+    )
     start = NOISE.draw(0, INITIAL_EVENT, SHAPE, torch.device("cpu"), torch.float32)
     expected = pipeline(
-        prompt=PROMPTS, negative_prompt=[NEGATIVE] * 2, height=SHAPE[2] * 8, width=SHAPE[3] * 8, num_frames=5,
-        num_inference_steps=5, guidance_scale=SCALE, latents=native(start), output_type="latent", max_sequence_length=6,
-    ).frames  # fmt: skip
-    model, embeds = GuidedModel(teacher.predict, teacher.uncond[None], SCALE), teacher.encode_prompt(PROMPTS)
+        prompt=PROMPTS,
+        negative_prompt=[NEGATIVE] * 2,
+        height=SHAPE[2] * 8,
+        width=SHAPE[3] * 8,
+        num_frames=5,
+        num_inference_steps=5,
+        guidance_scale=SCALE,
+        latents=native(start),
+        output_type="latent",
+        max_sequence_length=6,
+    ).frames
+    model, embeds = (
+        GuidedModel(teacher.predict, teacher.uncond[None], SCALE),
+        teacher.encode_prompt(PROMPTS),
+    )
     with torch.no_grad():
         results = rollout(
-            model, embeds, full_sequence(teacher.step_times(5), 1), NOISE, latent_shape=(4, *SHAPE[2:]),
-            chunk_frames=SHAPE[1], commit="none", stepper="euler",
-        )  # fmt: skip
+            model,
+            embeds,
+            full_sequence(teacher.step_times(5), 1),
+            NOISE,
+            latent_shape=(4, *SHAPE[2:]),
+            chunk_frames=SHAPE[1],
+            commit="none",
+            stepper="euler",
+        )
         got = next(iter(results)).latents
     torch.testing.assert_close(got, native(expected), rtol=0, atol=1e-4)
     assert (got - start).abs().mean() > 0.1
@@ -111,7 +142,9 @@ def test_every_kind_of_prediction_is_converted(cogvideox, prediction_type):
     alpha_bar = scheduler.alphas_cumprod[[400, 900]].double()
     t = (1 - alpha_bar).sqrt() / (alpha_bar.sqrt() + (1 - alpha_bar).sqrt())
     x_t = add_noise(X0.double(), EPS.double(), t)
-    torch.testing.assert_close(x0_from_v(x_t, teacher.predict(x_t, t, torch.zeros(2, 6, 8)), t), X0.double())
+    torch.testing.assert_close(
+        x0_from_v(x_t, teacher.predict(x_t, t, torch.zeros(2, 6, 8)), t), X0.double()
+    )
 
 
 def test_the_published_schedules_begin_in_noise_and_are_close_to_their_shift(cogvideox):
@@ -119,7 +152,11 @@ def test_the_published_schedules_begin_in_noise_and_are_close_to_their_shift(cog
     for kind in ("2b", "5b"):
         teacher = open_teacher(cogvideox(kind), load_text_encoder=False)
         times = teacher.step_times(50)
-        assert times[0] == 1 and all(later < earlier for earlier, later in zip(times, times[1:])) and times[-1] > 0
+        assert (
+            times[0] == 1
+            and all(later < earlier for earlier, later in zip(times, times[1:]))
+            and times[-1] > 0
+        )
         middle = teacher.step_times(2)[1]
         assert abs(teacher.shift / (1 + teacher.shift) - middle) < 2e-3
         velocity = teacher.predict(X0, torch.ones(2), torch.zeros(2, 6, 8))
@@ -135,9 +172,18 @@ def test_a_teacher_is_frozen_and_lets_gradients_through(cogvideox):
 
 def test_half_precision_stays_close(cogvideox):
     low = open_teacher(cogvideox("5b"), torch_dtype=torch.bfloat16)
-    full, t, embeds = open_teacher(cogvideox("5b")), torch.tensor([0.5, 0.9]), low.encode_prompt(PROMPTS)
-    assert low.transformer.dtype == torch.bfloat16 and low.predict(X0, t, embeds).dtype == torch.float32
-    torch.testing.assert_close(low.predict(X0, t, embeds), full.predict(X0, t, embeds), rtol=0.1, atol=0.05)
+    full, t, embeds = (
+        open_teacher(cogvideox("5b")),
+        torch.tensor([0.5, 0.9]),
+        low.encode_prompt(PROMPTS),
+    )
+    assert (
+        low.transformer.dtype == torch.bfloat16
+        and low.predict(X0, t, embeds).dtype == torch.float32
+    )
+    torch.testing.assert_close(
+        low.predict(X0, t, embeds), full.predict(X0, t, embeds), rtol=0.1, atol=0.05
+    )
 
 
 # As a teacher of a student ------------------------------------------------------------------------------
@@ -146,13 +192,22 @@ def test_half_precision_stays_close(cogvideox):
 def dmd_of(folder, cls=DMD, config=None):
     torch.manual_seed(0)
     student = CausalWanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=32,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
         num_layers=2,
-    )  # fmt: skip
+    )
     teacher = open_teacher(folder)
     config = config or Config(num_chunks=1, guidance_scale=1.0, fake_updates_per_student=1)
     stream = StreamConfig(num_steps=2, chunk_frames=2)
-    return cls(config, student, teacher, stream, (4, 6, 8)), {"cond": teacher.encode_prompt(PROMPTS), "keys": [3, 4]}
+    return cls(config, student, teacher, stream, (4, 6, 8)), {
+        "cond": teacher.encode_prompt(PROMPTS),
+        "keys": [3, 4],
+    }
 
 
 def turn_of(method, batch, turn, step):
@@ -163,18 +218,22 @@ def turn_of(method, batch, turn, step):
     loss, numbers = method.loss(turn, batch, step)
     loss.backward()
     grads = [p.grad for p in method.networks()[turn].parameters() if p.grad is not None]
-    assert grads and all(grad.isfinite().all() for grad in grads) and all(map(math.isfinite, numbers.values()))
+    assert (
+        grads
+        and all(grad.isfinite().all() for grad in grads)
+        and all(map(math.isfinite, numbers.values()))
+    )
     return grads
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_it_teaches_a_student_by_distribution_matching(cogvideox, kind, checkpointing):
-    """The fake score was called as a Wan transformer, which ended in an AssertionError of diffusers.
+    """The fake score was called as a Wan transformer, which ended in an AssertionError of
+    diffusers.
 
-    A copy of the teacher leaves the student where it is; once it follows the student's clips there is a gradient, which
-    at the clip is that of the two data predictions.
-    """
+    A copy of the teacher leaves the student where it is; once it follows the student's clips there
+    is a gradient, which at the clip is that of the two data predictions."""
     method, batch = dmd_of(cogvideox(kind))
     if checkpointing:
         method.fake_score.enable_gradient_checkpointing()
@@ -189,16 +248,31 @@ def test_it_teaches_a_student_by_distribution_matching(cogvideox, kind, checkpoi
     for network, x0 in ((method.fake_score, judged.x0_fake), (method.teacher, judged.x0_real)):
         velocity = network.predict(judged.x_t, judged.t, batch["cond"])
         torch.testing.assert_close(x0, x0_from_v(judged.x_t, velocity, judged.t))
-    torch.testing.assert_close(judged.gradient, dmd_gradient(judged.x, judged.x0_fake, judged.x0_real))
+    torch.testing.assert_close(
+        judged.gradient, dmd_gradient(judged.x, judged.x0_fake, judged.x0_real)
+    )
 
 
 def test_its_trainable_copy_is_a_score_in_float32_with_the_same_names(cogvideox):
     teacher = open_teacher(cogvideox("5b"), torch_dtype=torch.bfloat16)
-    score, t, embeds = teacher.trainable_copy(), torch.tensor([0.5, 0.9]), teacher.encode_prompt(PROMPTS)
-    for (name, own), (theirs, frozen) in zip(score.named_parameters(), teacher.transformer.named_parameters(), strict=True):
-        assert name == theirs and own.dtype == torch.float32 and own.requires_grad and not frozen.requires_grad
+    score, t, embeds = (
+        teacher.trainable_copy(),
+        torch.tensor([0.5, 0.9]),
+        teacher.encode_prompt(PROMPTS),
+    )
+    for (name, own), (theirs, frozen) in zip(
+        score.named_parameters(), teacher.transformer.named_parameters(), strict=True
+    ):
+        assert (
+            name == theirs
+            and own.dtype == torch.float32
+            and own.requires_grad
+            and not frozen.requires_grad
+        )
     assert score.training and score._supports_gradient_checkpointing
-    torch.testing.assert_close(score.predict(X0, t, embeds), teacher.predict(X0, t, embeds), rtol=0.1, atol=0.05)
+    torch.testing.assert_close(
+        score.predict(X0, t, embeds), teacher.predict(X0, t, embeds), rtol=0.1, atol=0.05
+    )
     again = copy.deepcopy(score)
     assert torch.equal(again.predict(X0, t, embeds), score.predict(X0, t, embeds))
 
@@ -216,13 +290,34 @@ def test_what_reads_inside_a_wan_transformer_refuses_this_one(cogvideox):
 # Bad input ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, x, t, cond, message", [
-    ("2b", X0, torch.ones(2, 2), torch.zeros(2, 6, 8), "one time for all frames"),
-    ("2b", X0, torch.ones(2), VideoCond(torch.zeros(2, 6, 8), X0), "takes no first frame"),
-    ("1.5", X0[:, :, :1], torch.ones(2), torch.zeros(2, 6, 8), r"expected multiples of \(2, 2, 2\)"),
-    ("2b", X0[..., :3], torch.ones(2), torch.zeros(2, 6, 8), r"expected multiples of \(1, 2, 2\)"),
-    ("1.5", torch.zeros(1, 4, 2, 12, 8), torch.ones(1), torch.zeros(1, 6, 8), "was trained on at most"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, x, t, cond, message",
+    [
+        ("2b", X0, torch.ones(2, 2), torch.zeros(2, 6, 8), "one time for all frames"),
+        ("2b", X0, torch.ones(2), VideoCond(torch.zeros(2, 6, 8), X0), "takes no first frame"),
+        (
+            "1.5",
+            X0[:, :, :1],
+            torch.ones(2),
+            torch.zeros(2, 6, 8),
+            r"expected multiples of \(2, 2, 2\)",
+        ),
+        (
+            "2b",
+            X0[..., :3],
+            torch.ones(2),
+            torch.zeros(2, 6, 8),
+            r"expected multiples of \(1, 2, 2\)",
+        ),
+        (
+            "1.5",
+            torch.zeros(1, 4, 2, 12, 8),
+            torch.ones(1),
+            torch.zeros(1, 6, 8),
+            "was trained on at most",
+        ),
+    ],
+)
 def test_what_it_cannot_predict_is_one_clear_line(cogvideox, kind, x, t, cond, message):
     with pytest.raises(ValueError, match=message):
         open_teacher(cogvideox(kind), load_text_encoder=False).predict(x, t, cond)
@@ -234,7 +329,9 @@ def reconfigure(file, **values):
 
 def image_model(folder):
     config = CogVideoXTransformer3DModel.load_config(folder / "transformer")
-    CogVideoXTransformer3DModel.from_config({**config, "in_channels": 8}).save_pretrained(folder / "transformer")
+    CogVideoXTransformer3DModel.from_config({**config, "in_channels": 8}).save_pretrained(
+        folder / "transformer"
+    )
 
 
 DAMAGE = {
@@ -245,12 +342,16 @@ DAMAGE = {
     "does not fit CogVideoXDDIMScheduler": lambda f: reconfigure(
         f / "scheduler/scheduler_config.json", beta_schedule="mystery"
     ),
-    "prediction_type flow": lambda f: reconfigure(f / "scheduler/scheduler_config.json", prediction_type="flow"),
+    "prediction_type flow": lambda f: reconfigure(
+        f / "scheduler/scheduler_config.json", prediction_type="flow"
+    ),
     "8 input and 4 output channels": image_model,
     "prompts of 5 tokens, the transformer has places for 6": lambda f: reconfigure(
         f / "tokenizer/tokenizer_config.json", model_max_length=5
     ),
-    "is truncated": lambda f: next((f / "transformer").glob("*.safetensors")).write_bytes(b"1234567890"),
+    "is truncated": (
+        lambda f: next((f / "transformer").glob("*.safetensors")).write_bytes(b"1234567890")
+    ),
 }
 
 

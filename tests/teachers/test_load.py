@@ -8,25 +8,30 @@ import pytest
 import torch
 
 from streamvid.codecs.text import PromptEncoder
+from streamvid.experiment.build import TeacherConfig, build_teacher
 from streamvid.hub import resolve_checkpoint
 from streamvid.students.folder import TINY_TEACHER
 from streamvid.teachers.cogvideox import CogVideoXTeacher
 from streamvid.teachers.load import open_teacher
 from streamvid.teachers.wan import WanTeacher
-from streamvid.experiment.build import TeacherConfig, build_teacher
 
 
 def test_the_family_is_that_of_the_transformer(wan, cogvideox):
     assert isinstance(open_teacher(TINY_TEACHER), WanTeacher)
     assert open_teacher(wan("a14b"), load_text_encoder=False).boundary_ratio == 0.875
-    assert open_teacher(wan("ti2v")).first_frame_by == "frame" and open_teacher(wan("2.1")).first_frame_by is None
+    assert (
+        open_teacher(wan("ti2v")).first_frame_by == "frame"
+        and open_teacher(wan("2.1")).first_frame_by is None
+    )
     assert isinstance(open_teacher(str(cogvideox("2b"))), CogVideoXTeacher)
 
 
 def test_a_folder_of_another_family_is_named(wan_folder):
     file = wan_folder / "transformer" / "config.json"
     file.write_text(json.dumps({"_class_name": "HunyuanVideoTransformer3DModel"}))
-    with pytest.raises(ValueError, match="is a HunyuanVideoTransformer3DModel, with scores here are Wan") as caught:
+    with pytest.raises(
+        ValueError, match="is a HunyuanVideoTransformer3DModel, with scores here are Wan"
+    ) as caught:
         open_teacher(wan_folder)
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="no teacher folder at .*nothing"):
@@ -35,7 +40,9 @@ def test_a_folder_of_another_family_is_named(wan_folder):
 
 @pytest.mark.parametrize("family", ["wan", "cogvideox"])
 def test_a_text_encoder_of_another_checkpoint_is_named(request, tmp_path, family):
-    folder = shutil.copytree(request.getfixturevalue(family)({"wan": "2.1", "cogvideox": "2b"}[family]), tmp_path / "x")
+    folder = shutil.copytree(
+        request.getfixturevalue(family)({"wan": "2.1", "cogvideox": "2b"}[family]), tmp_path / "x"
+    )
     for part in ("text_encoder", "tokenizer"):
         shutil.rmtree(folder / part)
         shutil.copytree(TINY_TEACHER / part, folder / part)
@@ -53,13 +60,19 @@ def test_a_name_on_the_hub_is_fetched_without_pickles_and_code(wan, monkeypatch)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert isinstance(open_teacher("Wan-AI/Wan2.1-T2V-1.3B-Diffusers"), WanTeacher)
     assert asked["name"] == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    assert not any(pattern.endswith(suffix) for pattern in asked["patterns"] for suffix in (".bin", ".py", ".pt", "*"))
+    assert not any(
+        pattern.endswith(suffix)
+        for pattern in asked["patterns"]
+        for suffix in (".bin", ".py", ".pt", "*")
+    )
 
 
 def test_a_name_on_the_hub_offline_is_one_clear_line(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="no folder Wan-AI/Nothing here, and it cannot be fetched from the hub") as caught:
+    with pytest.raises(
+        ValueError, match="no folder Wan-AI/Nothing here, and it cannot be fetched from the hub"
+    ) as caught:
         open_teacher("Wan-AI/Nothing")
     assert "\n" not in str(caught.value)
 
@@ -86,14 +99,22 @@ def test_an_option_that_a_family_lacks_is_named(cogvideox):
 
 
 def teacher_of_a_run(folder, components, **settings):
-    return build_teacher(TeacherConfig(path=str(folder), **settings), PromptEncoder.from_pretrained(components))
+    return build_teacher(
+        TeacherConfig(path=str(folder), **settings), PromptEncoder.from_pretrained(components)
+    )
 
 
 def test_a_run_encodes_for_its_teacher(wan):
     """One text encoder serves both, and the teacher's uncond is what it would have made itself."""
-    teacher = teacher_of_a_run(wan("a14b"), wan("a14b"), negative_prompt="a red cat", dtype="bf16", offload=True)
+    teacher = teacher_of_a_run(
+        wan("a14b"), wan("a14b"), negative_prompt="a red cat", dtype="bf16", offload=True
+    )
     own = open_teacher(wan("a14b"), negative_prompt="a red cat")
-    assert torch.equal(teacher.uncond, own.uncond) and teacher.prompt_encoder is None and teacher.offload
+    assert (
+        torch.equal(teacher.uncond, own.uncond)
+        and teacher.prompt_encoder is None
+        and teacher.offload
+    )
     assert teacher.transformer_2.proj_out.weight.dtype == torch.bfloat16
 
 

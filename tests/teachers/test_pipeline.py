@@ -1,4 +1,5 @@
-"""A diffusers pipeline as a black box gives what the pipeline gives, and teaches through a latent set."""
+"""A diffusers pipeline as a black box gives what the pipeline gives, and teaches through a latent
+set."""
 
 import builtins
 import json
@@ -26,7 +27,9 @@ def teacher(wan):
     return PipelineTeacher.from_pretrained(wan("2.1"), SIZE)
 
 
-@pytest.mark.parametrize("family, kind, frames", [("wan", "2.1", 5), ("wan", "a14b", 5), ("cogvideox", "2b", 9)])
+@pytest.mark.parametrize(
+    "family, kind, frames", [("wan", "2.1", 5), ("wan", "a14b", 5), ("cogvideox", "2b", 9)]
+)
 def test_clips_are_the_pipelines_own(request, family, kind, frames):
     folder, size = request.getfixturevalue(family)(kind), {**SIZE, "num_frames": frames}
     clips = PipelineTeacher.from_pretrained(folder, size).generate(PROMPTS, seed=7)
@@ -35,7 +38,8 @@ def test_clips_are_the_pipelines_own(request, family, kind, frames):
     assert clips.shape == (3, frames, 3, 32, 48) and clips.min() >= 0 and clips.max() <= 1
     for index, prompt in enumerate(PROMPTS):
         generator = torch.Generator().manual_seed(key_to_seed("clip", 7, index))
-        expected = pipeline(prompt, generator=generator, output_type="pt", **size).frames[0]  # [T, 3, H, W]
+        # [T, 3, H, W]
+        expected = pipeline(prompt, generator=generator, output_type="pt", **size).frames[0]
         torch.testing.assert_close(clips[index], expected, rtol=0, atol=1e-6)
     assert not torch.equal(clips[1], clips[2])  # the same prompt, another seed
 
@@ -55,11 +59,14 @@ def test_its_clips_become_a_latent_set(teacher, wan, tmp_path):
     assert nearest < 1e-2 and batch["cond"].shape == (20, 6, 8)
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"num_frame": 5}, "WanPipeline has no setting num_frame; did you mean num_frames?"),
-    ({"prompt": "a cat"}, "prompt is not to be set"),
-    ({"output_type": "pil"}, "output_type is not to be set"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"num_frame": 5}, "WanPipeline has no setting num_frame; did you mean num_frames?"),
+        ({"prompt": "a cat"}, "prompt is not to be set"),
+        ({"output_type": "pil"}, "output_type is not to be set"),
+    ],
+)
 def test_settings_are_checked_before_hours_of_sampling(wan, settings, message):
     with pytest.raises(ValueError, match=message):
         PipelineTeacher.from_pretrained(wan("2.1"), settings)
@@ -93,9 +100,13 @@ def test_what_makes_no_clips_is_refused():
 
 DAMAGE = {
     "no model_index.json": lambda f: (f / "model_index.json").unlink(),
-    "vae/.*is truncated": lambda f: next((f / "vae").glob("*.safetensors")).write_bytes(b"1234567890"),
+    "vae/.*is truncated": (
+        lambda f: next((f / "vae").glob("*.safetensors")).write_bytes(b"1234567890")
+    ),
     "cannot open the pipeline": lambda f: shutil.rmtree(f / "vae"),
-    "cannot open the pipeline.*": lambda f: (f / "model_index.json").write_text(json.dumps({"_class_name": "Nothing"})),
+    "cannot open the pipeline.*": (
+        lambda f: (f / "model_index.json").write_text(json.dumps({"_class_name": "Nothing"}))
+    ),
 }
 
 
@@ -113,8 +124,14 @@ def test_a_damaged_folder_is_one_clear_line(wan, tmp_path, message):
 
 def write_code(folder, name):
     """A file that leaves a mark if it runs, and then has any class that is asked for."""
-    code = f"from diffusers import WanPipeline\nfrom transformers import UMT5EncoderModel\nopen({str(folder / 'ran')!r}, 'w')\n"
-    (folder / name).write_text(code + "class Evil(WanPipeline):\n    pass\nclass EvilEncoder(UMT5EncoderModel):\n    pass\n")
+    code = (
+        "from diffusers import WanPipeline\nfrom transformers import"
+        f" UMT5EncoderModel\nopen({str(folder / 'ran')!r}, 'w')\n"
+    )
+    (folder / name).write_text(
+        code
+        + "class Evil(WanPipeline):\n    pass\nclass EvilEncoder(UMT5EncoderModel):\n    pass\n"
+    )
 
 
 def edit(file, **values):

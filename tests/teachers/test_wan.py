@@ -20,7 +20,9 @@ def teacher(pristine_folder):
 
 
 def reference(folder):
-    return WanTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).eval()
+    return WanTransformer3DModel.from_pretrained(
+        folder / "transformer", torch_dtype=torch.float32
+    ).eval()
 
 
 def test_a_prediction_is_that_of_diffusers_at_a_thousand_times_the_time(teacher, pristine_folder):
@@ -44,28 +46,38 @@ def test_a_time_a_frame_reaches_the_tokens_of_that_frame(teacher):
 def test_half_precision_on_disk_runs_in_float32_unless_asked_otherwise(teacher, pristine_folder):
     assert load_file(weights(pristine_folder))["proj_out.weight"].dtype == torch.float16
     assert {p.dtype for p in teacher.transformer.parameters()} == {torch.float32}
-    low = WanTeacher.from_pretrained(pristine_folder, torch_dtype=torch.bfloat16, load_text_encoder=False)
+    low = WanTeacher.from_pretrained(
+        pristine_folder, torch_dtype=torch.bfloat16, load_text_encoder=False
+    )
     assert low.transformer.proj_out.weight.dtype == torch.bfloat16
     t = torch.tensor([0.5, 0.5])
-    torch.testing.assert_close(low.predict(X, t, COND).float(), teacher.predict(X, t, COND), rtol=0.1, atol=0.05)
+    torch.testing.assert_close(
+        low.predict(X, t, COND).float(), teacher.predict(X, t, COND), rtol=0.1, atol=0.05
+    )
 
 
 def test_a_teacher_is_frozen_but_lets_gradients_through(teacher):
-    assert not teacher.transformer.training and not any(p.requires_grad for p in teacher.transformer.parameters())
+    assert not teacher.transformer.training and not any(
+        p.requires_grad for p in teacher.transformer.parameters()
+    )
     x = X.clone().requires_grad_()
     teacher.predict(x, torch.tensor([0.5, 0.5]), COND).sum().backward()
     assert x.grad.abs().sum() > 0
 
 
 def test_the_negative_prompt_is_the_empty_one_by_default(teacher, pristine_folder):
-    assert teacher.uncond.shape == (6, 8) and torch.equal(teacher.uncond, teacher.encode_prompt([""])[0])
+    assert teacher.uncond.shape == (6, 8) and torch.equal(
+        teacher.uncond, teacher.encode_prompt([""])[0]
+    )
     other = WanTeacher.from_pretrained(pristine_folder, negative_prompt="a red cat")
     assert torch.equal(other.uncond, teacher.encode_prompt(["a red cat"])[0])
     assert not torch.equal(other.uncond, teacher.uncond)
 
 
 def test_a_teacher_without_its_text_encoder_says_so(pristine_folder, tmp_path):
-    folder = shutil.copytree(pristine_folder, tmp_path / "teacher", ignore=shutil.ignore_patterns("text_encoder"))
+    folder = shutil.copytree(
+        pristine_folder, tmp_path / "teacher", ignore=shutil.ignore_patterns("text_encoder")
+    )
     teacher = WanTeacher.from_pretrained(folder, load_text_encoder=False)
     assert teacher.uncond is None and teacher.shift == 3.0 and teacher.latent_channels == 4
     with pytest.raises(ValueError, match="load_text_encoder=True"):
@@ -73,7 +85,8 @@ def test_a_teacher_without_its_text_encoder_says_so(pristine_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config, shift", [({"flow_shift": 8.0}, 8), ({"shift": 5}, 5), ({"flow_shift": 3, "shift": 1}, 3)]
+    "config, shift",
+    [({"flow_shift": 8.0}, 8), ({"shift": 5}, 5), ({"flow_shift": 3, "shift": 1}, 3)],
 )
 def test_the_shift_is_the_schedulers(wan_folder, config, shift):
     (wan_folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
@@ -81,14 +94,24 @@ def test_the_shift_is_the_schedulers(wan_folder, config, shift):
 
 
 PUBLISHED = {  # sizes in config.json, parameters, how the first frame is taken
-    "Wan2.1-T2V-1.3B": (dict(num_attention_heads=12, ffn_dim=8960, num_layers=30), 1_418_996_800, None),
+    "Wan2.1-T2V-1.3B": (
+        dict(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+        1_418_996_800,
+        None,
+    ),
     "Wan2.1-T2V-14B": ({}, 14_288_491_584, None),
     "Wan2.2-TI2V-5B": (
-        dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48), 4_999_787_712, "frame"
+        dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48),
+        4_999_787_712,
+        "frame",
     ),
-    "Wan2.1-I2V-14B": (dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120), 16_394_878_784, "channels"),
+    "Wan2.1-I2V-14B": (
+        dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
+        16_394_878_784,
+        "channels",
+    ),
     "Wan2.2-I2V-A14B": (dict(in_channels=36), 14_288_901_184, "channels"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -99,7 +122,9 @@ def test_the_published_models_are_known_by_their_sizes(name):
         transformer = WanTransformer3DModel(**sizes)
     assert sum(p.numel() for p in transformer.parameters()) == parameters
     teacher = WanTeacher(transformer, None, 5.0, expand_timesteps=name == "Wan2.2-TI2V-5B")
-    assert teacher.first_frame_by == taken and teacher.latent_channels == (48 if "5B" in name else 16)
+    assert teacher.first_frame_by == taken and teacher.latent_channels == (
+        48 if "5B" in name else 16
+    )
     assert teacher.text_dim == 4096
 
 
@@ -140,7 +165,9 @@ def shard(folder, transformer=None):
 
 DAMAGE = {
     "no scheduler/scheduler_config.json": lambda f: shutil.rmtree(f / "scheduler"),
-    "neither a positive flow_shift": lambda f: (f / "scheduler/scheduler_config.json").write_text("{}"),
+    "neither a positive flow_shift": (
+        lambda f: (f / "scheduler/scheduler_config.json").write_text("{}")
+    ),
     "is no JSON": lambda f: (f / "scheduler/scheduler_config.json").write_text("{"),
     "no transformer/config.json": lambda f: shutil.rmtree(f / "transformer"),
     "of another family: its transformer is a LTXVideoTransformer3DModel": lambda f: reconfigure(
@@ -157,7 +184,9 @@ DAMAGE = {
     "no folder text_encoder": lambda f: shutil.rmtree(f / "text_encoder"),
     "no folder tokenizer": lambda f: shutil.rmtree(f / "tokenizer"),
     "transformer_2 has no config.json": lambda f: index(f, boundary_ratio=0.875),
-    "no boundary_ratio in model_index.json": lambda f: shutil.copytree(f / "transformer", f / "transformer_2"),
+    "no boundary_ratio in model_index.json": lambda f: shutil.copytree(
+        f / "transformer", f / "transformer_2"
+    ),
     "boundary_ratio 875, expected a noise level": lambda f: index(f, boundary_ratio=875),
 }
 

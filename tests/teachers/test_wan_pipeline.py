@@ -1,4 +1,5 @@
-"""A Wan teacher sampled through our rollout is diffusers' own pipeline, for every kind of the family."""
+"""A Wan teacher sampled through our rollout is diffusers' own pipeline, for every kind of the
+family."""
 
 import numpy as np
 import pytest
@@ -39,25 +40,42 @@ def pipeline_of(folder):
 def from_pipeline(pipeline, prompts=PROMPTS, noise=NOISE, steps=6, **options):
     ratio = pipeline.vae.config.scale_factor_spatial
     return pipeline(
-        prompt=prompts, negative_prompt=NEGATIVE, height=SHAPE[2] * ratio, width=SHAPE[3] * ratio,
-        num_frames=1 + 4 * (SHAPE[1] - 1), num_inference_steps=steps, guidance_scale=SCALE, max_sequence_length=6,
-        latents=noise.draw(0, INITIAL_EVENT, SHAPE, torch.device("cpu"), torch.float32), output_type="latent", **options,
-    ).frames  # fmt: skip
+        prompt=prompts,
+        negative_prompt=NEGATIVE,
+        height=SHAPE[2] * ratio,
+        width=SHAPE[3] * ratio,
+        num_frames=1 + 4 * (SHAPE[1] - 1),
+        num_inference_steps=steps,
+        guidance_scale=SCALE,
+        max_sequence_length=6,
+        latents=noise.draw(0, INITIAL_EVENT, SHAPE, torch.device("cpu"), torch.float32),
+        output_type="latent",
+        **options,
+    ).frames
 
 
 @torch.no_grad()
 def from_rollout(teacher, times, embeds, with_image=lambda embeds: embeds, noise=NOISE):
-    model = GuidedModel(lambda x, t, cond: teacher.predict(x, t, with_image(cond)), teacher.uncond[None], SCALE)
+    model = GuidedModel(
+        lambda x, t, cond: teacher.predict(x, t, with_image(cond)), teacher.uncond[None], SCALE
+    )
     results = rollout(
-        model, embeds, full_sequence(times, 1), noise, latent_shape=(4, *SHAPE[2:]), chunk_frames=SHAPE[1],
-        commit="none", stepper="euler",
-    )  # fmt: skip
+        model,
+        embeds,
+        full_sequence(times, 1),
+        noise,
+        latent_shape=(4, *SHAPE[2:]),
+        chunk_frames=SHAPE[1],
+        commit="none",
+        stepper="euler",
+    )
     return torch.cat([result.latents for result in results], dim=2)
 
 
 @pytest.mark.parametrize("kind", TEXT_KINDS)
 def test_text_to_video_equals_the_pipeline(wan, kind):
-    """Prompts, negative prompts, times, experts and guidance at once; from the folder that the pipeline wrote."""
+    """Prompts, negative prompts, times, experts and guidance at once; from the folder that the
+    pipeline wrote."""
     pipeline, teacher = pipeline_of(wan(kind)), open_teacher(wan(kind), negative_prompt=NEGATIVE)
     expected = from_pipeline(pipeline)
     times = tuple(pipeline.scheduler.sigmas[:-1].tolist())
@@ -71,7 +89,9 @@ def test_the_shift_of_the_folder_gives_the_pipelines_times(wan):
     pipeline.scheduler = Unshifted.from_config(pipeline.scheduler.config)
     expected = from_pipeline(pipeline, steps=4)
     embeds = teacher.encode_prompt(PROMPTS)
-    torch.testing.assert_close(from_rollout(teacher, teacher.step_times(4), embeds), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        from_rollout(teacher, teacher.step_times(4), embeds), expected, rtol=0, atol=1e-4
+    )
     teacher.shift = 5.0
     assert (from_rollout(teacher, teacher.step_times(4), embeds) - expected).abs().max() > 1e-3
 
@@ -88,7 +108,8 @@ X, T_OF = keyed_normal((3, *SHAPE), "x"), [0.9, 0.2, 0.875]
 
 
 def test_each_sample_goes_to_the_expert_of_its_noise_level(experts, wan):
-    """.875 itself is the first expert's, as in the pipeline; the batch keeps its order and its gradients."""
+    """.875 itself is the first expert's, as in the pipeline; the batch keeps its order and its
+    gradients."""
     t, embeds, x = torch.tensor(T_OF), keyed_normal((3, 6, 8), "cond"), X.clone().requires_grad_()
     velocity = experts.predict(x, t, embeds)
     for row, part in enumerate(("transformer", "transformer_2", "transformer")):
@@ -103,14 +124,19 @@ def test_frames_of_different_levels_go_to_the_expert_of_the_noisiest(experts):
     """Clean context beside a noisy chunk does not call the low-noise expert."""
     t = torch.tensor([[0.0, 0.0, 0.95], [0.0, 0.2, 0.3]])
     both = experts.predict(X[:2], t, keyed_normal((2, 6, 8), "cond"))
-    alone = WanTeacher(experts.transformer, None, 3.0).predict(X[:1], t[:1], keyed_normal((2, 6, 8), "cond")[:1])
+    alone = WanTeacher(experts.transformer, None, 3.0).predict(
+        X[:1], t[:1], keyed_normal((2, 6, 8), "cond")[:1]
+    )
     torch.testing.assert_close(both[:1], alone, rtol=1e-5, atol=1e-6)
-    low = WanTeacher(experts.transformer_2, None, 3.0).predict(X[1:2], t[1:], keyed_normal((2, 6, 8), "cond")[1:])
+    low = WanTeacher(experts.transformer_2, None, 3.0).predict(
+        X[1:2], t[1:], keyed_normal((2, 6, 8), "cond")[1:]
+    )
     torch.testing.assert_close(both[1:], low, rtol=1e-5, atol=1e-6)
 
 
 def test_offloading_keeps_one_expert_on_the_device(wan, experts):
-    """The result is the same, and when an expert goes to the device the other one leaves it first."""
+    """The result is the same, and when an expert goes to the device the other one leaves it
+    first."""
     teacher = open_teacher(wan("a14b"), load_text_encoder=False, offload=True)
     embeds = keyed_normal((3, 6, 8), "cond")
     with torch.no_grad():
@@ -145,7 +171,8 @@ def image_of(codec):
 
 @pytest.mark.parametrize("kind", IMAGE_KINDS)
 def test_image_to_video_equals_the_pipeline(wan, kind):
-    """The mask, the latents of the image and of grey, CLIP, and the first frame's time, from one image file."""
+    """The mask, the latents of the image and of grey, CLIP, and the first frame's time, from one
+    image file."""
     pipeline, codec = pipeline_of(wan(kind)), open_codec(wan(kind))
     teacher = open_teacher(wan(kind), negative_prompt=NEGATIVE)
     image, noise = image_of(codec), KeyedNoise([3])
@@ -155,11 +182,17 @@ def test_image_to_video_equals_the_pipeline(wan, kind):
     known = teacher.encode_first_frame(image[None], embeds, codec, SHAPE[1])
     times = tuple(pipeline.scheduler.sigmas[:-1].tolist())
     got = from_rollout(
-        teacher, times, embeds, lambda cond: VideoCond(cond, known.first_frame, known.image_embeds), noise
+        teacher,
+        times,
+        embeds,
+        lambda cond: VideoCond(cond, known.first_frame, known.image_embeds),
+        noise,
     )
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
     other = teacher.encode_first_frame(1 - image[None], embeds, codec, SHAPE[1])
-    moved = teacher.predict(X[:1], torch.tensor([0.5]), other) - teacher.predict(X[:1], torch.tensor([0.5]), known)
+    moved = teacher.predict(X[:1], torch.tensor([0.5]), other) - teacher.predict(
+        X[:1], torch.tensor([0.5]), known
+    )
     assert moved.abs().mean() > 1e-3
 
 
@@ -169,7 +202,9 @@ def test_a_known_frame_is_predicted_as_it_is(wan):
     cond = VideoCond(keyed_normal((2, 6, 8), "cond"), known)
     for t in (torch.tensor([0.9, 0.3]), torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.2, 0.2]])):
         velocity = predict_guided(teacher, X[:2], t, cond, SCALE)
-        torch.testing.assert_close(x0_from_v(X[:2], velocity, t)[:, :, :1], known, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            x0_from_v(X[:2], velocity, t)[:, :, :1], known, rtol=0, atol=1e-5
+        )
     still = teacher.predict(X[:2], torch.zeros(2), cond)
     assert still.isfinite().all() and (still[:, :, 0] == 0).all()
 
@@ -183,13 +218,20 @@ def test_a_first_frame_reaches_both_experts_and_keeps_its_row(wan):
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind, first_frame, message", [
-    ("2.1_image", None, "image-to-video model; give the first frame"),
-    ("2.1", SHAPE, "text-to-video model and takes no first frame"),
-    ("a14b_image", (4, 1, 4, 6), r"first_frame of the shape \(1, 4, 1, 4, 6\), expected \(1, 4, 3, 4, 6\)"),
-    ("ti2v_image", SHAPE, r"first_frame of the shape .*expected \(1, 4, 1, 4, 6\)"),
-    ("2.1_image", SHAPE, "needs image_embeds"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, first_frame, message",
+    [
+        ("2.1_image", None, "image-to-video model; give the first frame"),
+        ("2.1", SHAPE, "text-to-video model and takes no first frame"),
+        (
+            "a14b_image",
+            (4, 1, 4, 6),
+            r"first_frame of the shape \(1, 4, 1, 4, 6\), expected \(1, 4, 3, 4, 6\)",
+        ),
+        ("ti2v_image", SHAPE, r"first_frame of the shape .*expected \(1, 4, 1, 4, 6\)"),
+        ("2.1_image", SHAPE, "needs image_embeds"),
+    ],
+)
 def test_a_first_frame_that_does_not_fit_is_one_clear_line(wan, kind, first_frame, message):
     teacher, cond = open_teacher(wan(kind), load_text_encoder=False), torch.zeros(1, 6, 8)
     if first_frame is not None:
@@ -199,9 +241,18 @@ def test_a_first_frame_that_does_not_fit_is_one_clear_line(wan, kind, first_fram
 
 
 def test_transformers_of_other_conditions_are_refused():
-    sizes = dict(num_attention_heads=2, attention_head_dim=12, ffn_dim=32, num_layers=1, text_dim=8, freq_dim=16)
+    sizes = dict(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        ffn_dim=32,
+        num_layers=1,
+        text_dim=8,
+        freq_dim=16,
+    )
     with pytest.raises(ValueError, match="8 input and 4 output channels"):
         WanTeacher(WanTransformer3DModel(in_channels=8, out_channels=4, **sizes), None, 3.0)
-    two_frames = dict(in_channels=12, out_channels=4, image_dim=6, added_kv_proj_dim=24, pos_embed_seq_len=10)
+    two_frames = dict(
+        in_channels=12, out_channels=4, image_dim=6, added_kv_proj_dim=24, pos_embed_seq_len=10
+    )
     with pytest.raises(ValueError, match="a first and a last frame"):
         WanTeacher(WanTransformer3DModel(**sizes, **two_frames), None, 3.0)

@@ -10,7 +10,9 @@ from streamvid.training.launch import RunLock
 def ran(monkeypatch):
     """The folders of the runs that would have been trained and compared."""
     calls = []
-    monkeypatch.setattr("streamvid.experiment.build.build_trainer", lambda config: calls.append(config) or Nothing())
+    monkeypatch.setattr(
+        "streamvid.experiment.build.build_trainer", lambda config: calls.append(config) or Nothing()
+    )
     monkeypatch.setattr(tool, "compare", lambda run_dir, num_prompts: calls.append(run_dir))
     return calls
 
@@ -22,7 +24,13 @@ class Nothing:
 
 def old_run(folder):
     run_dir = folder / "quickstart"
-    for name in ("checkpoints/step-0000001/student.safetensors", "student/README.md", "config.yaml", "clip_0.mp4", "report.md"):
+    for name in (
+        "checkpoints/step-0000001/student.safetensors",
+        "student/README.md",
+        "config.yaml",
+        "clip_0.mp4",
+        "report.md",
+    ):
         (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (run_dir / name).write_text("old")
     (run_dir / "thesis.txt").write_text("mine")
@@ -37,15 +45,22 @@ def test_a_quickstart_begins_anew_and_keeps_what_is_not_its_own(tmp_path, ran):
     run_dir = old_run(tmp_path)
     assert tool.main(["--output-dir", str(tmp_path), "--minutes", "0.5"]) == 0
     assert names(run_dir) == [".lock", "thesis.txt"]
-    assert ran[0].train.max_minutes == 0.5 and ran[1] == run_dir and ran[0].train.output_dir == str(tmp_path)
+    assert (
+        ran[0].train.max_minutes == 0.5
+        and ran[1] == run_dir
+        and ran[0].train.output_dir == str(tmp_path)
+    )
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--minutes", "0"], "max_minutes=0.0 must be above 0"),
-    (["--minutes", "-1"], "max_minutes=-1.0 must be above 0"),
-    (["--minutes", "nan"], "--minutes nan, expected a finite number"),
-    (["--prompts", "0"], "--prompts=0, expected at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--minutes", "0"], "max_minutes=0.0 must be above 0"),
+        (["--minutes", "-1"], "max_minutes=-1.0 must be above 0"),
+        (["--minutes", "nan"], "--minutes nan, expected a finite number"),
+        (["--prompts", "0"], "--prompts=0, expected at least 1"),
+    ],
+)
 def test_what_can_not_run_removes_nothing(tmp_path, ran, capsys, argv, message):
     before = names(old_run(tmp_path))
     try:
@@ -53,7 +68,9 @@ def test_what_can_not_run_removes_nothing(tmp_path, ran, capsys, argv, message):
     except SystemExit as stop:  # of the parser
         code = stop.code
     assert code == 2
-    assert message in capsys.readouterr().err and names(tmp_path / "quickstart") == before and not ran
+    assert (
+        message in capsys.readouterr().err and names(tmp_path / "quickstart") == before and not ran
+    )
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path, ran, capsys):
@@ -61,7 +78,10 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, ran, capsys):
     (run_dir / "config.yaml").unlink()
     before = names(run_dir)
     assert tool.main(["--output-dir", str(tmp_path)]) == 2
-    assert "holds checkpoints and no config.yaml, so it is no run of quickstart" in capsys.readouterr().err
+    assert (
+        "holds checkpoints and no config.yaml, so it is no run of quickstart"
+        in capsys.readouterr().err
+    )
     assert names(run_dir) == before and not ran
 
 
@@ -71,4 +91,8 @@ def test_a_run_that_is_being_trained_is_left_alone(tmp_path, ran, capsys):
     before = names(run_dir)
     assert tool.main(["--output-dir", str(tmp_path)]) == 2
     lock.release()
-    assert "this run is being trained by process" in capsys.readouterr().err and names(run_dir) == before and not ran
+    assert (
+        "this run is being trained by process" in capsys.readouterr().err
+        and names(run_dir) == before
+        and not ran
+    )

@@ -1,4 +1,5 @@
-"""tools/train.py: refused at once or not at all, the same run from any place, and stopped without a traceback."""
+"""tools/train.py: refused at once or not at all, the same run from any place, and stopped without a
+traceback."""
 
 import errno
 import json
@@ -12,20 +13,26 @@ import torch
 import train as tool
 
 import streamvid
-from streamvid.students.folder import load_student
 from streamvid.experiment import build as training_run
+from streamvid.students.folder import load_student
 
 ROOT = Path(streamvid.__file__).parents[1]
 CONFIG = ROOT / "configs" / "run" / "tiny_dmd.yaml"
 SMALL = [
-    "train.max_steps=2", "train.batch_size=1", "train.log_every=1", "data.num_prompts=2", "options.student_start_step=0",
-    "options.fake_updates_per_student=1", "options.num_chunks=1",
-]  # fmt: skip
+    "train.max_steps=2",
+    "train.batch_size=1",
+    "train.log_every=1",
+    "data.num_prompts=2",
+    "options.student_start_step=0",
+    "options.fake_updates_per_student=1",
+    "options.num_chunks=1",
+]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a run that has ended, and what it was started with; in a working folder that is not the repository."""
+    """The folder of a run that has ended, and what it was started with; in a working folder that is
+    not the repository."""
     folder = tmp_path_factory.mktemp("work")
     arguments = ["--config", str(CONFIG), "train.output_dir=runs", *SMALL]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -40,7 +47,9 @@ def nothing_loads(monkeypatch):
     """Loading is an error: what is refused must be refused before it."""
     for name in ("build_student", "build_source", "build_teacher"):
         monkeypatch.setattr(training_run, name, lambda *args, **kwargs: 1 / 0)
-    monkeypatch.setattr(training_run.PromptEncoder, "from_pretrained", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(
+        training_run.PromptEncoder, "from_pretrained", lambda *args, **kwargs: 1 / 0
+    )
 
 
 def test_shipped_networks_are_found_from_any_working_folder(finished):
@@ -48,7 +57,8 @@ def test_shipped_networks_are_found_from_any_working_folder(finished):
     student = folder / "runs" / "tiny_dmd" / "student"
     assert load_student(student).stream.chunk_frames == 3
     saved = (folder / "runs" / "tiny_dmd" / "config.yaml").read_text()
-    assert "components: streamvid/assets/teacher\n" in saved and str(ROOT) not in saved  # what is saved can move
+    # what is saved can move
+    assert "components: streamvid/assets/teacher\n" in saved and str(ROOT) not in saved
 
 
 def test_a_finished_run_started_again_leaves_its_export_alone(finished, monkeypatch, capsys):
@@ -62,34 +72,64 @@ def test_a_finished_run_started_again_leaves_its_export_alone(finished, monkeypa
     weights = (student / "transformer" / "diffusion_pytorch_model.safetensors").stat()
     assert tool.main(arguments) == 0
     assert (student / "thesis.txt").read_text() == "mine" and "| overall |" in card.read_text()
-    assert (student / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_ino == weights.st_ino
+    assert (
+        student / "transformer" / "diffusion_pytorch_model.safetensors"
+    ).stat().st_ino == weights.st_ino
 
-    assert tool.main([*arguments, "train.max_steps=3"]) == 0  # a longer run exports anew, and keeps what is not its own
+    # a longer run exports anew, and keeps what is not its own
+    assert tool.main([*arguments, "train.max_steps=3"]) == 0
     assert (student / "thesis.txt").read_text() == "mine" and "| overall |" not in card.read_text()
     assert "3 steps of batch 1" in card.read_text() and load_student(student)
 
     marker = folder / "runs" / "tiny_dmd" / "exported.json"
-    marker.write_text(json.dumps({**json.loads(marker.read_text()), "checkpoint": "00000000"}))  # other weights of this step
+    # other weights of this step
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "checkpoint": "00000000"}))
     card.write_text("old")
-    assert tool.main([*arguments, "train.max_steps=3"]) == 0 and "3 steps of batch 1" in card.read_text()
+    assert (
+        tool.main([*arguments, "train.max_steps=3"]) == 0
+        and "3 steps of batch 1" in card.read_text()
+    )
 
     (student / "transformer" / "config.json").unlink()  # no longer an export
     assert tool.main([*arguments, "train.max_steps=3"]) == 0 and load_student(student)
 
 
-@pytest.mark.parametrize("override, message", [
-    ("options.guidance_scale=3", "error: runs/tiny_dmd holds a run with another configuration: options.guidance_scale was 2.0"),
-    ("train.seed=-1", "error: seed=-1 must be from 0 to 2147483647"),
-    ("train.optimizers.studnet.lr=1", "error: optimizers.studnet is for no network of the method; did you mean"),
-    ("train.ema.discriminator.decay=0.9", "error: ema.discriminator is for no network of the method"),
-    ("train.optimizers.student.kind=adamm", "error: train.optimizers.student.kind: expected one of"),
-    ("train.optimizers.student.lr=1e400", "error: train.optimizers.student.lr: expected float, got float inf"),
-    ("train.name=<b>", "error: name='<b>' must be one folder name"),
-    ("train.trackers=[wanbd]", "error: tracker 'wanbd' is unknown"),
-    ("data.num_prompts=-1", "error: data.num_prompts=-1, expected at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        (
+            "options.guidance_scale=3",
+            (
+                "error: runs/tiny_dmd holds a run with another configuration:"
+                " options.guidance_scale was 2.0"
+            ),
+        ),
+        ("train.seed=-1", "error: seed=-1 must be from 0 to 2147483647"),
+        (
+            "train.optimizers.studnet.lr=1",
+            "error: optimizers.studnet is for no network of the method; did you mean",
+        ),
+        (
+            "train.ema.discriminator.decay=0.9",
+            "error: ema.discriminator is for no network of the method",
+        ),
+        (
+            "train.optimizers.student.kind=adamm",
+            "error: train.optimizers.student.kind: expected one of",
+        ),
+        (
+            "train.optimizers.student.lr=1e400",
+            "error: train.optimizers.student.lr: expected float, got float inf",
+        ),
+        ("train.name=<b>", "error: name='<b>' must be one folder name"),
+        ("train.trackers=[wanbd]", "error: tracker 'wanbd' is unknown"),
+        ("data.num_prompts=-1", "error: data.num_prompts=-1, expected at least 1"),
+    ],
+)
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-def test_what_can_be_refused_at_once_is(finished, monkeypatch, capsys, nothing_loads, override, message, dry):
+def test_what_can_be_refused_at_once_is(
+    finished, monkeypatch, capsys, nothing_loads, override, message, dry
+):
     folder, arguments = finished
     monkeypatch.chdir(folder)
     name = [] if override.startswith("options") else ["train.name=other"]
@@ -100,11 +140,18 @@ def test_what_can_be_refused_at_once_is(finished, monkeypatch, capsys, nothing_l
 
 
 @pytest.mark.parametrize("kind", ["prompts", "clips", "latents", "trajectories"])
-def test_data_that_is_not_there_is_refused_before_anything_is_loaded(finished, monkeypatch, capsys, nothing_loads, kind):
+def test_data_that_is_not_there_is_refused_before_anything_is_loaded(
+    finished, monkeypatch, capsys, nothing_loads, kind
+):
     folder, arguments = finished
     monkeypatch.chdir(folder)
-    assert tool.main([*arguments, "train.name=other", f"data.kind={kind}", "data.path=nowhere"]) == 2
-    assert capsys.readouterr().err == f"error: data.path=nowhere is not there, expected {kind} to read\n"
+    assert (
+        tool.main([*arguments, "train.name=other", f"data.kind={kind}", "data.path=nowhere"]) == 2
+    )
+    assert (
+        capsys.readouterr().err
+        == f"error: data.path=nowhere is not there, expected {kind} to read\n"
+    )
     assert sorted(path.name for path in (folder / "runs").iterdir()) == ["tiny_dmd"]
 
 
@@ -119,7 +166,9 @@ def test_a_second_process_is_refused_before_it_loads(finished, monkeypatch, caps
     assert f"this run is being trained by process {os.getpid()} on" in capsys.readouterr().err
 
 
-def test_a_folder_that_can_not_be_written_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys, nothing_loads):
+def test_a_folder_that_can_not_be_written_is_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, capsys, nothing_loads
+):
     def read_only(path, *args):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
@@ -133,10 +182,16 @@ def test_ctrl_c_outside_of_the_loop_is_no_traceback(tmp_path, monkeypatch, capsy
     def pressed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training_run, "build_student" if where == "load" else "save_student", pressed)
+    monkeypatch.setattr(
+        training_run, "build_student" if where == "load" else "save_student", pressed
+    )
     arguments = ["--config", str(CONFIG), f"train.output_dir={tmp_path}", *SMALL]
     assert tool.main(arguments) == 130
-    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped; the same command starts anew, or resumes")
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith("stopped; the same command starts anew, or resumes")
+    )
     monkeypatch.undo()
     assert tool.main(arguments) == 0 and load_student(tmp_path / "tiny_dmd" / "student")
 
@@ -153,15 +208,22 @@ def test_an_export_that_is_not_finite_is_refused_in_one_line(tmp_path, monkeypat
     monkeypatch.setattr(training_run, "save_student", spoiled)
     assert tool.main(["--config", str(CONFIG), f"train.output_dir={tmp_path}", *SMALL]) == 2
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[-1] == (
-        "error: scale_shift_table of the transformer is not finite (NaN or infinite); nothing was saved"
+    assert (
+        captured.err.splitlines()[-1]
+        == "error: scale_shift_table of the transformer is not finite (NaN or infinite); nothing"
+        " was saved"
     )
-    assert not (tmp_path / "tiny_dmd" / "student").exists() and not (tmp_path / "tiny_dmd" / "exported.json").exists()
+    assert (
+        not (tmp_path / "tiny_dmd" / "student").exists()
+        and not (tmp_path / "tiny_dmd" / "exported.json").exists()
+    )
 
 
 def test_a_dry_run_says_what_room_is_needed_and_writes_nothing(tmp_path, monkeypatch, capsys):
     """At a number of steps that stands for no limit it ends as fast as at another."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("streamvid.experiment.estimate.SAMPLED_STEPS", 2)
-    assert tool.main(["--config", str(CONFIG), "--dry-run", *SMALL, "train.max_steps=1000000000"]) == 0
+    assert (
+        tool.main(["--config", str(CONFIG), "--dry-run", *SMALL, "train.max_steps=1000000000"]) == 0
+    )
     assert "on disk: 0.3" in capsys.readouterr().out and list(tmp_path.iterdir()) == []

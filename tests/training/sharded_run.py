@@ -1,6 +1,7 @@
-"""What each of two processes of `test_sharding.py` runs; the same functions make the unsharded runs.
+"""What each of two processes of `test_sharding.py` runs; the same functions make the unsharded
+runs.
 
-    torchrun --nproc_per_node 2 sharded_run.py OUTPUT_DIR TEACHER_DIR
+torchrun --nproc_per_node 2 sharded_run.py OUTPUT_DIR TEACHER_DIR
 """
 
 import sys
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from streamvid.seeding import keyed_normal
 from streamvid.experiment.build import build_method, build_student, build_trainer, load_run
+from streamvid.seeding import keyed_normal
 from streamvid.training.trainer import Trainer
 
 RUNS = Path(__file__).parents[2] / "configs" / "run"
-SMOOTH = "{lr: 1e-3, eps: 1e-3, clip_norm: 0.05, accumulate: %d}"  # Adam without eps would turn rounding into steps
+# Adam without eps would turn rounding into steps
+SMOOTH = "{lr: 1e-3, eps: 1e-3, clip_norm: 0.05, accumulate: %d}"
 
 
 class Power(Exception):
@@ -33,24 +35,45 @@ class UntilStep:
 
 
 class Latents:
-    """Teacher clips and prompts of noise; sample i of a joint batch depends on nothing but its key."""
+    """Teacher clips and prompts of noise; sample i of a joint batch depends on nothing but its
+    key."""
 
     def batch(self, step, turn, micro, indices):
         keys = [1000 * step + 10 * len(turn) + i for i in indices]
         latents = torch.stack([keyed_normal((16, 6, 4, 4), "x", key) for key in keys])
         cond = torch.stack([keyed_normal((5, 64), "cond", key) for key in keys])
-        return {"latents": latents, "cond": cond, "offset": torch.zeros(len(keys), dtype=torch.long), "keys": keys}
+        return {
+            "latents": latents,
+            "cond": cond,
+            "offset": torch.zeros(len(keys), dtype=torch.long),
+            "keys": keys,
+        }
 
 
 def config_of(method, output_dir, teacher, name, networks, accumulate, *more):
-    """Three steps of four samples; two processes take one at a time, and one takes all (`accumulate` 1)."""
-    return load_run(RUNS / f"tiny_{method}.yaml", [
-        f"train.name={name}", f"train.output_dir={output_dir}", f"teacher.path={teacher}", f"student.path={teacher}",
-        f"components={teacher}", f"train.batch_size={1 if accumulate == 2 else 4}", "train.max_steps=3", "train.log_every=1",
-        "train.save_every=2", "latent_size=[4, 4]", "options.student_start_step=0", "stream.chunk_frames=3",
-        "stream.num_steps=2", "train.ema={student: {decay: 0.5}}",
-        *(f"train.optimizers.{name}={SMOOTH % accumulate}" for name in networks), *more,
-    ])  # fmt: skip
+    """Three steps of four samples; two processes take one at a time, and one takes all
+    (`accumulate` 1)."""
+    return load_run(
+        RUNS / f"tiny_{method}.yaml",
+        [
+            f"train.name={name}",
+            f"train.output_dir={output_dir}",
+            f"teacher.path={teacher}",
+            f"student.path={teacher}",
+            f"components={teacher}",
+            f"train.batch_size={1 if accumulate == 2 else 4}",
+            "train.max_steps=3",
+            "train.log_every=1",
+            "train.save_every=2",
+            "latent_size=[4, 4]",
+            "options.student_start_step=0",
+            "stream.chunk_frames=3",
+            "stream.num_steps=2",
+            "train.ema={student: {decay: 0.5}}",
+            *(f"train.optimizers.{name}={SMOOTH % accumulate}" for name in networks),
+            *more,
+        ],
+    )
 
 
 def dmd(output_dir, teacher, name, accumulate, *more):
@@ -62,7 +85,12 @@ def dmd(output_dir, teacher, name, accumulate, *more):
 
 def afd(output_dir, teacher, name, accumulate, *more):
     """Without accumulation: a clip's advantage depends on the others of its pass."""
-    more = ("options.group_size=2", "train.max_steps=2", f"train.batch_size={4 // accumulate}", *more)
+    more = (
+        "options.group_size=2",
+        "train.max_steps=2",
+        f"train.batch_size={4 // accumulate}",
+        *more,
+    )
     config = config_of("afd", output_dir, teacher, name, ("student", "discriminator"), 1, *more)
     method = build_method(config, build_student(config.student), torch.zeros(5, 64))
     return Trainer(config.train, method, Latents(), resolved=config, progress=False)

@@ -24,7 +24,11 @@ def counters(step):
 
 
 def snapshot(value):
-    return Snapshot(counters(value), {"net": {"w": torch.full((3, 2), float(value))}}, [{"rank": 0}, {"rank": 1}])
+    return Snapshot(
+        counters(value),
+        {"net": {"w": torch.full((3, 2), float(value))}},
+        [{"rank": 0}, {"rank": 1}],
+    )
 
 
 def names(folder):
@@ -64,10 +68,12 @@ def test_checkpoints_come_back_and_old_ones_go(tmp_path):
 
 
 def test_a_crash_while_writing_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
-    """A process that is killed cleans up nothing: its leftovers are no checkpoints, and are removed later."""
+    """A process that is killed cleans up nothing: its leftovers are no checkpoints, and are removed
+    later."""
     previous = write_checkpoint(tmp_path, 1, snapshot(1), keep=1)
     monkeypatch.setattr("streamvid.files._remove", lambda path: None)  # as if killed
-    monkeypatch.setattr("streamvid.training.checkpoint.json.dumps", lambda *a, **k: 1 / 0)  # the last file
+    # the last file
+    monkeypatch.setattr("streamvid.training.checkpoint.json.dumps", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_checkpoint(tmp_path, 2, snapshot(2), keep=1)
     monkeypatch.undo()
@@ -81,7 +87,11 @@ def test_a_crash_while_writing_leaves_the_previous_checkpoint(tmp_path, monkeypa
 def test_damage_is_one_line_that_names_the_file(tmp_path, file, how):
     path = write_checkpoint(tmp_path, 1, snapshot(1), keep=1)
     content = (path / file).read_bytes()
-    (path / file).unlink() if how == "missing" else (path / file).write_bytes(content[: len(content) // 2])
+    (
+        (path / file).unlink()
+        if how == "missing"
+        else (path / file).write_bytes(content[: len(content) // 2])
+    )
     if how == "empty":
         (path / file).write_bytes(b"")
     with pytest.raises(ValueError, match=f"step-0000001 is damaged: {file} ") as error:
@@ -95,7 +105,10 @@ def test_damage_is_one_line_that_names_the_file(tmp_path, file, how):
         ({"w": torch.zeros(2, 3)}, r"w of net.safetensors has shape \(3, 2\), expected \(2, 3\)"),
         ({"w": torch.zeros(3, 2), "b": torch.zeros(1)}, "net.safetensors lacks b"),
         ({}, "net.safetensors has the unknown w"),
-        ({"w": torch.zeros(3, 2, dtype=torch.bfloat16)}, "w of net.safetensors is torch.float32, expected torch.bfloat16"),
+        (
+            {"w": torch.zeros(3, 2, dtype=torch.bfloat16)},
+            "w of net.safetensors is torch.float32, expected torch.bfloat16",
+        ),
     ],
 )
 def test_tensors_of_another_network_are_refused(tmp_path, live, message):
@@ -105,38 +118,65 @@ def test_tensors_of_another_network_are_refused(tmp_path, live, message):
 
 
 def test_damage_that_still_can_be_read_is_found_too(tmp_path):
-    """A bit of a weight, of a process's state and of a counter; every one of them used to be resumed from."""
+    """A bit of a weight, of a process's state and of a counter; every one of them used to be
+    resumed from."""
     for name, place in [("net.safetensors", -1), ("rank-0.pt", None), ("trainer.json", None)]:
         path = write_checkpoint(tmp_path, 1, snapshot(1), keep=1)
         content = bytearray((path / name).read_bytes())
-        place = content.index(b'"samples": 8') + 11 if name == "trainer.json" else place or len(content) // 2
+        place = (
+            content.index(b'"samples": 8') + 11
+            if name == "trainer.json"
+            else place or len(content) // 2
+        )
         content[place] ^= 1
         (path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} is not as it was written, by its checksum; delete that folder"):
+        with pytest.raises(
+            ValueError,
+            match=f"{name} is not as it was written, by its checksum; delete that folder",
+        ):
             read_checkpoint(path, ["net"], 0)
 
 
 def test_what_is_to_be_deleted_and_what_is_resumed_then(tmp_path):
     first, second = (write_checkpoint(tmp_path, step, snapshot(step), keep=2) for step in (1, 2))
-    for path, way in [(second, "to resume from step-0000001"), (first, "to start the run anew, there is none before it")]:
+    for path, way in [
+        (second, "to resume from step-0000001"),
+        (first, "to start the run anew, there is none before it"),
+    ]:
         (path / "trainer.json").write_text("{}")
-        with pytest.raises(ValueError, match=f"checkpoint {path} is damaged: .*; delete that folder {way}"):
+        with pytest.raises(
+            ValueError, match=f"checkpoint {path} is damaged: .*; delete that folder {way}"
+        ):
             read_counters(path)
 
 
-@pytest.mark.parametrize("how", [
-    {"step": 2}, {"step": -1}, {"step": None}, {"samples": "8"}, {"seconds": float("nan")}, {"files": {}}, {"files": None},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"step": 2},
+        {"step": -1},
+        {"step": None},
+        {"samples": "8"},
+        {"seconds": float("nan")},
+        {"files": {}},
+        {"files": None},
+    ],
+)
 def test_counters_that_can_not_be_are_refused_even_with_a_checksum(tmp_path, how):
     path = write_checkpoint(tmp_path, 1, snapshot(1), keep=1)
     values = {**json.loads((path / "trainer.json").read_text()), **how}
     del values["checksum"]
-    (path / "trainer.json").write_text(json.dumps({**values, "checksum": checkpoint._checksum_of(values)}))
+    (path / "trainer.json").write_text(
+        json.dumps({**values, "checksum": checkpoint._checksum_of(values)})
+    )
     with pytest.raises(ValueError, match="step-0000001 is damaged: trainer.json "):
         read_checkpoint(path, ["net"], 0)
 
 
-@pytest.mark.parametrize("text", ["[]", "1", "null", '"step"', "{", "\ud800".encode("utf-8", "surrogatepass").decode("latin-1")])
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "1", "null", '"step"', "{", "\ud800".encode("utf-8", "surrogatepass").decode("latin-1")],
+)
 def test_counters_of_another_form_are_one_line(tmp_path, text):
     path = write_checkpoint(tmp_path, 1, snapshot(1), keep=1)
     (path / "trainer.json").write_text(text)
@@ -157,7 +197,8 @@ def test_a_number_that_is_none_is_not_resumed_from(tmp_path, number):
 
 
 def test_an_old_checkpoint_goes_at_once(tmp_path, monkeypatch):
-    """Killed while it removes an old checkpoint, a run used to leave a gutted one that counted as complete."""
+    """Killed while it removes an old checkpoint, a run used to leave a gutted one that counted as
+    complete."""
     write_checkpoint(tmp_path, 1, snapshot(1), keep=1)
     monkeypatch.setattr("streamvid.files.shutil.rmtree", lambda path: 1 / 0)  # as if killed
     with pytest.raises(ZeroDivisionError):

@@ -38,7 +38,14 @@ def test_learning_rates():
 def test_warm_up_counts_updates_from_one():
     """The first update at rate 0 would be wasted, and shift the moments of Adam."""
     config = OptimizerConfig(lr=1.0, warmup_steps=4)
-    assert [learning_rate(config, update, 0.0) for update in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [learning_rate(config, update, 0.0) for update in range(6)] == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+        1.0,
+    ]
 
 
 @pytest.mark.parametrize("decay_vectors", [False, True])
@@ -55,10 +62,13 @@ def test_weight_decay_spares_vectors_unless_asked(decay_vectors):
 
 
 def test_muon_takes_hidden_matrices_and_kernels_only():
-    """The update of a hidden matrix has the size of AdamW's (0.2 root mean square) whatever its gradient's size."""
+    """The update of a hidden matrix has the size of AdamW's (0.2 root mean square) whatever its
+    gradient's size."""
     net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Linear(16, 16))
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    optimizer = build_optimizer(dict(net.named_parameters()), OptimizerConfig(kind="muon", lr=0.1, weight_decay=0.0))
+    optimizer = build_optimizer(
+        dict(net.named_parameters()), OptimizerConfig(kind="muon", lr=0.1, weight_decay=0.0)
+    )
     for p in net.parameters():
         p.grad = 1e-4 * torch.randn_like(p)
     optimizer.step()
@@ -83,44 +93,65 @@ class FakeAdamW8bit(torch.optim.AdamW):
     """The rate of a group is a tensor, which must stay that tensor, as in torchao."""
 
     def __init__(self, groups, lr, betas, eps):
-        super().__init__([{**group, "lr": torch.tensor(lr)} for group in groups], betas=betas, eps=eps)
+        super().__init__(
+            [{**group, "lr": torch.tensor(lr)} for group in groups], betas=betas, eps=eps
+        )
 
 
 def test_adamw_in_8_bits_is_given_and_keeps_what_it_needs(monkeypatch):
     """The wiring, without the package: groups, a rate that is filled, moments in parts."""
     monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
-    for name, content in (("optim", {"AdamW8bit": FakeAdamW8bit}), ("optim.subclass_8bit", {"OptimState8bit": Moment})):
+    for name, content in (
+        ("optim", {"AdamW8bit": FakeAdamW8bit}),
+        ("optim.subclass_8bit", {"OptimState8bit": Moment}),
+    ):
         module = ModuleType(f"torchao.{name}")
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     net = nn.Linear(2, 2)
     names = {p: name for name, p in net.named_parameters()}
-    optimizer = build_optimizer(dict(net.named_parameters()), OptimizerConfig(kind="adamw8bit", lr=0.5, weight_decay=0.25))
+    optimizer = build_optimizer(
+        dict(net.named_parameters()), OptimizerConfig(kind="adamw8bit", lr=0.5, weight_decay=0.25)
+    )
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0]
     rates = [group["lr"] for group in optimizer.param_groups]
     set_learning_rate(optimizer, 0.125)
     assert [rate.item() for rate in rates] == [0.125] * 2
     assert all(rate is group["lr"] for rate, group in zip(rates, optimizer.param_groups))
     moments = {
-        name: Moment(torch.ones(2, 2, dtype=torch.uint8), torch.ones(1), torch.ones(256), name == "exp_avg", torch.float32)
+        name: Moment(
+            torch.ones(2, 2, dtype=torch.uint8),
+            torch.ones(1),
+            torch.ones(256),
+            name == "exp_avg",
+            torch.float32,
+        )
         for name in ("exp_avg", "exp_avg_sq")
     }
     optimizer.state[net.weight] = {"step": torch.tensor(3.0), **moments}
     tensors = optimizer_tensors(optimizer, names)
-    assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()) and len(tensors) == 7
+    assert (
+        all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()) and len(tensors) == 7
+    )
     optimizer.state.clear()
     load_optimizer_tensors(optimizer, names, tensors)
     kept = optimizer.state[net.weight]
-    assert kept["step"] == 3 and {name: kept[name].signed for name in moments} == {"exp_avg": True, "exp_avg_sq": False}
+    assert kept["step"] == 3 and {name: kept[name].signed for name in moments} == {
+        "exp_avg": True,
+        "exp_avg_sq": False,
+    }
     assert torch.equal(kept["exp_avg"].codes, moments["exp_avg"].codes)
 
 
 def eight_bits(steps, seed=0):
-    """A large matrix and a small vector after some updates in the direction of fixed noise, without a compiler."""
+    """A large matrix and a small vector after some updates in the direction of fixed noise, without
+    a compiler."""
     pytest.importorskip("torchao")
     torch.manual_seed(seed)
     net = nn.Linear(64, 64)
-    optimizer = build_optimizer(dict(net.named_parameters()), OptimizerConfig(kind="adamw8bit", lr=0.1))
+    optimizer = build_optimizer(
+        dict(net.named_parameters()), OptimizerConfig(kind="adamw8bit", lr=0.1)
+    )
     update(net, optimizer, range(steps))
     return net, optimizer, {p: name for name, p in net.named_parameters()}
 
@@ -142,9 +173,15 @@ def test_adamw_in_8_bits_is_nearly_adamw_with_a_quarter_of_its_state():
     adamw = build_optimizer(dict(whole.named_parameters()), OptimizerConfig(lr=0.1))
     update(whole, adamw, range(4))
     torch.testing.assert_close(net.bias, whole.bias)  # too small to be worth it
-    error = (net.weight - whole.weight).square().mean().sqrt() / (whole.weight - before).square().mean().sqrt()
+    error = (net.weight - whole.weight).square().mean().sqrt() / (
+        whole.weight - before
+    ).square().mean().sqrt()
     assert 0 < error < 0.05
-    held = {key: t.nbytes for key, t in optimizer_tensors(optimizer, names).items() if key.startswith("weight/")}
+    held = {
+        key: t.nbytes
+        for key, t in optimizer_tensors(optimizer, names).items()
+        if key.startswith("weight/")
+    }
     assert sum(held.values()) == 2 * (4096 + 4 * 16 + 4 * 256) + 4
 
 
@@ -167,16 +204,22 @@ def test_adamw_in_8_bits_resumes_from_its_tensors(tmp_path):
 
 def test_adamw_in_8_bits_needs_a_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(ValueError, match="kind=adamw8bit needs torchao; `pip install 'streamvid.adamw8bit.'`, or set"):
+    with pytest.raises(
+        ValueError,
+        match="kind=adamw8bit needs torchao; `pip install 'streamvid.adamw8bit.'`, or set",
+    ):
         build_optimizer(dict(nn.Linear(2, 2).named_parameters()), OptimizerConfig(kind="adamw8bit"))
 
 
 def test_muon_resumes_from_its_tensors():
     """Saved, loaded into a fresh optimiser and stepped: the same as going on."""
+
     def make():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        return net, build_optimizer(dict(net.named_parameters()), OptimizerConfig(kind="muon", lr=0.1))
+        return net, build_optimizer(
+            dict(net.named_parameters()), OptimizerConfig(kind="muon", lr=0.1)
+        )
 
     def push(net, optimizer, seed):
         torch.manual_seed(seed)
@@ -186,7 +229,10 @@ def test_muon_resumes_from_its_tensors():
 
     net, optimizer = make()
     push(net, optimizer, 1)
-    saved = {k: v.clone() for k, v in optimizer_tensors(optimizer, {p: n for n, p in net.named_parameters()}).items()}
+    saved = {
+        k: v.clone()
+        for k, v in optimizer_tensors(optimizer, {p: n for n, p in net.named_parameters()}).items()
+    }
     weights = {k: v.clone() for k, v in net.state_dict().items()}
     push(net, optimizer, 2)
     again, resumed = make()
@@ -199,7 +245,9 @@ def test_muon_resumes_from_its_tensors():
 
 def test_decay_may_start_late():
     config = OptimizerConfig(lr=1.0, schedule="linear", decay_start=0.5)
-    assert [learning_rate(config, 0, progress) for progress in (0, 0.5, 0.75, 1)] == pytest.approx([1, 1, 0.5, 0])
+    assert [learning_rate(config, 0, progress) for progress in (0, 0.5, 0.75, 1)] == pytest.approx(
+        [1, 1, 0.5, 0]
+    )
 
 
 def average_of(values, config):
@@ -240,7 +288,9 @@ def test_average_is_float32_where_the_weights_are_not():
     assert ema.shadow["weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("wrong", [{"lr": 0}, {"betas": (0.9, 1.0)}, {"clip_norm": 0}, {"accumulate": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"lr": 0}, {"betas": (0.9, 1.0)}, {"clip_norm": 0}, {"accumulate": 0}]
+)
 def test_impossible_values_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
         OptimizerConfig(**wrong)

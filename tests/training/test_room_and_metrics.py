@@ -9,16 +9,21 @@ from pathlib import Path
 import pytest
 
 from streamvid.experiment import room
+from streamvid.experiment.build import build_trainer, load_run
 from streamvid.training import metrics
 from streamvid.training.metrics import RunningMeans, append_metrics, read_metrics, trim_metrics
-from streamvid.experiment.build import build_trainer, load_run
 
 TINY = Path(__file__).parents[2] / "configs" / "run" / "tiny_dmd.yaml"
 Usage = namedtuple("Usage", "total used free")
 
 
 def run_of(folder, *overrides):
-    small = ["train.max_steps=2", "train.batch_size=1", "data.num_prompts=2", "options.student_start_step=0"]
+    small = [
+        "train.max_steps=2",
+        "train.batch_size=1",
+        "data.num_prompts=2",
+        "options.student_start_step=0",
+    ]
     early = ["options.fake_updates_per_student=1", "options.num_chunks=1", "train.save_every=1"]
     return load_run(TINY, [f"train.output_dir={folder}", *small, *early, *overrides])
 
@@ -40,24 +45,36 @@ def test_the_room_is_what_the_run_then_takes(tmp_path):
 
 
 def test_adapters_take_the_room_of_adapters_and_their_export_that_of_a_network(tmp_path):
-    whole, lora = room.room_of(run_of(tmp_path)), room.room_of(run_of(tmp_path, "student.lora.rank=2", "fake_score.lora_rank=2"))
+    whole, lora = (
+        room.room_of(run_of(tmp_path)),
+        room.room_of(run_of(tmp_path, "student.lora.rank=2", "fake_score.lora_rank=2")),
+    )
     assert lora.checkpoint < whole.checkpoint / 20
     assert whole.export <= lora.export < 1.05 * whole.export
 
 
 @pytest.mark.parametrize("kept, saves, at_once", [(2, 10, 3), (5, 10, 6), (5, 2, 2), (1, 1, 1)])
 def test_a_short_run_writes_fewer_checkpoints_than_are_kept(tmp_path, kept, saves, at_once):
-    config = run_of(tmp_path, f"train.keep_checkpoints={kept}", "train.save_every=10", f"train.max_steps={10 * saves - 1}")
+    config = run_of(
+        tmp_path,
+        f"train.keep_checkpoints={kept}",
+        "train.save_every=10",
+        f"train.max_steps={10 * saves - 1}",
+    )
     assert room.room_of(config).num_checkpoints == at_once
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_refused_and_a_small_one_warned_of(tmp_path, monkeypatch, caplog):
+def test_a_disk_without_room_for_a_checkpoint_is_refused_and_a_small_one_warned_of(
+    tmp_path, monkeypatch, caplog
+):
     config = run_of(tmp_path / "deep" / "down", "train.keep_checkpoints=1")
     need = room.room_of(config)
     asked = []
 
     def disk(free):
-        monkeypatch.setattr(room.shutil, "disk_usage", lambda path: asked.append(Path(path)) or Usage(0, 0, free))
+        monkeypatch.setattr(
+            room.shutil, "disk_usage", lambda path: asked.append(Path(path)) or Usage(0, 0, free)
+        )
 
     with caplog.at_level(logging.WARNING):
         disk(need.bytes)
@@ -65,9 +82,15 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_and_a_small_one_warned_
         assert not caplog.records and asked == [tmp_path]  # the nearest folder that is there
         disk(need.bytes - 1)
         room.ensure_room(config)
-        assert "this run will write 0.2" in caplog.text and "set train.keep_checkpoints=1" in caplog.text
+        assert (
+            "this run will write 0.2" in caplog.text
+            and "set train.keep_checkpoints=1" in caplog.text
+        )
         disk(need.checkpoint - 1)
-        with pytest.raises(ValueError, match="a checkpoint of this run takes 0.10 GiB, free on .* are 0.10; make room"):
+        with pytest.raises(
+            ValueError,
+            match="a checkpoint of this run takes 0.10 GiB, free on .* are 0.10; make room",
+        ):
             room.ensure_room(config)
     assert not (tmp_path / "deep").exists()
 
@@ -79,7 +102,9 @@ def test_what_a_run_has_written_already_counts_as_room(tmp_path, monkeypatch, ca
     old.mkdir(parents=True)
     with (old / "student.safetensors").open("wb") as file:
         file.truncate(need.checkpoint)
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: Usage(0, 0, need.bytes - need.checkpoint))
+    monkeypatch.setattr(
+        room.shutil, "disk_usage", lambda path: Usage(0, 0, need.bytes - need.checkpoint)
+    )
     with caplog.at_level(logging.WARNING):
         room.ensure_room(config)
     assert not caplog.records
@@ -92,7 +117,15 @@ def test_a_damaged_line_of_metrics_is_dropped_alone(tmp_path):
         append_metrics(path, {"step": step, "loss": float("nan") if step == 6 else 0.5})
     lines = path.read_bytes().split(b"\n")
     lines[2] = lines[2][:8]
-    lines[3:3] = [b"\xff\xfe\x00", b"[1]", b"null", b"{}", b'{"step": "4"}', b'{"step": null}', b"[" * 100000]
+    lines[3:3] = [
+        b"\xff\xfe\x00",
+        b"[1]",
+        b"null",
+        b"{}",
+        b'{"step": "4"}',
+        b'{"step": null}',
+        b"[" * 100000,
+    ]
     path.write_bytes(b"\n".join(lines))
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 4, 5, 6]
     trim_metrics(path, 5)
@@ -100,7 +133,8 @@ def test_a_damaged_line_of_metrics_is_dropped_alone(tmp_path):
 
 
 def test_a_maximum_is_one_over_steps_passes_and_processes_however_they_are_divided(monkeypatch):
-    """Other numbers are means. The second process is a resumed one: its state went through a file."""
+    """Other numbers are means. The second process is a resumed one: its state went through a
+    file."""
     values = [3.0, 9.0, 1.0, 2.0, 7.0, 2.0]
     for cut in range(len(values) + 1):
         one, two = RunningMeans(), RunningMeans()

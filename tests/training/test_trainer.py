@@ -1,4 +1,5 @@
-"""The trainer: resume equals not stopping, accumulation and processes equal a larger batch, errors are clear."""
+"""The trainer: resume equals not stopping, accumulation and processes equal a larger batch, errors
+are clear."""
 
 import itertools
 import json
@@ -14,13 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import streamvid
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
 from tiny_run import everything, make_trainer
 from torch import nn
 
+import streamvid
 from streamvid.models.video_discriminator import VideoDiscriminator
 from streamvid.training import checkpoint as ckpt
 from streamvid.training import trainer as trainer_module
@@ -32,8 +33,10 @@ from streamvid.training.trainer import TrainConfig, Trainer, TrainingError, swit
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
 ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(streamvid.__file__).parents[1])
-}  # fmt: skip
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(Path(streamvid.__file__).parents[1]),
+}
 
 
 ACCELERATE = [str(Path(sys.executable).with_name("accelerate"))]
@@ -83,10 +86,11 @@ def crash(output_dir, at, *overrides):
 
 @pytest.mark.parametrize("at", [2, 4, 7, 11])
 def test_resume_equals_not_having_stopped(tmp_path, at):
-    """Bitwise: weights, optimisers, averages, the reference, metrics, and draws from the global generator.
+    """Bitwise: weights, optimisers, averages, the reference, metrics, and draws from the global
+    generator.
 
-    Checkpoints come every 4 steps and log lines every 5, so that a checkpoint falls between two lines.
-    """
+    Checkpoints come every 4 steps and log lines every 5, so that a checkpoint falls between two
+    lines."""
     noisy = "knobs.global_noise=true"
     whole = train(tmp_path / "whole", noisy)
     crash(tmp_path / "parts", at, noisy)
@@ -110,7 +114,9 @@ SLOW = ["knobs.seconds_per_loss=0.05", "train.log_every=1", "train.save_every=10
 def start(output_dir, *overrides, launcher=(), variables={}):
     """A run in another process."""
     command = [*(launcher or [sys.executable]), str(SCRIPT), str(output_dir), *overrides]
-    return subprocess.Popen(command, env={**ENVIRONMENT, **variables}, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env={**ENVIRONMENT, **variables}, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for_steps(output_dir, count):
@@ -119,7 +125,9 @@ def wait_for_steps(output_dir, count):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_an_interrupted_process_saves_says_how_to_resume_and_resumes(tmp_path, number, code):
     often = ["train.log_every=1", "train.save_every=1000"]
     process = start(tmp_path / "parts", *often, variables={"SIGNAL_IN_STEP": f"{int(number)} 3"})
@@ -140,10 +148,13 @@ def test_under_nohup_a_closed_terminal_stops_nothing(monkeypatch):
         signal.signal(signal.SIGHUP, kept)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process is not told that its launcher has ended")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere a process is not told that its launcher has ended"
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_stops_with_its_launcher_and_saves(tmp_path, number):
-    """A killed `accelerate launch --cpu` used to leave its process to train on to the end, unseen."""
+    """A killed `accelerate launch --cpu` used to leave its process to train on to the end,
+    unseen."""
     slow = [*SLOW, "train.max_steps=1000"]
     process = start(tmp_path, *slow, launcher=[*ACCELERATE, "launch", "--cpu"])
     wait_for_steps(tmp_path, 2)
@@ -154,11 +165,23 @@ def test_a_run_stops_with_its_launcher_and_saves(tmp_path, number):
     assert 2 <= int(saved.name[5:]) < 1000
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--mixed_precision", "bf16"], "--mixed_precision bf16, .* and the run for train.mixed_precision=no; set both"),
-    (["--gradient_accumulation_steps", "4"], "--gradient_accumulation_steps 4 does nothing here; .*NAME.accumulate=4"),
-    (["--dynamo_backend", "inductor"], "--dynamo_backend does nothing here; leave it out and set train.compile=true"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ["--mixed_precision", "bf16"],
+            "--mixed_precision bf16, .* and the run for train.mixed_precision=no; set both",
+        ),
+        (
+            ["--gradient_accumulation_steps", "4"],
+            "--gradient_accumulation_steps 4 does nothing here; .*NAME.accumulate=4",
+        ),
+        (
+            ["--dynamo_backend", "inductor"],
+            "--dynamo_backend does nothing here; leave it out and set train.compile=true",
+        ),
+    ],
+)
 def test_what_the_launcher_asks_is_not_ignored(tmp_path, options, message):
     process = start(tmp_path, launcher=[*ACCELERATE, "launch", "--cpu", *options])
     _, error = process.communicate()
@@ -185,15 +208,27 @@ def test_a_longer_run_continues_and_keeps_the_newest_checkpoints(tmp_path):
 def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
     train(tmp_path)
     with pytest.raises(ValueError) as error:
-        train(tmp_path, "train.optimizers.student.lr=0.5", "knobs.student_every=2", "train.max_steps=20")
-    assert "knobs.student_every was 3, now 2; train.optimizers.student.lr was 0.02, now 0.5." in str(error.value)
+        train(
+            tmp_path,
+            "train.optimizers.student.lr=0.5",
+            "knobs.student_every=2",
+            "train.max_steps=20",
+        )
+    assert (
+        "knobs.student_every was 3, now 2; train.optimizers.student.lr was 0.02, now 0.5."
+        in str(error.value)
+    )
     assert "max_steps" not in str(error.value)
 
 
 def test_a_setting_of_a_later_version_counts_as_its_default(tmp_path):
     run = train(tmp_path)
     file = run.run_dir / "config.yaml"
-    kept = [line for line in file.read_text().splitlines() if line.split(":")[0].strip() not in ("shard", "eps")]
+    kept = [
+        line
+        for line in file.read_text().splitlines()
+        if line.split(":")[0].strip() not in ("shard", "eps")
+    ]
     file.write_text("\n".join(kept))
     assert len(train(tmp_path, "train.max_steps=20").method.updates) == 8 + 3
     file.write_text("\n".join(kept))
@@ -205,7 +240,10 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
     run = train(tmp_path)
     file = list_checkpoints(run.checkpoints)[-1] / "student.optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
-    message = "step-0000012 is damaged: student.optimizer.safetensors is not as it was .*; delete that folder to resume from"
+    message = (
+        "step-0000012 is damaged: student.optimizer.safetensors is not as it was .*; delete that"
+        " folder to resume from"
+    )
     with pytest.raises(ValueError, match=f"{message} step-0000008"):
         train(tmp_path)
     shutil.rmtree(file.parent)
@@ -222,35 +260,53 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         train(tmp_path / "a")
     shutil.rmtree(own)
     shutil.copytree(foreign, own)
-    with pytest.raises(ValueError, match="step-0000012 is damaged: it is of a run with another configuration"):
+    with pytest.raises(
+        ValueError, match="step-0000012 is damaged: it is of a run with another configuration"
+    ):
         train(tmp_path / "a")
     shutil.rmtree(own)
     shutil.copytree(kept, own)
     assert_same_run(train(tmp_path / "a", "train.max_steps=12"), run)
 
 
-@pytest.mark.parametrize("change", [
-    lambda counters: counters.pop("scalers"), lambda counters: counters.pop("updates"),
-    lambda counters: counters["scalers"].pop("student"), lambda counters: counters.update(updates=[1, 2]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda counters: counters.pop("scalers"),
+        lambda counters: counters.pop("updates"),
+        lambda counters: counters["scalers"].pop("student"),
+        lambda counters: counters.update(updates=[1, 2]),
+    ],
+)
 def test_counters_that_lack_a_network_are_one_line(tmp_path, change):
     run = train(tmp_path)
     path = list_checkpoints(run.checkpoints)[-1]
     counters = json.loads((path / "trainer.json").read_text())
     del counters["checksum"]
     change(counters)
-    (path / "trainer.json").write_text(json.dumps({**counters, "checksum": ckpt._checksum_of(counters)}))
-    with pytest.raises(ValueError, match="step-0000012 is damaged: trainer.json can't be read .*; delete that folder"):
+    (path / "trainer.json").write_text(
+        json.dumps({**counters, "checksum": ckpt._checksum_of(counters)})
+    )
+    with pytest.raises(
+        ValueError,
+        match="step-0000012 is damaged: trainer.json can't be read .*; delete that folder",
+    ):
         train(tmp_path)
 
 
 def test_a_moved_checkout_and_a_moved_output_folder_are_the_same_run(tmp_path):
-    """What ships with the package has another path there, in the saved configuration and in the checkpoints."""
-    old, new = ("/home/a/streamvid/assets/start", "/opt/lib/python/site-packages/streamvid/assets/start")
+    """What ships with the package has another path there, in the saved configuration and in the
+    checkpoints."""
+    old, new = (
+        "/home/a/streamvid/assets/start",
+        "/opt/lib/python/site-packages/streamvid/assets/start",
+    )
     run = train(tmp_path / "a", f"knobs.path={old}")
     shutil.move(tmp_path / "a", tmp_path / "b")
     assert_same_run(train(tmp_path / "b", f"knobs.path={new}"), make_moved(run, tmp_path / "b"))
-    with pytest.raises(ValueError, match="knobs.path was streamvid/assets/start, now streamvid/assets/student"):
+    with pytest.raises(
+        ValueError, match="knobs.path was streamvid/assets/start, now streamvid/assets/student"
+    ):
         train(tmp_path / "b", "knobs.path=/home/a/streamvid/assets/student")
 
 
@@ -259,11 +315,15 @@ def make_moved(run, output_dir):
     return run
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "1", "a: [", "a: !!python/object:os.system x", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["- a\n- b\n", "1", "a: [", "a: !!python/object:os.system x", "\x00"]
+)
 def test_a_saved_configuration_that_is_none_is_one_line(tmp_path, text):
     run = train(tmp_path, "train.max_steps=1")
     (run.run_dir / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match="config.yaml .*; if it is the same run, delete that file") as error:
+    with pytest.raises(
+        ValueError, match="config.yaml .*; if it is the same run, delete that file"
+    ) as error:
         train(tmp_path, "train.max_steps=1")
     assert "\n" not in str(error.value)
 
@@ -272,16 +332,21 @@ def test_a_saved_configuration_that_is_none_is_one_line(tmp_path, text):
 
 
 def test_a_run_is_trained_by_one_process(tmp_path):
-    """Two used to write into each other's metrics, and to remove each other's half-written checkpoints."""
+    """Two used to write into each other's metrics, and to remove each other's half-written
+    checkpoints."""
     often = ["train.log_every=1"]
-    process = start(tmp_path, *often, variables={"SIGNAL_IN_STEP": f"{int(signal.SIGSTOP)} 3"})  # it waits for its end
+    # it waits for its end
+    process = start(tmp_path, *often, variables={"SIGNAL_IN_STEP": f"{int(signal.SIGSTOP)} 3"})
     wait_for_steps(tmp_path, 3)
     with pytest.raises(ValueError) as error:
         train(tmp_path, *often)
     process.kill()
     process.communicate()
     host = socket.gethostname()
-    assert f"{tmp_path / 'tiny'}: this run is being trained by process {process.pid} on {host}; " in str(error.value)
+    assert (
+        f"{tmp_path / 'tiny'}: this run is being trained by process {process.pid} on {host}; "
+        in str(error.value)
+    )
     resumed = train(tmp_path, *often)  # the lock has gone with its holder
     assert_same_run(resumed, train(tmp_path / "whole", *often))
 
@@ -310,7 +375,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing_that_was_saved(tmp_path, monk
         train(tmp_path)
     monkeypatch.undo()
     good = tmp_path / "tiny" / "checkpoints" / "step-0000004"
-    assert str(error.value).startswith(f"disk full after step 8, in {tmp_path / 'tiny'}: a checkpoint takes 0.00 GiB, free are")
+    assert str(error.value).startswith(
+        f"disk full after step 8, in {tmp_path / 'tiny'}: a checkpoint takes 0.00 GiB, free are"
+    )
     assert str(error.value).endswith(f"then the same command resumes from {good}")
     assert_same_run(train(tmp_path), train(tmp_path / "whole"))
 
@@ -331,7 +398,10 @@ def test_each_network_takes_its_own_number_of_steps(tmp_path):
     run = train(tmp_path)
     assert run.method.updates.count("student") == 4 and run.method.updates.count("fake_score") == 12
     state = everything(run)
-    assert state["student.optimizer/weight/step"] == 4 and state["fake_score.optimizer/bias/step"] == 12
+    assert (
+        state["student.optimizer/weight/step"] == 4
+        and state["fake_score.optimizer/bias/step"] == 12
+    )
     assert run.learners["student"].ema.updates == 4
 
 
@@ -339,7 +409,9 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     """accelerate's shared counter would never step the student here."""
     whole = train(tmp_path / "whole", "train.batch_size=4")
     halves = train(
-        tmp_path / "halves", "train.optimizers.student.accumulate=2", "train.optimizers.fake_score.accumulate=2"
+        tmp_path / "halves",
+        "train.optimizers.student.accumulate=2",
+        "train.optimizers.fake_score.accumulate=2",
     )
     got, expected = everything(halves), everything(whole)
     for name in got:
@@ -364,16 +436,24 @@ def test_a_loss_in_parts_trains_as_in_one(tmp_path):
     got, expected = everything(parted), everything(whole)
     for name in got:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-6)
-    assert metrics_of(parted)[-1]["fake_score/loss"] == pytest.approx(metrics_of(whole)[-1]["fake_score/loss"], rel=1e-5)
+    assert metrics_of(parted)[-1]["fake_score/loss"] == pytest.approx(
+        metrics_of(whole)[-1]["fake_score/loss"], rel=1e-5
+    )
 
 
 def test_checkpointing_reaches_networks_inside_others():
     """A discriminator on a transformer kept all its activations: 682 GiB where 25 will do."""
     torch.manual_seed(0)
     trunk = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=16, ffn_dim=32,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=32,
         num_layers=3,
-    )  # fmt: skip
+    )
     disc = VideoDiscriminator(trunk)
     x, cond = torch.randn(2, 4, 2, 4, 4), torch.randn(2, 5, 8)
     gradients = []
@@ -382,7 +462,9 @@ def test_checkpointing_reaches_networks_inside_others():
         assert trunk.is_gradient_checkpointing == checkpointing
         disc.zero_grad()
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(t.numel()) or t, lambda t: t
+        ):
             loss = disc(x, cond).sum()
         loss.backward()
         gradients.append((sum(saved), [p.grad for p in disc.parameters() if p.grad is not None]))
@@ -401,8 +483,10 @@ def test_a_repeated_turn_draws_anew(tmp_path):
     trainer.source.batch = lambda *key: seen.append(key) or draw(*key)
     trainer.train()
     assert seen == [
-        (0, "fake_score", 0, range(2)), (0, "fake_score", 1, range(2)), (0, "student", 0, range(2))
-    ]  # fmt: skip
+        (0, "fake_score", 0, range(2)),
+        (0, "fake_score", 1, range(2)),
+        (0, "student", 0, range(2)),
+    ]
 
 
 def test_clipping_bounds_the_whole_gradient(tmp_path):
@@ -424,7 +508,9 @@ def test_a_turn_leaves_gradients_only_where_it_updates(tmp_path):
     loss = trainer.method.loss
 
     def watched(turn, batch, step):
-        flags.append((turn, *(net.weight.requires_grad for net in trainer.method.networks().values())))
+        flags.append(
+            (turn, *(net.weight.requires_grad for net in trainer.method.networks().values()))
+        )
         return loss(turn, batch, step)
 
     trainer.method.loss = watched
@@ -441,7 +527,9 @@ def test_a_time_budget_ends_the_run_and_its_learning_rates(tmp_path, monkeypatch
     run = train(tmp_path, "train.max_minutes=0.005", "train.max_steps=1000000", "train.log_every=1")
     lines = read_metrics(run.run_dir / "metrics.jsonl")
     assert run.step == 3 and lines[-1]["step"] == 3 and run.seconds == pytest.approx(0.3)
-    assert [line["fake_score/lr"] for line in lines] == pytest.approx([0.05, 0.05 * 2 / 3, 0.05 / 3])
+    assert [line["fake_score/lr"] for line in lines] == pytest.approx(
+        [0.05, 0.05 * 2 / 3, 0.05 / 3]
+    )
     assert list_checkpoints(run.checkpoints)[-1].name == "step-0000003"
 
 
@@ -452,12 +540,15 @@ def test_averaged_weights_for_the_export(tmp_path):
         assert torch.equal(run.method.student.weight, everything(run)["student.ema/weight"])
         assert not torch.equal(run.method.student.weight, own)
     assert torch.equal(run.method.student.weight, own)
-    with pytest.raises(ValueError, match="network 'fake_score' has no moving average; set ema.fake_score.decay"):
+    with pytest.raises(
+        ValueError, match="network 'fake_score' has no moving average; set ema.fake_score.decay"
+    ):
         run.ema_weights("fake_score")
 
 
 def test_an_overflow_of_scaled_gradients_is_skipped_and_not_counted(tmp_path):
-    """What fp16 does on a GPU: the scale halves until the gradient fits; clip, rate and average don't notice."""
+    """What fp16 does on a GPU: the scale halves until the gradient fits; clip, rate and average
+    don't notice."""
     trainer = make_trainer(tmp_path, "train.log_every=1")
     for learner in trainer.learners.values():
         learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
@@ -471,7 +562,10 @@ def test_an_overflow_of_scaled_gradients_is_skipped_and_not_counted(tmp_path):
         assert torch.equal(before, after) == ("fake_score/loss" not in line)
     skipped = sum("fake_score/loss" not in line for line in lines)
     assert 1 <= skipped < 12 and learner.updates == 12 - skipped
-    assert learner.scaler.get_scale() == 2.0 ** (127 - skipped) and lines[-1]["fake_score/grad_norm"] < 100
+    assert (
+        learner.scaler.get_scale() == 2.0 ** (127 - skipped)
+        and lines[-1]["fake_score/grad_norm"] < 100
+    )
 
 
 # Errors
@@ -481,8 +575,10 @@ def test_a_loss_that_is_not_a_number_stops_and_names_the_last_good_checkpoint(tm
     with pytest.raises(TrainingError) as error:
         train(tmp_path, "knobs.nan_at=9")
     good = tmp_path / "tiny" / "checkpoints" / "step-0000008"
-    assert str(error.value) == (
-        f"loss of turn 'student' is nan in step 10; training stopped, the last good checkpoint is {good}"
+    assert (
+        str(error.value)
+        == "loss of turn 'student' is nan in step 10; training stopped, the last good checkpoint"
+        f" is {good}"
     )
     assert list_checkpoints(good.parent)[-1] == good
     with pytest.raises(TrainingError, match="no checkpoint was written yet"):
@@ -496,7 +592,10 @@ def test_what_a_run_was_resumed_from_is_not_called_good_after_a_nan(tmp_path):
     newest = tmp_path / "tiny" / "checkpoints" / "step-0000008"
     with pytest.raises(TrainingError) as error:
         train(tmp_path, "knobs.nan_at=9")
-    way = f"nothing was saved since it was resumed from {newest}; delete that folder to resume from step-0000004"
+    way = (
+        f"nothing was saved since it was resumed from {newest}; delete that folder to resume from"
+        " step-0000004"
+    )
     assert str(error.value) == f"loss of turn 'student' is nan in step 10; training stopped, {way}"
 
 
@@ -509,7 +608,9 @@ def test_a_number_that_is_none_is_not_saved(tmp_path, file):
     resumed.method.after_step = lambda turn, step: (
         turn == "student" and next(iter(resumed._tensors()[file].values())).fill_(float("inf"))
     )
-    with pytest.raises(TrainingError, match=f" of {file} is not finite after step 13; it was not saved"):
+    with pytest.raises(
+        TrainingError, match=f" of {file} is not finite after step 13; it was not saved"
+    ):
         resumed.train()
     assert list_checkpoints(resumed.checkpoints) == kept
 
@@ -518,8 +619,9 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
     """The square root has an infinite slope at 0 while the loss is finite."""
     trainer = make_trainer(tmp_path)
     trainer.method.loss = lambda turn, batch, step: (
-        sum((p * 0).sum() for p in trainer.method.networks()[turn].parameters()).sqrt(), {}
-    )  # fmt: skip
+        sum((p * 0).sum() for p in trainer.method.networks()[turn].parameters()).sqrt(),
+        {},
+    )
     with pytest.raises(TrainingError, match="gradient norm of turn 'fake_score' is nan in step 1"):
         trainer.train()
 
@@ -527,9 +629,18 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("train.optimizers.studnet.lr=1", "optimizers.studnet is for no network .*; did you mean 'optimizers.student'"),
-        ("train.ema.fake.decay=0.9", "ema.fake is for no network of the method; did you mean 'ema.fake_score'"),
-        ("train.optimizers.student=null", "network 'student' has no optimizer; set optimizers.student.lr"),
+        (
+            "train.optimizers.studnet.lr=1",
+            "optimizers.studnet is for no network .*; did you mean 'optimizers.student'",
+        ),
+        (
+            "train.ema.fake.decay=0.9",
+            "ema.fake is for no network of the method; did you mean 'ema.fake_score'",
+        ),
+        (
+            "train.optimizers.student=null",
+            "network 'student' has no optimizer; set optimizers.student.lr",
+        ),
         ("train.mixed_precision=fp16", "mixed_precision=fp16 needs a GPU"),
         ("train.gradient_checkpointing=true", "no network of the method supports it"),
         ("train.compile=true", "no network of the method supports it"),
@@ -542,13 +653,22 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
         ("train.name='<img src=x>'", "must be one folder name"),
         ("train.seed=-1", "seed=-1 must be from 0 to"),
         ("train.seed=4294967296", "seed=4294967296 must be from 0 to"),
-        ("train.max_minutes=.inf", "max_minutes: expected float or null, got float inf|max_minutes: expected float, got float inf"),
+        (
+            "train.max_minutes=.inf",
+            (
+                "max_minutes: expected float or null, got float inf|max_minutes: expected float,"
+                " got float inf"
+            ),
+        ),
         ("train.max_minutes=-1", "max_minutes=-1.0 must be above 0; use null"),
         ("train.optimizers.student.lr=1e400", "lr: expected float, got float inf"),
-        ("train.optimizers.student.weight_decay=.nan", "weight_decay: expected float, got float nan"),
+        (
+            "train.optimizers.student.weight_decay=.nan",
+            "weight_decay: expected float, got float nan",
+        ),
         ("train.max_steps=0", "max_steps=0 must be at least 1"),
     ],
-)  # fmt: skip
+)
 def test_what_can_not_be_trained_is_refused_at_construction(tmp_path, override, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, override)
@@ -564,7 +684,9 @@ def test_half_precision_parameters_are_refused(tmp_path):
 def test_a_turn_of_no_network(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.method.turns = lambda step: ("critic",)
-    with pytest.raises(ValueError, match="turn 'critic' is of no network; networks.. has student, fake_score"):
+    with pytest.raises(
+        ValueError, match="turn 'critic' is of no network; networks.. has student, fake_score"
+    ):
         trainer.train()
 
 
@@ -577,7 +699,8 @@ def test_the_default_configuration_is_valid():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate launches CUDA processes itself")
 def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
-    """`accelerate launch --cpu --num_processes 2` used to start one process; decisions and weights agree."""
+    """`accelerate launch --cpu --num_processes 2` used to start one process; decisions and weights
+    agree."""
     launcher = [*ACCELERATE, "launch", "--cpu", "--num_processes", "2"]
     command = [*launcher, str(SCRIPT), str(tmp_path / "two"), "train.batch_size=1"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)

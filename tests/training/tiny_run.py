@@ -1,6 +1,7 @@
-"""A method of two linear networks and a source of numbers; also a script, for tests in other processes:
+"""A method of two linear networks and a source of numbers; also a script, for tests in other
+processes:
 
-    python tiny_run.py OUTPUT_DIR [key=value ...]
+python tiny_run.py OUTPUT_DIR [key=value ...]
 """
 
 import json
@@ -15,8 +16,8 @@ from torch import nn
 from streamvid.config import load_config
 from streamvid.seeding import keyed_generator, keyed_normal
 from streamvid.training.ema import EMAConfig
-from streamvid.training.optimizers import OptimizerConfig
 from streamvid.training.launch import launch_all_processes
+from streamvid.training.optimizers import OptimizerConfig
 from streamvid.training.trainer import TrainConfig, Trainer, TrainingError
 
 
@@ -38,7 +39,8 @@ class RunConfig:
 
 
 class TwoLinears:
-    """A fake score that fits the student's output, and a student that is drawn to a target and the fit."""
+    """A fake score that fits the student's output, and a student that is drawn to a target and the
+    fit."""
 
     needs = frozenset()
 
@@ -48,14 +50,20 @@ class TwoLinears:
         self.student, self.fake_score = nn.Linear(3, 2), nn.Linear(2, 2)
         self.reference = nn.Linear(3, 2).requires_grad_(False)
         with torch.no_grad():
-            for p in (*self.student.parameters(), *self.fake_score.parameters(), *self.reference.parameters()):
+            for p in (
+                *self.student.parameters(),
+                *self.fake_score.parameters(),
+                *self.reference.parameters(),
+            ):
                 p.copy_(torch.randn(p.shape, generator=generator))
 
     def networks(self):
         return {"student": self.student, "fake_score": self.fake_score}
 
     def turns(self, step):
-        return ("fake_score", "student") if step % self.knobs.student_every == 0 else ("fake_score",)
+        return (
+            ("fake_score", "student") if step % self.knobs.student_every == 0 else ("fake_score",)
+        )
 
     def loss(self, turn, batch, step):
         time.sleep(self.knobs.seconds_per_loss)
@@ -86,13 +94,22 @@ class Numbers:
     def batch(self, step, turn, micro, indices):
         keys = [hash((step, len(turn), micro, i)) % 2**31 for i in indices]
         x = torch.stack([keyed_normal((3,), "x", key) for key in keys])
-        return {"x": x, "noise": torch.stack([keyed_normal((2,), "noise", key) for key in keys]), "keys": keys}
+        return {
+            "x": x,
+            "noise": torch.stack([keyed_normal((2,), "noise", key) for key in keys]),
+            "keys": keys,
+        }
 
 
 def make_config(output_dir, overrides=()):
     """Twelve steps of two samples, both networks with every device of the trainer."""
     train = TrainConfig(
-        name="tiny", output_dir=str(output_dir), max_steps=12, batch_size=2, log_every=5, save_every=4,
+        name="tiny",
+        output_dir=str(output_dir),
+        max_steps=12,
+        batch_size=2,
+        log_every=5,
+        save_every=4,
         optimizers={
             "student": OptimizerConfig(lr=0.02, schedule="cosine", warmup_steps=2, clip_norm=0.5),
             "fake_score": OptimizerConfig(lr=0.05, betas=(0.0, 0.99), schedule="linear"),
@@ -110,11 +127,16 @@ def make_trainer(output_dir, *overrides, **options):
 
 def everything(trainer):
     """All tensors of a run, by name."""
-    return {f"{file}/{key}": t.clone() for file, ts in trainer._tensors().items() for key, t in ts.items()}
+    return {
+        f"{file}/{key}": t.clone()
+        for file, ts in trainer._tensors().items()
+        for key, t in ts.items()
+    }
 
 
 def signal_itself(method, number, step):
-    """Sends the signal `number` to this process in the student's loss of a step, so that no test need be in time for it."""
+    """Sends the signal `number` to this process in the student's loss of a step, so that no test
+    need be in time for it."""
     loss = method.loss
 
     def signalling(turn, batch, at):

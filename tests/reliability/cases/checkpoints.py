@@ -1,4 +1,5 @@
-"""A finished run whose newest checkpoint, metrics or configuration is damaged, and which is to go on to step 6."""
+"""A finished run whose newest checkpoint, metrics or configuration is damaged, and which is to go
+on to step 6."""
 
 from __future__ import annotations
 
@@ -61,6 +62,7 @@ def of_file(name: str, change: Callable[[Path], None]) -> Damage:
 
 def from_other(source: str, target: str) -> Damage:
     """A file, or with "" all of them, of a run with another seed."""
+
     def damage(folder: Path, place: Place) -> None:
         other = place.parts / "other" / "checkpoints" / "step-0000004"
         if source:
@@ -98,6 +100,7 @@ def torch_saved(what: object) -> Damage:
 
 def lines(change: Callable[[list[str]], list[str]]) -> Damage:
     """Of metrics.jsonl, whose lines are of the steps 1 to 4."""
+
     def damage(folder: Path, place: Place) -> None:
         file = folder.parents[1] / "metrics.jsonl"
         text = "\n".join(change(file.read_text().splitlines()))
@@ -108,7 +111,9 @@ def lines(change: Callable[[list[str]], list[str]]) -> Damage:
 
 def configuration(content: bytes | Callable[[Place], bytes]) -> Damage:
     def damage(folder: Path, place: Place) -> None:
-        (folder.parents[1] / "config.yaml").write_bytes(content(place) if callable(content) else content)
+        (folder.parents[1] / "config.yaml").write_bytes(
+            content(place) if callable(content) else content
+        )
 
     return damage
 
@@ -118,33 +123,78 @@ def bad_checkpoints() -> Iterator[tuple[str, Damage]]:
         for change in (emptied, truncated, flipped, Path.unlink):
             yield f"{file} {getattr(change, '__name__', change)}", of_file(file, change)
     for name in TENSORS:
-        yield f"{name} with a flipped bit near the end", of_file(f"{name}.safetensors", partial(flipped, at=0.999))
+        yield (
+            f"{name} with a flipped bit near the end",
+            of_file(f"{name}.safetensors", partial(flipped, at=0.999)),
+        )
     for name in ("student", "fake_score.optimizer"):
-        yield f"{name} with a flipped bit in the header", of_file(f"{name}.safetensors", partial(flipped, at=0.001))
+        yield (
+            f"{name} with a flipped bit in the header",
+            of_file(f"{name}.safetensors", partial(flipped, at=0.001)),
+        )
     for dtype in ("int32", "bfloat16", "float64"):
-        yield f"student as {dtype}", of_file("student.safetensors", partial(retensored, change=f"to {dtype}"))
+        yield (
+            f"student as {dtype}",
+            of_file("student.safetensors", partial(retensored, change=f"to {dtype}")),
+        )
     for name in TENSORS[:4]:
         yield f"{name} with NaN", of_file(f"{name}.safetensors", partial(retensored, change="nan"))
     for change in ("missing", "unknown", "shape"):
-        yield f"student, a tensor {change}", of_file("student.safetensors", partial(retensored, change=change))
-    for file in ("student.safetensors", "student.optimizer.safetensors", "trainer.json", "rank-0.pt"):
+        yield (
+            f"student, a tensor {change}",
+            of_file("student.safetensors", partial(retensored, change=change)),
+        )
+    for file in (
+        "student.safetensors",
+        "student.optimizer.safetensors",
+        "trainer.json",
+        "rank-0.pt",
+    ):
         yield f"{file} of another run", from_other(file, file)
     yield "all files of another run", from_other("", "")
-    yield "the other network in place of the student", swapped("student.safetensors", "fake_score.safetensors")
-    yield "the average in place of the student", swapped("student.safetensors", "student.ema.safetensors")
+    yield (
+        "the other network in place of the student",
+        swapped("student.safetensors", "fake_score.safetensors"),
+    )
+    yield (
+        "the average in place of the student",
+        swapped("student.safetensors", "student.ema.safetensors"),
+    )
     for key, value in {
-        "step": -5, "step ": 3, "step  ": 1e30, "step   ": "4", "updates": {}, "updates ": [], "scalers": None,
-        "samples": None, "seconds": "NaN", "num_processes": "two",
-    }.items():  # fmt: skip
-        yield f"trainer.json with {key.strip()}={value!r}", of_file("trainer.json", partial(changed_json, key=key.strip(), value=value))
+        "step": -5,
+        "step ": 3,
+        "step  ": 1e30,
+        "step   ": "4",
+        "updates": {},
+        "updates ": [],
+        "scalers": None,
+        "samples": None,
+        "seconds": "NaN",
+        "num_processes": "two",
+    }.items():
+        yield (
+            f"trainer.json with {key.strip()}={value!r}",
+            of_file("trainer.json", partial(changed_json, key=key.strip(), value=value)),
+        )
     for key in ("step", "num_processes", "updates", "scalers", "samples", "seconds"):
         yield f"trainer.json without {key}", of_file("trainer.json", partial(changed_json, key=key))
-    for name, text in {"a list": "[]", "null": "null", "deep": "[" * 100_000, "a number": "7"}.items():
-        yield f"trainer.json is {name}", of_file("trainer.json", lambda file, text=text: file.write_text(text))
+    for name, text in {
+        "a list": "[]",
+        "null": "null",
+        "deep": "[" * 100_000,
+        "a number": "7",
+    }.items():
+        yield (
+            f"trainer.json is {name}",
+            of_file("trainer.json", lambda file, text=text: file.write_text(text)),
+        )
     yield "rank-0.pt with code", pickled(lambda place: Evil(place.marker))
     yield "rank-0.pt is a list", torch_saved([1, 2])
     yield "rank-0.pt without random states", torch_saved({"means": {"sums": {}, "counts": {}}})
-    yield "rank-0.pt with wrong random states", torch_saved({"random": {"python": 1}, "means": {"sums": {}, "counts": {}}})
+    yield (
+        "rank-0.pt with wrong random states",
+        torch_saved({"random": {"python": 1}, "means": {"sums": {}, "counts": {}}}),
+    )
 
 
 def as_folder(folder: Path, place: Place) -> None:
@@ -154,31 +204,54 @@ def as_folder(folder: Path, place: Place) -> None:
 
 
 GOOD_METRICS = {
-    "a broken line in the middle": (lines(lambda had: [had[0], '{"step": 2, "stu', *had[2:]]), [1, 3, 4, 5, 6]),
+    "a broken line in the middle": (
+        lines(lambda had: [had[0], '{"step": 2, "stu', *had[2:]]),
+        [1, 3, 4, 5, 6],
+    ),
     "a list as a line": (lines(lambda had: [had[0], "[1, 2]", *had[1:]]), [1, 2, 3, 4, 5, 6]),
     "a line without step": (lines(lambda had: [*had, '{"loss": 1}']), [1, 2, 3, 4, 5, 6]),
     "a step that is a text": (lines(lambda had: ['{"step": "two"}', *had]), [1, 2, 3, 4, 5, 6]),
     "a torn last line": (lines(lambda had: [*had, '{"step": 5, "st']), [1, 2, 3, 4, 5, 6]),
-    "bytes that are no text": (lines(lambda had: [*had[:2], "\udcff\udcfe\udc80", *had[2:]]), [1, 2, 3, 4, 5, 6]),
-    "lines beyond the checkpoint": (lines(lambda had: [*had, '{"step": 5}', '{"step": 9}']), [1, 2, 3, 4, 5, 6]),
+    "bytes that are no text": (
+        lines(lambda had: [*had[:2], "\udcff\udcfe\udc80", *had[2:]]),
+        [1, 2, 3, 4, 5, 6],
+    ),
+    "lines beyond the checkpoint": (
+        lines(lambda had: [*had, '{"step": 5}', '{"step": 9}']),
+        [1, 2, 3, 4, 5, 6],
+    ),
     "nothing": (lines(lambda had: []), [5, 6]),
 }
 BAD_CONFIGURATIONS: dict[str, Damage] = {
     "a list": configuration(b"- 1\n"),
     "no text": configuration(b"\xff\xfe\x00a"),
-    "a tag with code": configuration(lambda place: f'a: !!python/object/apply:os.system ["touch {place.marker}"]\n'.encode()),
+    "a tag with code": configuration(
+        lambda place: f'a: !!python/object/apply:os.system ["touch {place.marker}"]\n'.encode()
+    ),
     "deep": configuration(b"a: " + b"[" * 5000),
     "a folder": as_folder,
-    "another run's": lambda folder, place: shutil.copy(place.parts / "other" / "config.yaml", folder.parents[1]),
+    "another run's": lambda folder, place: shutil.copy(
+        place.parts / "other" / "config.yaml", folder.parents[1]
+    ),
     "with keys that are no texts": configuration(b"1: 2\nnull: 3\n"),
 }
 
 
 def cases() -> list[Case]:
-    found = [Case(AREA, name, partial(is_refused, damage=damage)) for name, damage in bad_checkpoints()]
+    found = [
+        Case(AREA, name, partial(is_refused, damage=damage)) for name, damage in bad_checkpoints()
+    ]
     for name, (damage, steps) in GOOD_METRICS.items():
-        found.append(Case(AREA, f"metrics.jsonl: {name}", partial(goes_on, damage=damage, steps=steps)))
+        found.append(
+            Case(AREA, f"metrics.jsonl: {name}", partial(goes_on, damage=damage, steps=steps))
+        )
     for name, damage in BAD_CONFIGURATIONS.items():
-        found.append(Case(AREA, f"config.yaml: {name}", lambda place, damage=damage: says_what_is_wrong(place, damage)))
+        found.append(
+            Case(
+                AREA,
+                f"config.yaml: {name}",
+                lambda place, damage=damage: says_what_is_wrong(place, damage),
+            )
+        )
     undamaged = partial(goes_on, damage=lambda folder, place: None, steps=[1, 2, 3, 4, 5, 6])
     return [Case(AREA, "undamaged", undamaged), *found]

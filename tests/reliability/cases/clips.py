@@ -13,17 +13,34 @@ from pathlib import Path
 from typing import Any
 
 from tests.reliability.cases.damage import emptied, flipped, truncated
-from tests.reliability.runner import Case, NotHeld, Outcome, Place, refused, worked, worked_or_refused
+from tests.reliability.runner import (
+    Case,
+    NotHeld,
+    Outcome,
+    Place,
+    refused,
+    worked,
+    worked_or_refused,
+)
 
 AREA = "clip folders"
 
 
 def train_on(place: Place, folder: object = "clips", *overrides: str) -> Outcome:
-    settings = ["data.kind=clips", f"data.path={folder}", "data.clips.num_frames=5", "data.clips.height=16", "data.clips.width=16"]
-    return place.run("train", "--config", place.parts / "flow.yaml", *settings, "train.max_steps=1", *overrides)
+    settings = [
+        "data.kind=clips",
+        f"data.path={folder}",
+        "data.clips.num_frames=5",
+        "data.clips.height=16",
+        "data.clips.width=16",
+    ]
+    return place.run(
+        "train", "--config", place.parts / "flow.yaml", *settings, "train.max_steps=1", *overrides
+    )
 
 
-Make = Callable[[Path, Place], Any]  # of the folder, which holds one.mp4, one.txt, two.mp4 and two.txt
+# of the folder, which holds one.mp4, one.txt, two.mp4 and two.txt
+Make = Callable[[Path, Place], Any]
 
 
 def is_refused(place: Place, make: Make, *words: str) -> None:
@@ -49,7 +66,12 @@ def gif(file: Path, width: int, height: int, frames: int) -> None:
     from PIL import Image
 
     black, white = (Image.new("L", (width, height), level) for level in (0, 255))
-    black.save(file, save_all=True, append_images=[(white, black)[i % 2] for i in range(frames - 1)], duration=60)
+    black.save(
+        file,
+        save_all=True,
+        append_images=[(white, black)[i % 2] for i in range(frames - 1)],
+        duration=60,
+    )
     file.with_suffix(".txt").write_text("a red circle")
 
 
@@ -76,8 +98,11 @@ def content(name: str, data: bytes | Callable[[bytes], bytes]) -> Make:
 
 def jsonl(*rows: object) -> Make:
     """metadata.jsonl of these objects, or of these texts as they are."""
+
     def make(folder: Path, place: Place) -> None:
-        lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+        lines = [
+            row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows
+        ]
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     return make
@@ -147,21 +172,36 @@ BAD: dict[str, tuple[Make, tuple[str, ...]]] = {
     "truncated": (lambda folder, place: truncated(folder / "one.mp4"), ("one.mp4",)),
     "random bytes": (content("one.mp4", bytes(range(256)) * 100), ("one.mp4",)),
     "a text": (content("one.mp4", b"hello"), ("one.mp4",)),
-    "HTML, as of a failed download": (content("one.mp4", b"<!DOCTYPE html><html>404</html>"), ("one.mp4",)),
+    "HTML, as of a failed download": (
+        content("one.mp4", b"<!DOCTYPE html><html>404</html>"),
+        ("one.mp4",),
+    ),
     "a picture": (content("one.mp4", b"\x89PNG\r\n\x1a\n" + bytes(100)), ("one.mp4",)),
-    "a playlist of other files": (content("one.mkv", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n"), ("one.mkv",)),
-    "a gif without frames": (content("one.gif", b"GIF89a\x01\x00\x01\x00\x00\x00\x00;"), ("one.gif",)),
+    "a playlist of other files": (
+        content("one.mkv", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n"),
+        ("one.mkv",),
+    ),
+    "a gif without frames": (
+        content("one.gif", b"GIF89a\x01\x00\x01\x00\x00\x00\x00;"),
+        ("one.gif",),
+    ),
     "no captions": (no_captions, ("caption",)),
     "one caption missing": (lambda folder, place: (folder / "two.txt").unlink(), ("two.mp4",)),
     "an empty caption": (lambda folder, place: emptied(folder / "one.txt"), ("one.mp4",)),
-    "a caption of white space": (lambda folder, place: (folder / "one.txt").write_text(" \n\t"), ("one.mp4",)),
+    "a caption of white space": (
+        lambda folder, place: (folder / "one.txt").write_text(" \n\t"),
+        ("one.mp4",),
+    ),
     "a caption in latin-1": (content("one.txt", "grün".encode("latin-1")), ("one.txt",)),
     "no clips": (nothing, ("clips",)),
     "a FIFO": (as_fifo, ()),
     "a device": (linked_to("/dev/zero"), ()),
     "a link to nothing": (linked_to("nowhere.mp4"), ()),
     "a link to itself": (linked_to("one.mp4"), ()),
-    "a folder as a clip": (lambda folder, place: ((folder / "one.mp4").unlink(), (folder / "one.mp4").mkdir()), ()),
+    "a folder as a clip": (
+        lambda folder, place: ((folder / "one.mp4").unlink(), (folder / "one.mp4").mkdir()),
+        (),
+    ),
     "jsonl: emptied": (lambda folder, place: (folder / "metadata.jsonl").write_text(""), ()),
     "jsonl: no JSON": (jsonl("{nonsense"), ("metadata.jsonl",)),
     "jsonl: deep": (jsonl("[" * 100_000), ("metadata.jsonl",)),
@@ -179,11 +219,17 @@ BAD: dict[str, tuple[Make, tuple[str, ...]]] = {
     "jsonl: outside, absolute": (outside_whole, ("secret.mp4",)),
     "jsonl: without text": (jsonl({"file_name": "one.mp4"}), ("metadata.jsonl",)),
     "jsonl: random bytes": (content("metadata.jsonl", bytes(range(128, 256))), ("metadata.jsonl",)),
-    "jsonl: a number of 5,000 digits": (jsonl('{"file_name": "one.mp4", "text": ' + "9" * 5000 + "}"), ("metadata.jsonl",)),
+    "jsonl: a number of 5,000 digits": (
+        jsonl('{"file_name": "one.mp4", "text": ' + "9" * 5000 + "}"),
+        ("metadata.jsonl",),
+    ),
     "csv: other columns": (table(("one.mp4", "a"), head=("name", "caption")), ("metadata.csv",)),
     "csv: a row too short": (table(("one.mp4",)), ("metadata.csv",)),
     "csv: NUL": (content("metadata.csv", b"file_name,text\none.mp4,a\x00b\n\x00"), ()),
-    "too short": (lambda folder, place: video(folder / "three.mp4", 16, 16, frames=2), ("three.mp4",)),
+    "too short": (
+        lambda folder, place: video(folder / "three.mp4", 16, 16, frames=2),
+        ("three.mp4",),
+    ),
 }
 GOOD: dict[str, Make] = {
     "as they are": lambda folder, place: None,
@@ -207,7 +253,9 @@ EITHER: dict[str, Make] = {
     "a gif bomb, 4000 x 4000 x 60": as_gif(4000, 4000, 60),
     "a gif of 20,000 x 20,000": as_gif(20_000, 20_000, 1),
     "a gif of 5,000 frames": as_gif(16, 16, 5000),
-    "a clip of 2160 x 3840": lambda folder, place: video(folder / "three.mp4", 2160, 3840, frames=6),
+    "a clip of 2160 x 3840": lambda folder, place: video(
+        folder / "three.mp4", 2160, 3840, frames=6
+    ),
     "another container than the name says": content("three.avi", lambda own: own),
 }
 
@@ -234,10 +282,36 @@ def changed_clip_is_seen(place: Place) -> None:
 
 
 def cases() -> list[Case]:
-    found = [Case(AREA, name, lambda place, make=make, words=words: is_refused(place, make, *words)) for name, (make, words) in BAD.items()]
-    found += [Case(AREA, f"works: {name}", partial(works, make=make)) for name, make in GOOD.items()]
-    found += [Case(AREA, f"either: {name}", partial(either, make=make)) for name, make in EITHER.items()]
-    found += [Case(AREA, f"path {path!r}", partial(no_folder, path=path)) for path in ("nowhere", "", "FILE", "FILE/x", "null")]
-    for override in ("height=0", "width=-16", "fps=0", "fps=nan", "fps=1e999", "num_frames=0", "num_frames=6", "height=17", "num_frames=1e9"):
-        found.append(Case(AREA, f"data.clips.{override}", partial(of_a_format, override=f"data.clips.{override}")))
+    found = [
+        Case(AREA, name, lambda place, make=make, words=words: is_refused(place, make, *words))
+        for name, (make, words) in BAD.items()
+    ]
+    found += [
+        Case(AREA, f"works: {name}", partial(works, make=make)) for name, make in GOOD.items()
+    ]
+    found += [
+        Case(AREA, f"either: {name}", partial(either, make=make)) for name, make in EITHER.items()
+    ]
+    found += [
+        Case(AREA, f"path {path!r}", partial(no_folder, path=path))
+        for path in ("nowhere", "", "FILE", "FILE/x", "null")
+    ]
+    for override in (
+        "height=0",
+        "width=-16",
+        "fps=0",
+        "fps=nan",
+        "fps=1e999",
+        "num_frames=0",
+        "num_frames=6",
+        "height=17",
+        "num_frames=1e9",
+    ):
+        found.append(
+            Case(
+                AREA,
+                f"data.clips.{override}",
+                partial(of_a_format, override=f"data.clips.{override}"),
+            )
+        )
     return [*found, Case(AREA, "a clip that is replaced", changed_clip_is_seen)]

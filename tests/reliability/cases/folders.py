@@ -12,10 +12,21 @@ from typing import Any
 
 from tests.reliability.cases.damage import changed_json, edited_json, emptied, retensored, truncated
 from tests.reliability.cases.weights import sample
-from tests.reliability.runner import Case, NotHeld, Place, decent, refused, worked, worked_or_refused
+from tests.reliability.runner import (
+    Case,
+    NotHeld,
+    Place,
+    decent,
+    refused,
+    worked,
+    worked_or_refused,
+)
 
 AREA = "folders"
-EVIL = "import pathlib\npathlib.Path({marker!r}).write_text('')\nclass Evil:\n    def __init__(self, *a, **k): pass\n"
+EVIL = (
+    "import pathlib\npathlib.Path({marker!r}).write_text('')\nclass Evil:\n    def __init__(self,"
+    " *a, **k): pass\n"
+)
 Damage = Callable[[Path, Place], Any]
 
 WEIGHTS = {
@@ -32,6 +43,7 @@ def code(home: Path, place: Place, *files: str) -> None:
 
 def set_json(file: str, **values: Any) -> Damage:
     """With other values of these keys; ``...`` drops one."""
+
     def damage(home: Path, place: Place) -> None:
         for key, value in values.items():
             changed_json(home / file, key, value)
@@ -50,20 +62,31 @@ def with_code(file: str, files: tuple[str, ...], **values: Any) -> Damage:
 TOKENIZER = "tokenizer/tokenizer_config.json"
 AUTO_MAP = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
 CODE: dict[str, Damage] = {
-    "tokenizer auto_map": with_code(TOKENIZER, ("tokenizer/evil.py",), auto_map=AUTO_MAP, tokenizer_class="Evil"),
-    "tokenizer auto_map of a known class": with_code(TOKENIZER, ("tokenizer/evil.py",), auto_map=AUTO_MAP),
+    "tokenizer auto_map": with_code(
+        TOKENIZER, ("tokenizer/evil.py",), auto_map=AUTO_MAP, tokenizer_class="Evil"
+    ),
+    "tokenizer auto_map of a known class": with_code(
+        TOKENIZER, ("tokenizer/evil.py",), auto_map=AUTO_MAP
+    ),
     "tokenizer auto_map of another repository": with_code(
         TOKENIZER, (), auto_map={"AutoTokenizer": ["x/y--evil.Evil", None]}, tokenizer_class="Evil"
     ),
     "text encoder auto_map": with_code(
-        "text_encoder/config.json", ("text_encoder/evil.py",),
-        auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}, model_type="evil",
+        "text_encoder/config.json",
+        ("text_encoder/evil.py",),
+        auto_map={"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"},
+        model_type="evil",
     ),
     "transformer auto_map": with_code(
-        "transformer/config.json", ("transformer/evil.py",), auto_map={"AutoModel": "evil.Evil"}, _class_name="Evil"
+        "transformer/config.json",
+        ("transformer/evil.py",),
+        auto_map={"AutoModel": "evil.Evil"},
+        _class_name="Evil",
     ),
     "vae of a module": with_code("vae/config.json", ("vae/evil.py",), _class_name="evil.Evil"),
-    "sitecustomize.py": lambda home, place: code(home, place, "sitecustomize.py", "torch.py", "json.py"),
+    "sitecustomize.py": lambda home, place: code(
+        home, place, "sitecustomize.py", "torch.py", "json.py"
+    ),
 }
 """Of a student; code is not run, whether the folder is opened or refused."""
 
@@ -84,12 +107,26 @@ def code_is_not_run(place: Place, damage: Damage) -> None:
     worked_or_refused(sample(place, home))
 
 
-def index_runs_no_code(place: Place, values: dict[str, Any], files: tuple[str, ...], use: str) -> None:
+def index_runs_no_code(
+    place: Place, values: dict[str, Any], files: tuple[str, ...], use: str
+) -> None:
     home = place.part("teacher")
     edited_json(home / "model_index.json", lambda index: index.update(values))
     code(home, place, *files)
     if use == "teacher":
-        outcome = place.run("sample", "--teacher", home, "--prompt", "a", "--steps", 1, "--num-frames", 9, "--out", "c.gif")
+        outcome = place.run(
+            "sample",
+            "--teacher",
+            home,
+            "--prompt",
+            "a",
+            "--steps",
+            1,
+            "--num-frames",
+            9,
+            "--out",
+            "c.gif",
+        )
         return worked_or_refused(outcome)
 
     def open_pipeline() -> int:
@@ -125,12 +162,26 @@ def of(file: str, change: Callable[[Path], Any]) -> Damage:
 
 
 BAD: dict[str, Damage] = {
-    **{f"{value} in {part}": of(file, partial(retensored, change=value)) for part, file in WEIGHTS.items() for value in ("nan", "inf")},
-    **{f"{part} {change.__name__}": of(file, change) for part, file in WEIGHTS.items() for change in (emptied, truncated, Path.unlink)},
-    **{f"{part}, a tensor {change}": of(WEIGHTS[part], partial(retensored, change=change))
-       for part in ("transformer", "vae") for change in ("missing", "unknown", "shape")},
-    **{f"without {part}/": (lambda home, place, part=part: shutil.rmtree(home / part))
-       for part in ("transformer", "vae", "text_encoder", "tokenizer") if part == "transformer"},
+    **{
+        f"{value} in {part}": of(file, partial(retensored, change=value))
+        for part, file in WEIGHTS.items()
+        for value in ("nan", "inf")
+    },
+    **{
+        f"{part} {change.__name__}": of(file, change)
+        for part, file in WEIGHTS.items()
+        for change in (emptied, truncated, Path.unlink)
+    },
+    **{
+        f"{part}, a tensor {change}": of(WEIGHTS[part], partial(retensored, change=change))
+        for part in ("transformer", "vae")
+        for change in ("missing", "unknown", "shape")
+    },
+    **{
+        f"without {part}/": lambda home, place, part=part: shutil.rmtree(home / part)
+        for part in ("transformer", "vae", "text_encoder", "tokenizer")
+        if part == "transformer"
+    },
     "tokenizer/ alone is missing": lambda home, place: shutil.rmtree(home / "tokenizer"),
     "transformer/config.json is a list": written("transformer/config.json", "[]"),
     "transformer/config.json is no JSON": written("transformer/config.json", "{"),
@@ -140,19 +191,29 @@ BAD: dict[str, Damage] = {
     "index with a weight_map of lists": written(
         "transformer/diffusion_pytorch_model.safetensors.index.json", '{"weight_map": {"a": ["b"]}}'
     ),
-    "index whose weight_map is a list": written("transformer/diffusion_pytorch_model.safetensors.index.json", '{"weight_map": [1]}'),
-    "index that names a file outside": written(
-        "transformer/diffusion_pytorch_model.safetensors.index.json", '{"weight_map": {"a": "../../../etc/passwd"}}'
+    "index whose weight_map is a list": written(
+        "transformer/diffusion_pytorch_model.safetensors.index.json", '{"weight_map": [1]}'
     ),
-    "transformer is a link to nothing": lambda home, place: (shutil.rmtree(home / "transformer"), (home / "transformer").symlink_to("x")),
+    "index that names a file outside": written(
+        "transformer/diffusion_pytorch_model.safetensors.index.json",
+        '{"weight_map": {"a": "../../../etc/passwd"}}',
+    ),
+    "transformer is a link to nothing": lambda home, place: (
+        shutil.rmtree(home / "transformer"),
+        (home / "transformer").symlink_to("x"),
+    ),
     "transformer is a link to itself": lambda home, place: (
-        shutil.rmtree(home / "transformer"), (home / "transformer").symlink_to("transformer")
+        shutil.rmtree(home / "transformer"),
+        (home / "transformer").symlink_to("transformer"),
     ),
     "stream_config.json is missing": of("stream_config.json", Path.unlink),
-    "stream_config.json is a folder": lambda home, place: ((home / "stream_config.json").unlink(), (home / "stream_config.json").mkdir()),
+    "stream_config.json is a folder": lambda home, place: (
+        (home / "stream_config.json").unlink(),
+        (home / "stream_config.json").mkdir(),
+    ),
     "stream_config.json is deep": written("stream_config.json", "[" * 100_000),
     "stream_config.json is no text": written("stream_config.json", b"\xff\xfe\x00"),
-}  # fmt: skip
+}
 GEOMETRY: dict[str, dict[str, Any]] = {
     "no layers": {"num_layers": 0},
     "10^9 layers": {"num_layers": 10**9},
@@ -217,7 +278,9 @@ def link_in_components(place: Place) -> None:
     secret = place.folder / "secret.txt"
     secret.write_text("the secret")
     (home / "vae" / "notes.txt").symlink_to(secret)
-    outcome = place.run("train", "--config", place.parts / "run.yaml", f"components={home}", "train.max_steps=1")
+    outcome = place.run(
+        "train", "--config", place.parts / "run.yaml", f"components={home}", "train.max_steps=1"
+    )
     worked_or_refused(outcome)
     copied = place.folder / "runs" / "run" / "student" / "vae" / "notes.txt"
     if copied.is_file() and copied.read_text() == "the secret":
@@ -248,14 +311,20 @@ def quickstart_removes_nothing(place: Place) -> None:
     thesis = place.folder / "mine" / "quickstart" / "thesis.txt"
     thesis.parent.mkdir(parents=True)
     thesis.write_text("mine")
-    refused(place.run("quickstart", "--output-dir", place.folder / "mine", "--minutes", 0.001, "--prompts", 1))
+    refused(
+        place.run(
+            "quickstart", "--output-dir", place.folder / "mine", "--minutes", 0.001, "--prompts", 1
+        )
+    )
     if not thesis.is_file():
         raise NotHeld("a file of the user's is gone")
 
 
 def card_is_text(place: Place, name: str) -> None:
     """A name of a run is no markup of its card."""
-    outcome = place.run("train", "--config", place.parts / "run.yaml", "train.max_steps=1", f"train.name={name}")
+    outcome = place.run(
+        "train", "--config", place.parts / "run.yaml", "train.max_steps=1", f"train.name={name}"
+    )
     worked_or_refused(outcome)
     for card in place.folder.rglob("README.md"):
         if name in card.read_text():
@@ -265,30 +334,50 @@ def card_is_text(place: Place, name: str) -> None:
 def readable(place: Place) -> None:
     """Weights are as readable as the umask says."""
     worked(place.run("train", "--config", place.parts / "run.yaml", "train.max_steps=1"))
-    tight = [file.name for file in (place.folder / "runs").rglob("*.safetensors") if file.stat().st_mode & 0o777 != 0o644]
+    tight = [
+        file.name
+        for file in (place.folder / "runs").rglob("*.safetensors")
+        if file.stat().st_mode & 0o777 != 0o644
+    ]
     if tight:
-        raise NotHeld(f"{tight[0]} and {len(tight) - 1} more can't be read by others under umask 022")
+        raise NotHeld(
+            f"{tight[0]} and {len(tight) - 1} more can't be read by others under umask 022"
+        )
 
 
 def cases() -> list[Case]:
-    found = [Case(AREA, f"code: {name}", partial(code_is_not_run, damage=damage)) for name, damage in CODE.items()]
+    found = [
+        Case(AREA, f"code: {name}", partial(code_is_not_run, damage=damage))
+        for name, damage in CODE.items()
+    ]
     for name, (values, files) in INDEXES.items():
         for use in ("teacher", "pipeline"):
             run = partial(index_runs_no_code, values=values, files=files, use=use)
             found.append(Case(AREA, f"code: model_index.json, {name}, as {use}", run))
     found += [Case(AREA, name, partial(is_refused, damage=damage)) for name, damage in BAD.items()]
     for title, file, table in (
-        ("geometry", "transformer/config.json", GEOMETRY), ("stream_config.json", "stream_config.json", STREAM),
-        ("tokenizer", TOKENIZER, TOKENIZERS), ("text encoder", "text_encoder/config.json", TEXT_ENCODERS),
+        ("geometry", "transformer/config.json", GEOMETRY),
+        ("stream_config.json", "stream_config.json", STREAM),
+        ("tokenizer", TOKENIZER, TOKENIZERS),
+        ("text encoder", "text_encoder/config.json", TEXT_ENCODERS),
         ("vae", "vae/config.json", VAES),
-    ):  # fmt: skip
-        found += [Case(AREA, f"{title}: {name}", partial(is_refused, damage=set_json(file, **values))) for name, values in table.items()]
+    ):
+        found += [
+            Case(AREA, f"{title}: {name}", partial(is_refused, damage=set_json(file, **values)))
+            for name, values in table.items()
+        ]
     found.append(Case(AREA, "a link in components", link_in_components))
     for file in ("student.ema.safetensors", "student.safetensors"):
-        found.append(Case(AREA, f"NaN in {file} of a finished run", partial(nan_is_not_exported, file=file)))
+        found.append(
+            Case(AREA, f"NaN in {file} of a finished run", partial(nan_is_not_exported, file=file))
+        )
     found.append(Case(AREA, "a file in the export of a finished run", export_is_left_alone))
     found.append(Case(AREA, "quickstart where something else lies", quickstart_removes_nothing))
-    for name in ("<img src=x onerror=alert(1)>", "x\n---\nlicense: mit", "[a](javascript:alert(1))"):
+    for name in (
+        "<img src=x onerror=alert(1)>",
+        "x\n---\nlicense: mit",
+        "[a](javascript:alert(1))",
+    ):
         found.append(Case(AREA, f"card: {json.dumps(name)}", partial(card_is_text, name=name)))
     found.append(Case(AREA, "export under umask 022", readable))
     return found

@@ -1,4 +1,5 @@
-"""What runs keep beside checkpoints: prompt embeddings and latent sets, damaged or of other settings."""
+"""What runs keep beside checkpoints: prompt embeddings and latent sets, damaged or of other
+settings."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from tests.reliability.runner import Case, NotHeld, Place, refused, worked, work
 AREA = "prompt caches and latent sets"
 
 
-def one_tensor(file: Path, name: str, *shape: int, dtype: str = "float32", fill: float = 0.5) -> None:
+def one_tensor(
+    file: Path, name: str, *shape: int, dtype: str = "float32", fill: float = 0.5
+) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -41,11 +44,16 @@ def with_cache(place: Place, damage: Callable[[Path], None]) -> None:
     for file in sorted(cache.glob("*.safetensors")):
         damage(file)
     damaged = {file.name: file.read_bytes() for file in cache.glob("*.safetensors")}
-    outcome = place.run("train", "--config", place.parts / "run.yaml", "prompt_cache=prompts", "train.max_steps=1")
+    outcome = place.run(
+        "train", "--config", place.parts / "run.yaml", "prompt_cache=prompts", "train.max_steps=1"
+    )
     if outcome.code == 2:
         return refused(outcome, "prompts/")
     worked(outcome)
-    if any((cache / name).is_file() and (cache / name).read_bytes() == content for name, content in damaged.items()):
+    if any(
+        (cache / name).is_file() and (cache / name).read_bytes() == content
+        for name, content in damaged.items()
+    ):
         raise NotHeld("a damaged embedding is taken silently")
 
 
@@ -66,7 +74,9 @@ def with_latents(place: Place, damage: Callable[[Path], None]) -> None:
 
 
 def train_on(place: Place, *overrides: str):  # noqa: ANN201
-    return place.run("train", "--config", place.parts / "flow.yaml", "data.path=latents.safetensors", *overrides)
+    return place.run(
+        "train", "--config", place.parts / "flow.yaml", "data.path=latents.safetensors", *overrides
+    )
 
 
 def remade(place: Place, change: Callable[[dict, dict], None]) -> None:
@@ -79,20 +89,32 @@ def remade(place: Place, change: Callable[[dict, dict], None]) -> None:
         metadata = dict(opened.metadata())
     tensors = load_file(file)
     change(tensors, metadata)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata=metadata)
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata=metadata
+    )
     refused(train_on(place), "latents.safetensors")
 
 
 REMADE: dict[str, Callable[[dict, dict], None]] = {
     "no metadata": lambda tensors, metadata: metadata.clear(),
     "captions that are no JSON": lambda tensors, metadata: metadata.update(captions="[["),
-    "captions of fewer clips": lambda tensors, metadata: metadata.update(captions=json.dumps([["a"]])),
+    "captions of fewer clips": lambda tensors, metadata: metadata.update(
+        captions=json.dumps([["a"]])
+    ),
     "captions that are numbers": lambda tensors, metadata: metadata.update(captions="7"),
-    "latents of 8 channels": lambda tensors, metadata: tensors.update(latents=tensors["latents"][:, :8]),
+    "latents of 8 channels": lambda tensors, metadata: tensors.update(
+        latents=tensors["latents"][:, :8]
+    ),
     "latents of four axes": lambda tensors, metadata: tensors.update(latents=tensors["latents"][0]),
-    "embeddings of another width": lambda tensors, metadata: tensors.update(embeddings=tensors["embeddings"][..., :32]),
-    "no clips": lambda tensors, metadata: tensors.update(latents=tensors["latents"][:0], embeddings=tensors["embeddings"][:0]),
-    "more embeddings than latents": lambda tensors, metadata: tensors.update(latents=tensors["latents"][:1]),
+    "embeddings of another width": lambda tensors, metadata: tensors.update(
+        embeddings=tensors["embeddings"][..., :32]
+    ),
+    "no clips": lambda tensors, metadata: tensors.update(
+        latents=tensors["latents"][:0], embeddings=tensors["embeddings"][:0]
+    ),
+    "more embeddings than latents": lambda tensors, metadata: tensors.update(
+        latents=tensors["latents"][:1]
+    ),
 }
 WORLDS = {
     "more clips": "data.world.num_clips=3",
@@ -105,7 +127,12 @@ WORLDS = {
 
 def of_other_settings(place: Place, override: str) -> None:
     """A world set that is there and of another world is made anew beside it, or refused."""
-    settings = ["data.kind=world", "data.path=world.safetensors", "data.world.num_clips=2", "data.world.num_frames=9"]
+    settings = [
+        "data.kind=world",
+        "data.path=world.safetensors",
+        "data.world.num_clips=2",
+        "data.world.num_frames=9",
+    ]
     command = ["--config", place.parts / "flow.yaml", *settings]
     worked(place.run("train", *command, "train.name=first"))
     made = {file.name for file in place.folder.rglob("*.safetensors") if "runs" not in file.parts}
@@ -113,7 +140,9 @@ def of_other_settings(place: Place, override: str) -> None:
     if second.code == 2:
         return refused(second, "world.safetensors")
     worked(second)
-    if {file.name for file in place.folder.rglob("*.safetensors") if "runs" not in file.parts} == made:
+    if {
+        file.name for file in place.folder.rglob("*.safetensors") if "runs" not in file.parts
+    } == made:
         raise NotHeld("clips of other settings are taken silently")
 
 
@@ -124,16 +153,30 @@ def of_another_length(place: Place) -> None:
 
 def leftovers(place: Place) -> None:
     """What a killed process left beside a latent set is of no harm."""
-    shutil.copy(place.parts / "latents.safetensors", place.folder / ".latents.tmp-00000000.safetensors")
+    shutil.copy(
+        place.parts / "latents.safetensors", place.folder / ".latents.tmp-00000000.safetensors"
+    )
     place.part("latents.safetensors")
     worked_or_refused(train_on(place))
 
 
 def cases() -> list[Case]:
-    found = [Case(AREA, f"prompt cache: {name}", partial(with_cache, damage=damage)) for name, damage in CACHES.items()]
-    found += [Case(AREA, f"latent set: {name}", partial(with_latents, damage=damage)) for name, damage in LATENTS.items()]
-    found += [Case(AREA, f"latent set: {name}", partial(remade, change=change)) for name, change in REMADE.items()]
-    found += [Case(AREA, f"world set: {name}", partial(of_other_settings, override=text)) for name, text in WORLDS.items()]
+    found = [
+        Case(AREA, f"prompt cache: {name}", partial(with_cache, damage=damage))
+        for name, damage in CACHES.items()
+    ]
+    found += [
+        Case(AREA, f"latent set: {name}", partial(with_latents, damage=damage))
+        for name, damage in LATENTS.items()
+    ]
+    found += [
+        Case(AREA, f"latent set: {name}", partial(remade, change=change))
+        for name, change in REMADE.items()
+    ]
+    found += [
+        Case(AREA, f"world set: {name}", partial(of_other_settings, override=text))
+        for name, text in WORLDS.items()
+    ]
     found.append(Case(AREA, "latent set: shorter than latent_frames", of_another_length))
     found.append(Case(AREA, "latent set: leftovers beside it", leftovers))
     return found

@@ -1,4 +1,5 @@
-"""Every setting of a run with values that it should not have: empty, null, out of range, of another type, misspelt."""
+"""Every setting of a run with values that it should not have: empty, null, out of range, of another
+type, misspelt."""
 
 from __future__ import annotations
 
@@ -9,7 +10,16 @@ from tests.reliability.runner import Case, Place, refused, worked
 AREA = "overrides"
 # Of each key the values that are refused: of a dry run, which builds no network and trains nothing.
 REFUSED: dict[str, tuple[str, ...]] = {
-    "train.name": ("", "null", "a/b", "..", ".", "x\n---\nlicense: mit", "<img src=x>", "\x1b[31mred"),
+    "train.name": (
+        "",
+        "null",
+        "a/b",
+        "..",
+        ".",
+        "x\n---\nlicense: mit",
+        "<img src=x>",
+        "\x1b[31mred",
+    ),
     "train.output_dir": ("", "null"),
     "train.seed": ("", "null", "-1", "1.5", "x", "1e400"),
     "train.max_steps": ("", "null", "0", "-1", "1.5", "x", "1e999", "true"),
@@ -58,14 +68,46 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "stream.step_table": ("[[0.1, 0.9]]", "[[2]]", "x"),
     "stream.order": ("backwards",),
 }
-FORMS = ("", "=", "=1", ".=1", "train..seed=1", "train.seed", "train=1", "train.seed.x=1", "train.seed={a: 1}", "--train.seed=1",
-         "train.seed=[1", "train.seed=${nowhere}", "train.name=${train.name}", "a" * 100_000 + "=1", "\x1b[31m=1", "train.seed=" + "9" * 5000,
-         "train.name=" + "n" * 300)  # fmt: skip
-DRY_RUN_WORKS = ("train.max_steps=1e9", "train.name=007", "data.path=null", "prompt_cache=null", "train.max_minutes=null", "train.seed=1e3",
-                 "train.mixed_precision=no", "data.path=nowhere.txt")  # fmt: skip
+FORMS = (
+    "",
+    "=",
+    "=1",
+    ".=1",
+    "train..seed=1",
+    "train.seed",
+    "train=1",
+    "train.seed.x=1",
+    "train.seed={a: 1}",
+    "--train.seed=1",
+    "train.seed=[1",
+    "train.seed=${nowhere}",
+    "train.name=${train.name}",
+    "a" * 100_000 + "=1",
+    "\x1b[31m=1",
+    "train.seed=" + "9" * 5000,
+    "train.name=" + "n" * 300,
+)
+DRY_RUN_WORKS = (
+    "train.max_steps=1e9",
+    "train.name=007",
+    "data.path=null",
+    "prompt_cache=null",
+    "train.max_minutes=null",
+    "train.seed=1e3",
+    "train.mixed_precision=no",
+    "data.path=nowhere.txt",
+)
 # Refused before any network is loaded or prompt encoded: the same as in a dry run.
-EARLY = ("train.seed=-1", "train.output_dir=/proc/x", "train.name=a/b", "train.batch_size=1e12", "latent_size=[0, 0]", "student.path=",
-         "components=nowhere", "data.path=nowhere.txt")  # fmt: skip
+EARLY = (
+    "train.seed=-1",
+    "train.output_dir=/proc/x",
+    "train.name=a/b",
+    "train.batch_size=1e12",
+    "latent_size=[0, 0]",
+    "student.path=",
+    "components=nowhere",
+    "data.path=nowhere.txt",
+)
 
 
 def dry_run(place: Place, override: str) -> None:
@@ -86,6 +128,14 @@ def shown(override: str) -> str:
 
 def cases() -> list[Case]:
     pairs = [f"{key}={value}" for key, values in REFUSED.items() for value in values]
-    found = [Case(AREA, f"dry run: {shown(text)}", partial(dry_run, override=text)) for text in (*pairs, *FORMS)]
-    found += [Case(AREA, f"dry run works: {text}", partial(dry_run_works, override=text)) for text in DRY_RUN_WORKS]
-    return found + [Case(AREA, f"run: {text}", partial(run_is_refused, override=text)) for text in EARLY]
+    found = [
+        Case(AREA, f"dry run: {shown(text)}", partial(dry_run, override=text))
+        for text in (*pairs, *FORMS)
+    ]
+    found += [
+        Case(AREA, f"dry run works: {text}", partial(dry_run_works, override=text))
+        for text in DRY_RUN_WORKS
+    ]
+    return found + [
+        Case(AREA, f"run: {text}", partial(run_is_refused, override=text)) for text in EARLY
+    ]

@@ -7,14 +7,31 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tests.reliability.runner import Case, NotHeld, Outcome, Place, decent, refused, worked, worked_or_refused
+from tests.reliability.runner import (
+    Case,
+    NotHeld,
+    Outcome,
+    Place,
+    decent,
+    refused,
+    worked,
+    worked_or_refused,
+)
 
 AREA = "prompts and flags of sample.py"
 
 
 def sample(place: Place, **flags: Any) -> Outcome:
-    """One small clip of the tiny student, with other flags; True is a flag without a value, None leaves one out."""
-    given = {"student": place.parts / "student", "prompt": "a red circle", "num_frames": 5, "size": (16, 16), "out": "c.gif", **flags}
+    """One small clip of the tiny student, with other flags; True is a flag without a value, None
+    leaves one out."""
+    given = {
+        "student": place.parts / "student",
+        "prompt": "a red circle",
+        "num_frames": 5,
+        "size": (16, 16),
+        "out": "c.gif",
+        **flags,
+    }
     command: list[object] = []
     for name, value in given.items():
         values = value if isinstance(value, tuple) else (value,)
@@ -101,8 +118,18 @@ REFUSED: dict[str, dict[str, Any]] = {
     "sink -1": {"sink": -1},
     "sink beyond the window": {"sink": 100},
     "guidance of a student": {"guidance": 2},
-    "guidance NaN of a teacher": {"student": None, "teacher": "TEACHER", "guidance": "nan", "steps": 1},
-    "guidance 1e999 of a teacher": {"student": None, "teacher": "TEACHER", "guidance": "1e999", "steps": 1},
+    "guidance NaN of a teacher": {
+        "student": None,
+        "teacher": "TEACHER",
+        "guidance": "nan",
+        "steps": 1,
+    },
+    "guidance 1e999 of a teacher": {
+        "student": None,
+        "teacher": "TEACHER",
+        "guidance": "1e999",
+        "steps": 1,
+    },
     "window of a teacher": {"student": None, "teacher": "TEACHER", "window": 3},
     "steps 0 of a teacher": {"student": None, "teacher": "TEACHER", "steps": 0},
     "fps 0": {"fps": 0},
@@ -149,7 +176,10 @@ def flags_of(place: Place, flags: dict[str, Any]) -> dict[str, Any]:
     (place.folder / "FILE").write_text("x")
     (place.folder / "p.txt").write_text("a red circle\n")
     names = {"START": place.parts / "start", "TEACHER": place.parts / "teacher"}
-    return {name: names.get(value, value) if isinstance(value, str) else value for name, value in flags.items()}
+    return {
+        name: names.get(value, value) if isinstance(value, str) else value
+        for name, value in flags.items()
+    }
 
 
 def is_refused(place: Place, flags: dict[str, Any]) -> None:
@@ -182,7 +212,10 @@ def long_prompts_differ(place: Place) -> None:
     """A prompt that is cut is not cut silently: its end is seen, or one line tells of it."""
     start = "a red circle moves up " * 40
     ends = [f"{start} and a blue square", f"{start} and a green triangle"]
-    outcomes = [sample(place, prompt=prompt, num_frames=1, out=f"{index}.gif") for index, prompt in enumerate(ends)]
+    outcomes = [
+        sample(place, prompt=prompt, num_frames=1, out=f"{index}.gif")
+        for index, prompt in enumerate(ends)
+    ]
     for outcome in outcomes:
         worked(outcome)
     same = (place.folder / "0.gif").read_bytes() == (place.folder / "1.gif").read_bytes()
@@ -190,7 +223,9 @@ def long_prompts_differ(place: Place) -> None:
         raise NotHeld("the ends of two long prompts are left out without a word")
 
 
-def keeps_what_is_there(place: Place, out: str, make: Callable[[Place], None], flags: dict[str, Any]) -> None:
+def keeps_what_is_there(
+    place: Place, out: str, make: Callable[[Place], None], flags: dict[str, Any]
+) -> None:
     """A refusal leaves a clip that was there as it was."""
     make(place)
     before = (place.folder / out).read_bytes()
@@ -212,9 +247,21 @@ def endless_stream_is_stopped(place: Place) -> None:
 
     stroke = Stroke(signal.SIGINT, "os.rename", r"pngs/000008\.png")
     outcome = place.run(
-        "sample", "--student", place.parts / "student", "--prompt", "a", "--num-frames", 0, "--stream", "--size", 16, 16,
-        "--out", "pngs", stroke=stroke,
-    )  # fmt: skip
+        "sample",
+        "--student",
+        place.parts / "student",
+        "--prompt",
+        "a",
+        "--num-frames",
+        0,
+        "--stream",
+        "--size",
+        16,
+        16,
+        "--out",
+        "pngs",
+        stroke=stroke,
+    )
     decent(outcome)
     kept = list((place.folder / "pngs").glob("[0-9]*.png"))
     if outcome.code not in (0, 130) or len(kept) < 5:
@@ -222,12 +269,24 @@ def endless_stream_is_stopped(place: Place) -> None:
 
 
 def cases() -> list[Case]:
-    found = [Case(AREA, f"prompt: {name}", partial(with_prompt, prompt=text)) for name, text in PROMPTS.items()]
-    found += [Case(AREA, f"file: {name}", partial(with_file, content=text, clips=num)) for name, (text, num) in FILES.items()]
+    found = [
+        Case(AREA, f"prompt: {name}", partial(with_prompt, prompt=text))
+        for name, text in PROMPTS.items()
+    ]
+    found += [
+        Case(AREA, f"file: {name}", partial(with_file, content=text, clips=num))
+        for name, (text, num) in FILES.items()
+    ]
     found += [Case(AREA, name, partial(is_refused, flags=flags)) for name, flags in REFUSED.items()]
-    found += [Case(AREA, f"works: {name}", partial(works, flags=flags, either=name in EITHER)) for name, flags in WORKS.items()]
+    found += [
+        Case(AREA, f"works: {name}", partial(works, flags=flags, either=name in EITHER))
+        for name, flags in WORKS.items()
+    ]
     there = partial(
-        keeps_what_is_there, out="mine.gif", make=lambda place: (place.folder / "mine.gif").write_bytes(b"mine"), flags={"steps": -1}
+        keeps_what_is_there,
+        out="mine.gif",
+        make=lambda place: (place.folder / "mine.gif").write_bytes(b"mine"),
+        flags={"steps": -1},
     )
     found.append(Case(AREA, "a clip is there already", there))
     found.append(Case(AREA, "file: a FIFO", fifo_as_prompts))

@@ -1,4 +1,5 @@
-"""Kills, signals and full disks in the midst of a training, and whether it goes on as if nothing had been."""
+"""Kills, signals and full disks in the midst of a training, and whether it goes on as if nothing
+had been."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from tests.reliability.runner import Case, NotHeld, Outcome, Place, Stroke, dece
 
 KILLS, SIGNALS, DISK = "kill -9 and resume", "signals", "full disk"
 CHECKPOINT = r"checkpoints/\.step-0000004\.tmp-"
-# Where in a run of 6 steps that saves every second: the event of Python's audit hooks, a pattern of its path, which one.
+# Where in a run of 6 steps that saves every second: the event of Python's audit hooks, a pattern of
+# its path, which one.
 MOMENTS: dict[str, tuple[str, str, int]] = {
     "load": ("open", r"text_encoder/config\.json", 1),
     "first step": ("open", r"metrics\.jsonl", 1),
@@ -21,7 +23,11 @@ MOMENTS: dict[str, tuple[str, str, int]] = {
     "the checkpoint's counters": ("open", CHECKPOINT + r".*/trainer\.json", 1),
     "the checkpoint is renamed": ("os.rename", CHECKPOINT, 1),
     "the first old checkpoint goes": ("os.remove", r"step-0000002|student\.safetensors", 1),
-    "in the midst of an old checkpoint's going": ("os.remove", r"step-0000002|safetensors|rank-0\.pt", 4),
+    "in the midst of an old checkpoint's going": (
+        "os.remove",
+        r"step-0000002|safetensors|rank-0\.pt",
+        4,
+    ),
     "the export begins": ("os.mkdir", r"runs/run/\.student\.tmp-", 1),
     "the export's codec": ("open", r"\.student\.tmp-.*model_index\.json", 1),
     "the export is renamed": ("os.rename", r"\.student\.tmp-", 1),
@@ -29,23 +35,43 @@ MOMENTS: dict[str, tuple[str, str, int]] = {
 
 
 def train(place: Place, folder: str = "runs", **options: object) -> Outcome:
-    command = ["--config", place.parts / "run.yaml", "train.max_steps=6", f"train.output_dir={folder}"]
+    command = [
+        "--config",
+        place.parts / "run.yaml",
+        "train.max_steps=6",
+        f"train.output_dir={folder}",
+    ]
     return place.run("train", *command, **options)
 
 
 def same_run(place: Place, run: Path, undisturbed: Path) -> None:
-    """The same metrics but for the clock, and the same bits in the last checkpoint and the export."""
-    own, other = ([_without_clock(line) for line in (home / "metrics.jsonl").read_text().splitlines()] for home in (run, undisturbed))
+    """The same metrics but for the clock, and the same bits in the last checkpoint and the
+    export."""
+    own, other = (
+        [_without_clock(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
+        for home in (run, undisturbed)
+    )
     if own != other:
         raise NotHeld(f"metrics differ: steps {[line['step'] for line in own]}")
-    names = [file.relative_to(undisturbed) for file in sorted(undisturbed.rglob("*.safetensors")) if not {"step-0000002", "step-0000004"} & set(file.parts)]
+    names = [
+        file.relative_to(undisturbed)
+        for file in sorted(undisturbed.rglob("*.safetensors"))
+        if not {"step-0000002", "step-0000004"} & set(file.parts)
+    ]
     for name in names:
-        if not (run / name).is_file() or (run / name).read_bytes() != (undisturbed / name).read_bytes():
+        if (
+            not (run / name).is_file()
+            or (run / name).read_bytes() != (undisturbed / name).read_bytes()
+        ):
             raise NotHeld(f"{name} differs from an undisturbed run's")
-    there = sorted(path for path in (run / "checkpoints").iterdir())  # a stop saves in between, at step 5 for one
+    # a stop saves in between, at step 5 for one
+    there = sorted(path for path in (run / "checkpoints").iterdir())
     whole = [len(list(path.iterdir())) for path in there]
     if len(there) != 2 or there[1].name != "step-0000006" or whole[0] != whole[1]:
-        raise NotHeld(f"checkpoints/ holds {', '.join(f'{path.name} of {num} files' for path, num in zip(there, whole))}")
+        raise NotHeld(
+            "checkpoints/ holds"
+            f" {', '.join(f'{path.name} of {num} files' for path, num in zip(there, whole))}"
+        )
     hidden = [path.name for path in run.iterdir() if ".tmp-" in path.name]
     if hidden:
         raise NotHeld(f"{hidden[0]} is left behind")
@@ -77,10 +103,13 @@ def signalled(place: Place, number: signal.Signals, moment: str) -> None:
     decent(first)
     if first.code == 0 and "export" in moment:
         return same_run(place, place.folder / "runs" / "run", undisturbed(place))
-    at_once = moment in ("load", "the export's codec") and number != signal.SIGINT  # there is nothing to save: it may just end
+    # there is nothing to save: it may just end
+    at_once = moment in ("load", "the export's codec") and number != signal.SIGINT
     if first.code != 128 + number and not (at_once and first.code == -number):
         raise NotHeld(f"expected exit {128 + number}, got {first.said()}")
-    saved = sorted(path.name for path in (place.folder / "runs" / "run" / "checkpoints").glob("step-*"))
+    saved = sorted(
+        path.name for path in (place.folder / "runs" / "run" / "checkpoints").glob("step-*")
+    )
     if moment in ("first step", "a step after a checkpoint") and not saved:
         raise NotHeld(f"nothing was saved: {first.said()}")
     worked(train(place))
@@ -88,7 +117,8 @@ def signalled(place: Place, number: signal.Signals, moment: str) -> None:
 
 
 def disk_full(place: Place, largest_file: int) -> None:
-    """No file can grow past a size: one line, nothing half-written, and with room again the run goes on."""
+    """No file can grow past a size: one line, nothing half-written, and with room again the run
+    goes on."""
     first = train(place, largest_file=largest_file)
     refused(first)
     run = place.folder / "runs" / "run"
@@ -100,7 +130,19 @@ def disk_full(place: Place, largest_file: int) -> None:
 
 
 def disk_full_of_clip(place: Place) -> None:
-    command = ["--student", place.parts / "student", "--prompt", "a", "--num-frames", 5, "--size", 64, 64, "--out", "clip.mp4"]
+    command = [
+        "--student",
+        place.parts / "student",
+        "--prompt",
+        "a",
+        "--num-frames",
+        5,
+        "--size",
+        64,
+        64,
+        "--out",
+        "clip.mp4",
+    ]
     refused(place.run("sample", *command, largest_file=200))
     left = [path.name for path in place.folder.glob("*clip*")]
     if left:
@@ -117,7 +159,19 @@ def disk_full_of_latents(place: Place) -> None:
 
 def sample_killed(place: Place) -> None:
     """What a killed clip leaves goes with the next clip to the same place."""
-    command = ["--student", place.parts / "student", "--prompt", "a", "--num-frames", 5, "--size", 16, 16, "--out", "out/clip.gif"]
+    command = [
+        "--student",
+        place.parts / "student",
+        "--prompt",
+        "a",
+        "--num-frames",
+        5,
+        "--size",
+        16,
+        16,
+        "--out",
+        "out/clip.gif",
+    ]
     first = place.run("sample", *command, stroke=Stroke(signal.SIGKILL, "os.rename", r"clip", 1))
     if first.code != -signal.SIGKILL:
         raise NotHeld(f"the case's event did not come: {first.said()}")
@@ -139,11 +193,18 @@ def cases() -> list[Case]:
     found = [Case(KILLS, name, partial(killed, moment=name)) for name in MOMENTS]
     found.append(Case(KILLS, "sample.py before its clip is renamed", sample_killed))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        for moment in ("load", "a step after a checkpoint", "the checkpoint's counters", "the export's codec"):
+        for moment in (
+            "load",
+            "a step after a checkpoint",
+            "the checkpoint's counters",
+            "the export's codec",
+        ):
             run = partial(signalled, number=number, moment=moment)
             found.append(Case(SIGNALS, f"{number.name} in {moment}", run))
     for size in (100, 2000, 10_000, 50_000, 1_000_000):
-        found.append(Case(DISK, f"files of at most {size} bytes", partial(disk_full, largest_file=size)))
+        found.append(
+            Case(DISK, f"files of at most {size} bytes", partial(disk_full, largest_file=size))
+        )
     found.append(Case(DISK, "a clip", disk_full_of_clip))
     found.append(Case(DISK, "encoded clips", disk_full_of_latents))
     found.append(Case(DISK, "checkpoints/ is a file", read_only))

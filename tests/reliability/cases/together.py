@@ -11,7 +11,15 @@ from functools import partial
 from pathlib import Path
 
 from tests.reliability.cases.weights import sample
-from tests.reliability.runner import Case, NotHeld, Place, Stroke, refused, worked, worked_or_refused
+from tests.reliability.runner import (
+    Case,
+    NotHeld,
+    Place,
+    Stroke,
+    refused,
+    worked,
+    worked_or_refused,
+)
 
 NAMES, VARIABLES, THREADS = "two runs of one name", "environment variables", "threads"
 
@@ -26,7 +34,9 @@ def steps_of(run: Path) -> list[int]:
 
 def stopped_at(place: Place, event: str, pattern: str) -> tuple[int, Path]:
     """A run that has stopped itself, as by Ctrl-Z, in the midst of something."""
-    started = place.start("train", *command(place), stroke=Stroke(signal.SIGSTOP, event, pattern, 1))
+    started = place.start(
+        "train", *command(place), stroke=Stroke(signal.SIGSTOP, event, pattern, 1)
+    )
     while Path(f"/proc/{started[0]}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         if os.waitpid(started[0], os.WNOHANG)[0]:
             raise NotHeld("the first run ended before its event")
@@ -35,7 +45,8 @@ def stopped_at(place: Place, event: str, pattern: str) -> tuple[int, Path]:
 
 
 def second_is_refused(place: Place, event: str, pattern: str, *overrides: str) -> None:
-    """While one run trains, another of its name is refused in a line; the first ends as if alone."""
+    """While one run trains, another of its name is refused in a line; the first ends as if
+    alone."""
     first = stopped_at(place, event, pattern)
     try:
         second = place.run("train", *command(place, *overrides))
@@ -61,7 +72,9 @@ def at_once(place: Place) -> None:
 
 def after_a_kill(place: Place) -> None:
     """A killed run keeps nobody out."""
-    first = place.run("train", *command(place), stroke=Stroke(signal.SIGKILL, "open", r"metrics\.jsonl", 2))
+    first = place.run(
+        "train", *command(place), stroke=Stroke(signal.SIGKILL, "open", r"metrics\.jsonl", 2)
+    )
     if first.code != -signal.SIGKILL:
         raise NotHeld(f"the case's event did not come: {first.said()}")
     worked(place.run("train", *command(place)))
@@ -115,6 +128,7 @@ def read_while_replaced(place: Place) -> None:
 
 def with_variables(place: Place, variables: dict[str, str | None]) -> None:
     """A training with other variables."""
+
     def run() -> int:
         import train
 
@@ -217,7 +231,15 @@ def _clip(pipe, seed: int, **options: object):  # noqa: ANN001, ANN202
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    made = pipe("a red circle", height=16, width=16, num_frames=33, generator=generator, output_type="pt", **options)
+    made = pipe(
+        "a red circle",
+        height=16,
+        width=16,
+        num_frames=33,
+        generator=generator,
+        output_type="pt",
+        **options,
+    )
     return made.frames
 
 
@@ -231,9 +253,21 @@ THREADED = {
 
 def cases() -> list[Case]:
     found = [
-        Case(NAMES, "while it trains", partial(second_is_refused, event="open", pattern=r"metrics\.jsonl")),
-        Case(NAMES, "while it writes a checkpoint", partial(second_is_refused, event="os.mkdir", pattern=r"\.step-0000002\.tmp-")),
-        Case(NAMES, "while it exports", partial(second_is_refused, event="os.mkdir", pattern=r"run/\.student\.tmp-")),
+        Case(
+            NAMES,
+            "while it trains",
+            partial(second_is_refused, event="open", pattern=r"metrics\.jsonl"),
+        ),
+        Case(
+            NAMES,
+            "while it writes a checkpoint",
+            partial(second_is_refused, event="os.mkdir", pattern=r"\.step-0000002\.tmp-"),
+        ),
+        Case(
+            NAMES,
+            "while it exports",
+            partial(second_is_refused, event="os.mkdir", pattern=r"run/\.student\.tmp-"),
+        ),
         Case(NAMES, "both at once", at_once),
         Case(NAMES, "after a kill", after_a_kill),
         Case(NAMES, "other names at once", other_names_at_once),
@@ -250,7 +284,15 @@ def cases() -> list[Case]:
         "MASTER_PORT alone": {"MASTER_PORT": "29500"},
     }.items():
         found.append(Case(VARIABLES, name, partial(with_variables, variables=variables)))
-    for key in ("student.path", "teacher.path", "components", "train.output_dir", "train.name", "prompt_cache", "data.path"):
+    for key in (
+        "student.path",
+        "teacher.path",
+        "components",
+        "train.output_dir",
+        "train.name",
+        "prompt_cache",
+        "data.path",
+    ):
         found.append(Case(VARIABLES, f"{key}=$UNSET", partial(unset, override=f"{key}=")))
     found.append(Case(VARIABLES, '--student "$UNSET"', lambda place: refused(sample(place, ""))))
     return found + [Case(THREADS, name, partial(in_threads, body=name)) for name in THREADED]

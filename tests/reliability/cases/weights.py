@@ -1,4 +1,5 @@
-"""Weight files that are damaged, lie about themselves, or hold code; each is converted, and used as codec, adapter and student."""
+"""Weight files that are damaged, lie about themselves, or hold code; each is converted, and used as
+codec, adapter and student."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ Write = Callable[[Path, Place], None]
 
 
 def safetensors(header: object, body: bytes = b"", length: int | None = None) -> Write:
-    """A file with this header, or with these bytes for one; `length` is what it says of the header's size."""
+    """A file with this header, or with these bytes for one; `length` is what it says of the
+    header's size."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     content = struct.pack("<Q", len(text) if length is None else length) + text + body
     return lambda file, place: file.write_bytes(content)
@@ -36,6 +38,7 @@ def pickled(what: Callable[[Place], object], protocol: int = 2) -> Write:
 
 def zipped(what: Callable[[Place], object]) -> Write:
     """As torch.save writes, with a pickle of anything."""
+
     def write(file: Path, place: Place) -> None:
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("archive/data.pkl", pickle.dumps(what(place), 2))
@@ -148,7 +151,19 @@ def as_student(place: Place, write: Write, suffix: str) -> None:
 
 
 def sample(place: Place, student: Path, *arguments: object):  # noqa: ANN201
-    command = ["--student", student, "--prompt", "a red circle", "--num-frames", 1, "--size", 16, 16, "--out", "clip.gif"]
+    command = [
+        "--student",
+        student,
+        "--prompt",
+        "a red circle",
+        "--num-frames",
+        1,
+        "--size",
+        16,
+        16,
+        "--out",
+        "clip.gif",
+    ]
     return place.run("sample", *command, *arguments)
 
 
@@ -157,5 +172,11 @@ def cases() -> list[Case]:
     for suffix, files in {".safetensors": SAFETENSORS, ".pth": PICKLES}.items():
         for name, write in files.items():
             for use in (converted, as_codec, as_student):
-                found.append(Case(AREA, f"{use.__name__} {suffix}: {name}", partial(use, write=write, suffix=suffix)))
+                found.append(
+                    Case(
+                        AREA,
+                        f"{use.__name__} {suffix}: {name}",
+                        partial(use, write=write, suffix=suffix),
+                    )
+                )
     return found

@@ -113,6 +113,14 @@ def is_read(place: Place, change: Callable[[bytes], bytes]) -> None:
 
 
 def cases() -> list[Case]:
-    found = [Case(AREA, name, partial(is_refused, content=content)) for name, content in REFUSED.items()]
-    found += [Case(AREA, f"the file is {name}", partial(place_is_refused, name=make)) for name, make in PLACES.items()]
-    return found + [Case(AREA, f"works with {name}", partial(is_read, change=change)) for name, change in WORKS.items()]
+    found = [
+        Case(AREA, name, partial(is_refused, content=content)) for name, content in REFUSED.items()
+    ]
+    found += [
+        Case(AREA, f"the file is {name}", partial(place_is_refused, name=make))
+        for name, make in PLACES.items()
+    ]
+    return found + [
+        Case(AREA, f"works with {name}", partial(is_read, change=change))
+        for name, change in WORKS.items()
+    ]
