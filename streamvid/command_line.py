@@ -2,7 +2,8 @@
 interruption ends.
 
 A mistake of the user's is one line on stderr and the exit code 2, an interruption one line and 128
-+ the signal. Other errors are ours, and keep their traceback."""
++ the signal. Other errors are ours, and keep their traceback.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ the default is not empty itself. None is the word `null`, where the type allows 
 
 A YAML file may start from others: `base: ../method/dmd.yaml`, or a list of them, later ones
 winning; paths are relative to the file that names them. A mapping is merged into its default key by
-key, a list replaces its default, and `key: null` removes an entry of a dictionary."""
+key, a list replaces its default, and `key: null` removes an entry of a dictionary.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ text."""
 
 class _Typed(str):
     """The text of a command line value, kept until the type that is expected says how to read
-    it."""
+    it.
+    """
 
 
 def load_config(
@@ -55,7 +57,8 @@ def load_config(
     texts.
 
     default: an instance whose values stand in for the defaults of `cls`. Raises ValueError with one
-    line for a file that is not there, an unknown key or a value of a wrong type."""
+    line for a file that is not there, an unknown key or a value of a wrong type.
+    """
     return build_config(cls, read_config(path, overrides), default)
 
 
@@ -87,7 +90,8 @@ def flatten(plain: dict, prefix: str = "") -> dict[str, Any]:
 
 def flat_defaults(config: Any, prefix: str = "") -> dict[str, Any]:
     """What a dataclass and those within it have where nothing sets it, by dotted keys as of
-    `flatten`."""
+    `flatten`.
+    """
     flat = {}
     for f in dataclasses.fields(config):
         value, default = getattr(config, f.name), _default_of(f)
@@ -214,7 +218,8 @@ def _as_yaml(typed: Any) -> Any:
 
 def _read_value(text: _Typed) -> Any:
     """A command line value read as YAML; what is no YAML, or has a number in sixties, is a plain
-    text."""
+    text.
+    """
     try:
         if _number_in_sixties(f"value: {text}") is not None:
             return str(text)
@@ -238,7 +243,8 @@ def _merge(below: dict, above: dict) -> dict:
 
 def build_config(cls: type[T], plain: dict, default: T | None = None) -> T:
     """An instance of the dataclass `cls` from `plain`, a nested dictionary, over the values of
-    `default`."""
+    `default`.
+    """
     return _build(cls, plain, default, "", cls)
 
 
@@ -297,7 +303,8 @@ def _check_not_empty(value: Any, kind: Any, base: Any, key: str) -> None:
 
 def _is_plain(kind: Any, value: Any) -> bool:
     """Whether `value` is an exact instance of a kind without parts; 1 is a float and 1e5 an int,
-    true is neither."""
+    true is neither.
+    """
     if kind is Any or kind in (bool, dict, list):
         return kind is Any or isinstance(value, kind)
     if isinstance(value, bool):
@@ -312,7 +319,8 @@ def _is_plain(kind: Any, value: Any) -> bool:
 
 def _unquoted_word(value: Any, choices: tuple) -> Any:
     """YAML reads the bare words no and off as false; where they are choices, they were meant as
-    words."""
+    words.
+    """
     words = (
         {False: ("no", "off"), True: ("yes", "on")}.get(value, ())
         if isinstance(value, bool)
@@ -323,7 +331,8 @@ def _unquoted_word(value: Any, choices: tuple) -> Any:
 
 def _read_text(text: _Typed) -> str | None:
     """A text needs no quotes on the command line, `name=007`; a pair that is there is taken off.
-    `null` is none."""
+    `null` is none.
+    """
     if _is_null(text):
         return None
     quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
@@ -412,7 +421,8 @@ def _short(value: Any) -> str:
 
 def _unknown_key(key: str, value: Any, siblings: list[str], prefix: str, root: type) -> str:
     """One line that names the whole key and the nearest one: a sibling first, else one of the same
-    last name."""
+    last name.
+    """
     rest = "".join(f".{part}" for part in _first_leaf(value))
     message = f"unknown key '{prefix}{key}{rest}'; "
     near = difflib.get_close_matches(str(key), siblings, n=1, cutoff=0.6)
@@ -436,7 +446,8 @@ def _first_leaf(value: Any) -> list[str]:
 
 def _known_keys(cls: type, prefix: str = "") -> list[str]:
     """All dotted keys of a dataclass; the entries of a dictionary of dataclasses are written
-    <name>."""
+    <name>.
+    """
     keys = []
     for name, kind in typing.get_type_hints(cls).items():
         keys.append(f"{prefix}{name}")

@@ -5,7 +5,8 @@ The new content is written beside its place under a hidden name (`.NAME.tmp-XXXX
 when it is complete and on the disk. The name says which process writes. Whatever a crash leaves
 behind under such a name is ignored by every reader, and removed by the next process that writes
 into the same folder, or by `remove_leftovers`. What is written can be read by whom the umask lets,
-whatever a library makes of its own files."""
+whatever a library makes of its own files.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def disk_full(error: Exception) -> str | None:
 @contextmanager
 def _errors_of_the_system() -> Iterator[None]:
     """Inside, an error of the disk that a library hands on as a text of its own exception is an
-    ``OSError`` again."""
+    ``OSError`` again.
+    """
     try:
         yield
     except OSError:
@@ -71,7 +73,8 @@ def _machine() -> str:
 
 def _hidden_sibling(path: Path) -> Path:
     """A fresh name in the same folder, hence on the same disk; the suffix stays, writers look at
-    it."""
+    it.
+    """
     return path.with_name(
         f".{path.stem[:40]}{LEFTOVER}{_machine()}_{os.getpid()}_{uuid.uuid4().hex[:8]}{path.suffix}"
     )
@@ -94,7 +97,8 @@ def _is_orphan(path: Path) -> bool:
 @cache
 def _remove_orphans(folder: Path, process: int) -> None:
     """Removes what processes that were killed have left in a folder; once for each process that
-    writes there."""
+    writes there.
+    """
     for path in folder.glob(f".*{LEFTOVER}*"):
         if _is_orphan(path):
             with suppress(OSError):  # another process may be at it, or it is another user's
@@ -110,7 +114,8 @@ def _remove(path: Path) -> None:
 
 def remove_folder(path: str | Path) -> None:
     """Removes a folder so that a crash leaves it whole or not there at all, never with a part of
-    its files."""
+    its files.
+    """
     hidden = _hidden_sibling(Path(path))
     Path(path).rename(hidden)
     _remove(hidden)
@@ -126,7 +131,8 @@ def _flush_to_disk(path: Path) -> None:
 
 def _usual_mode(path: Path) -> int:
     """The mode that this process's umask gives a new file at `path`, which is not there
-    afterwards."""
+    afterwards.
+    """
     path.touch(mode=0o666)
     mode = stat.S_IMODE(path.stat().st_mode)
     path.unlink()
@@ -144,7 +150,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Gives the path to write to; the file appears at `path` when the block ends without an error.
 
     `with atomic_file("a/b.json") as temporary: temporary.write_text(...)`. Missing folders are
-    made."""
+    made.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_orphans(path.parent.absolute(), os.getpid())
@@ -166,7 +173,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
     A folder that is already at `path` is replaced. POSIX can't swap two folders in one step, so
     between two renames there is an instant in which `path` does not exist; write to a new name
-    where that matters."""
+    where that matters.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_orphans(path.parent.absolute(), os.getpid())
@@ -192,7 +200,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: str | Path) -> list[str]:
     """Removes what a crash left half-written in `folder` and returns the names; nobody may be
-    writing there."""
+    writing there.
+    """
     leftovers = sorted(Path(folder).glob(f".*{LEFTOVER}*"))
     for path in leftovers:
         _remove(path)

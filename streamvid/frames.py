@@ -5,7 +5,8 @@ PyAV reads every container, codec and GIF, Pillow animated WebP. A clip is read 
 first frame, never by seeking, whose results depend on container and codec, and one frame at a time,
 so that its length costs no memory. What a player applies is applied: the display matrix (rotation
 and mirror), the shape of a pixel, and the colour matrix, which for large pictures without a tag is
-BT.709 and for small ones BT.601. High dynamic range is not tone-mapped."""
+BT.709 and for small ones BT.601. High dynamic range is not tone-mapped.
+"""
 
 from __future__ import annotations
 
@@ -193,7 +194,8 @@ def _av_frames(path: Path) -> Iterator[Frame]:
 
 class _Clock:
     """When the frames of a stream begin. One without a time of its own follows the last one that
-    has by the frame rate."""
+    has by the frame rate.
+    """
 
     def __init__(self, stream: VideoStream):
         self.only_order = stream.container.format.name in WITHOUT_TIMES
@@ -234,14 +236,16 @@ def _rgb(frame: VideoFrame, convert: Callable) -> np.ndarray:
 
 def _colour_matrix(frame: VideoFrame) -> int:
     """swscale's number of the matrix between RGB and YUV. libav's numbers of tags are those of
-    ITU-T H.273."""
+    ITU-T H.273.
+    """
     tagged = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}.get(frame.colorspace)
     return tagged or (1 if is_large(frame.width, frame.height) else 5)
 
 
 def is_large(width: int, height: int) -> bool:
     """Whether pictures of this size have the colours of BT.709 if nothing says otherwise, and not
-    those of BT.601."""
+    those of BT.601.
+    """
     return width >= 1280 or height >= 720
 
 
@@ -250,7 +254,8 @@ def _display_turn(frame: VideoFrame) -> tuple[bool, bool, bool] | None:
     up and down).
 
     The matrix ``[[a, b, u], [c, d, v], [x, y, w]]`` of 16.16 fixed numbers takes the row (p, q, 1)
-    of a pixel's place to where it is shown."""
+    of a pixel's place to where it is shown.
+    """
     from av.sidedata.sidedata import Type
 
     data = frame.side_data.get(Type.DISPLAYMATRIX)
@@ -278,7 +283,8 @@ def _turned(picture: np.ndarray, turn: tuple[bool, bool, bool] | None) -> np.nda
 
 def _webp_frames(path: Path) -> Iterator[Frame]:
     """Animated WebP, which FFmpeg does not decode. Pillow keeps one picture, which is therefore
-    converted at once."""
+    converted at once.
+    """
     with Image.open(path, formats=("WEBP",)) as image:
         _check_pixels(*image.size)
         start = 0.0

@@ -1,5 +1,6 @@
 """Checkpoints that are named as on the Hugging Face hub: every place that takes a folder takes such
-a name."""
+a name.
+"""
 
 from __future__ import annotations
 

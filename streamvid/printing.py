@@ -3,7 +3,8 @@ page may show them.
 
 A name may hold a line feed, which forges a line, an escape sequence, which moves the cursor or
 worse, or HTML, which a page runs. What is read by programs (JSON, YAML) is escaped by their
-writers."""
+writers.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _MARKS = re.compile(r"([\\`*\[\]<>|&])")
 
 def printable(text: object) -> str:
     """A text in one line: characters that do not print, line feeds and escapes among them, as
-    ``\\n``, ``\\x1b``, ``\\u2028``."""
+    ``\\n``, ``\\x1b``, ``\\u2028``.
+    """
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
         for c in str(text)
@@ -24,7 +26,8 @@ def printable(text: object) -> str:
 
 def markdown_text(text: object) -> str:
     """A text as Markdown shows it literally, in a heading, a list or a cell of a table: no markup,
-    no HTML, one line."""
+    no HTML, one line.
+    """
     return _MARKS.sub(r"\\\1", printable(text))
 
 

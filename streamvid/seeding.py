@@ -4,7 +4,8 @@ Every draw in training and streaming is a function of a tuple of integers such a
 event), so that it does not depend on batch size, rank, device or on what was drawn before: an
 exported clip equals the stream bit for bit, two processes draw what one would, and a resumed run
 continues exactly. What a network makes of equal numbers in batches of another size differs by the
-rounding of its matrix products."""
+rounding of its matrix products.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def key_to_seed(*key: int | str) -> int:
 
 def keyed_generator(*key: int | str) -> torch.Generator:
     """A CPU generator in the state that the key names; torch uses 32 bits of the seed, so of a
-    million keys about a hundred pairs share their numbers."""
+    million keys about a hundred pairs share their numbers.
+    """
     return torch.Generator().manual_seed(key_to_seed(*key))
 
 

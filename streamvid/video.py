@@ -2,7 +2,8 @@
 
 Written: .mp4 and .webm (H.264 and VP9, by imageio's ffmpeg), .gif, or a folder of numbered PNGs (a
 path without a suffix, or one that ends with a slash). A file or folder appears under its name when
-it is complete. Read: what ``streamvid.frames`` reads, and folders of PNGs."""
+it is complete. Read: what ``streamvid.frames`` reads, and folders of PNGs.
+"""
 
 from __future__ import annotations
 

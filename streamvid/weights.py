@@ -2,7 +2,8 @@
 
 A diffusers folder holds `config.json` and one or more `.safetensors` files, with an index if there
 are several. Published single files are `.safetensors`, or `.pth` and `.pt`, of which tensors are
-read and no code is ever run."""
+read and no code is ever run.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def parse_json(text: str) -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Inside, transformers does not print its coloured reports of what did not fit; the error says
-    it."""
+    it.
+    """
     transformers = sys.modules.get("transformers")
     if transformers is None:
         yield
@@ -273,7 +275,8 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds NaN or an infinite number; None if there is none.
 
     By the smallest and largest number, which are NaN where one is: no copy, and 90 times as fast as
-    ``isfinite`` on a CPU."""
+    ``isfinite`` on a CPU.
+    """
     for name, tensor in tensors.items():
         if (
             tensor.is_floating_point()

@@ -1,5 +1,6 @@
 """One thread for all tests and what they start: threads that wait for each other crawl on a machine
-that does other work."""
+that does other work.
+"""
 
 import os
 

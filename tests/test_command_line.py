@@ -1,5 +1,6 @@
 """What all tools share: options that are not empty, one line for a mistake, and ends that clean
-up."""
+up.
+"""
 
 import logging
 import os

@@ -1,5 +1,6 @@
 """Configuration: defaults, YAML and key=value give one typed object, and a mistake gives one clear
-line."""
+line.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,7 +168,8 @@ def test_a_mistake_is_one_line_that_names_key_expectation_and_value(override, me
 
 def test_a_text_may_be_empty_where_its_default_is():
     """Such as a negative prompt; where a path stood, an unset variable of the shell once meant
-    random weights."""
+    random weights.
+    """
     assert load("title=").title == "" and load("title=''").title == ""
     with pytest.raises(ValueError, match="note: expected str or null, got an empty text"):
         build_config(Config, {"name": "x", "note": ""})  # as a file has it

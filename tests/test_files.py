@@ -1,5 +1,6 @@
 """What a killed process leaves behind goes, what a living one writes stays, and files are as
-readable as the umask says."""
+readable as the umask says.
+"""
 
 import errno
 import os
@@ -53,7 +54,8 @@ def test_the_next_writer_removes_what_a_killed_process_left(tmp_path):
 
 def test_what_living_processes_and_others_have_written_stays(tmp_path):
     """The name alone is no sign: a user's own file, another machine's, and one of a process that is
-    still there."""
+    still there.
+    """
     with atomic_file(tmp_path / "a.txt") as mine:
         mine.write_text("a")
         prefix, _, end = mine.name.rpartition(f"_{os.getpid()}_")
@@ -136,7 +138,8 @@ def test_a_full_disk_is_told_from_other_errors(error, words):
 @pytest.mark.parametrize("place", [atomic_file, atomic_folder])
 def test_a_full_disk_is_an_error_of_the_system_whoever_says_it(tmp_path, place):
     """safetensors says it as a text of an error of its own, which was a traceback wherever a set
-    was written."""
+    was written.
+    """
     with pytest.raises(OSError, match="disk full") as caught:
         with place(tmp_path / "x"):
             raise SafetensorError(

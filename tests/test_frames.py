@@ -1,5 +1,6 @@
 """Every container and codec gives its frames in the order, at the times, upright and in the colours
-of a player."""
+of a player.
+"""
 
 import json
 import os
@@ -143,7 +144,8 @@ def check_numbers(path):
 )
 def test_frames_come_in_order_and_at_their_times(tmp_path, suffix, codec, pixels, options):
     """A reader that sought gave frame 0 for all frames of .avi and .mpg, and was off by up to 96
-    frames in .ts."""
+    frames in .ts.
+    """
     check_numbers(write(tmp_path / f"clip.{suffix}", codec, pixels, **options))
 
 

@@ -1,5 +1,6 @@
 """A name on the hub is taken wherever a folder is; the hub is a fake that gives links into blobs,
-as its cache has them."""
+as its cache has them.
+"""
 
 import shutil
 import sys

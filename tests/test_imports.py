@@ -35,7 +35,8 @@ LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 def imports(source: str) -> set[str]:
     """Absolute names of all modules that a source imports, also inside functions; `from a import b`
-    gives a and a.b."""
+    gives a and a.b.
+    """
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -60,7 +61,8 @@ def violations(own: tuple[str, ...], source: str) -> list[str]:
 
 def allowed(own: tuple[str, ...], other: tuple[str, ...]) -> bool:
     """A package imports its own level or one below; methods and the rollout have rules of their
-    own."""
+    own.
+    """
     if other[0] not in LEVEL_OF:  # streamvid.__version__
         return True
     if own[0] == other[0] == "methods":

@@ -100,7 +100,8 @@ def test_a_slash_at_the_end_means_a_folder(tmp_path, frames):
 @pytest.mark.parametrize("suffix", ["mp4", "webm"])
 def test_colours_are_those_that_a_player_shows(tmp_path, size, suffix):
     """Untagged BT.601 at 720 lines showed red (220, 30, 30) as (235, 47, 27); the reader follows
-    the players' rule."""
+    the players' rule.
+    """
     red = torch.tensor([220, 30, 30]) / 255
     write_video(red.reshape(1, 3, 1, 1).expand(2, 3, *size), tmp_path / f"a.{suffix}", 16)
     again, fps = read_video(tmp_path / f"a.{suffix}")
@@ -154,7 +155,8 @@ def test_contact_sheet_has_a_row_a_clip_beside_its_label(tmp_path, frames):
 
 def test_a_file_that_lost_frames_is_an_error_and_is_not_there(tmp_path, monkeypatch):
     """ffmpeg does not say that its disk was full: a broken file of 1,024 bytes was called
-    written."""
+    written.
+    """
     frames = torch.rand(5, 3, 16, 16)
     for suffix in (".mp4", ".webm"):
         write_video(frames, tmp_path / f"whole{suffix}", 16)

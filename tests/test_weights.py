@@ -1,5 +1,6 @@
 """Files of weights that claim what they don't hold: one line that names the file, and no memory
-taken."""
+taken.
+"""
 
 import json
 import os

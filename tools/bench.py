@@ -7,7 +7,8 @@
 Writes JSON and the same as Markdown beside it, with the machine, the versions and the command. All
 figures are medians; what is compared is measured in turns in one run. `losses` gives forward and
 backward of each term on a video latent [1, C, T, h, w], and its peak memory, as multiples of a
-plain MSE's."""
+plain MSE's.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@
     python tools/convert.py --from wan Wan2.1-T2V-1.3B/ --to students/wan   # bidirectional, to begin a training with
 
 The file says nothing about how a student is streamed: --from does. Code in a checkpoint is never
-run. A student that is already at --to is replaced."""
+run. A student that is already at --to is replaced.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +117,8 @@ def convert(args: argparse.Namespace) -> None:
 
 def check_target(folder: Path) -> None:
     """A ValueError if there is anything at `folder` but a student, which may be replaced, or an
-    empty folder."""
+    empty folder.
+    """
     from streamvid.rollout.schedule import STREAM_CONFIG_FILE
 
     if not folder.exists() or (folder / STREAM_CONFIG_FILE).is_file():

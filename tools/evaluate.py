@@ -8,7 +8,8 @@
 Writes a report (JSON, Markdown, contact sheet) and prints its table: forwards + commits of the
 student a clip, work (latent frames pushed through the transformer; a guided teacher counts twice),
 times (medians at batch 1), and the speed-up of a whole clip, decoding included, over the first
-teacher row. The first row is the true clips after the codec."""
+teacher row. The first row is the true clips after the codec.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ training turns.
 Needs no checkpoint and no network: weights are random. Each part runs in a process of its own with
 its own time limit, so that a failure loses no other part; the report and its Markdown are rewritten
 after each. --tiny rehearses all parts on the CPU at small sizes. Exits with 1 if a part was not
-whole."""
+whole.
+"""
 
 from __future__ import annotations
 

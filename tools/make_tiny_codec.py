@@ -46,7 +46,8 @@ NUM_MEASURED = 96  # clips whose latents give the statistics
 
 def psnr(codec: AutoencoderTinyVideo, clips: Tensor) -> float:
     """Peak signal-to-noise ratio of held-out reconstructions in dB, from the mean squared error of
-    all clips."""
+    all clips.
+    """
     with torch.no_grad():
         errors = [
             (codec.raw_decode(codec.raw_encode(x)).clamp(0, 1) - x).square().mean()

@@ -40,7 +40,8 @@ MAX_LENGTH = 32
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A unigram tokenizer (as UMT5's) over the world's words, with letters and bytes for all
-    others."""
+    others.
+    """
     captions = (caption(sample_spec(i, held_out=bool(i % 2)), i) for i in range(4000))
     counts = Counter(word for text in captions for word in text.replace(",", "").split())
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)] + [

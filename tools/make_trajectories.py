@@ -11,7 +11,8 @@ are not on it are added. With --student-shift equal to --shift and --steps a mul
 --student-steps, none is. The same command goes on where it was interrupted, and started several
 times at once, such as on each GPU of a machine (CUDA_VISIBLE_DEVICES=1 python ... &), its processes
 divide the work. Machines without a common disk take --share 1/4, 2/4, ... each; put their folders
-into one. `data.kind=trajectories data.path=OUT method=trajectory` trains on it. """
+into one. `data.kind=trajectories data.path=OUT method=trajectory` trains on it.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@
 Writes runs/quickstart/: student/ (the distilled student), four streamed clips (.mp4),
 contact_sheet.png (teacher, student before, student after; same prompts, same seeds), report.json
 and report.md, and prints the table. Each time anew: what an earlier quickstart wrote is removed,
-and nothing else."""
+and nothing else.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@
 
 With --prompt, --out is a file (.mp4, .webm, .gif) or a folder of PNGs; with --prompts, a folder of
 .mp4 files, or a pattern such as clips/{}.gif, or for one prompt a file. Prompt i has the seed
---seed + i."""
+--seed + i.
+"""
 
 from __future__ import annotations
 

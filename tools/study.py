@@ -8,7 +8,8 @@
 A suite is a file of configs/study, or a path. Writes a report as JSON, as Markdown and as a
 picture. Finished runs are kept in --folder and in the report and skipped, an interrupted training
 goes on from its checkpoint: the same command continues, with the report alone also on another
-machine."""
+machine.
+"""
 
 from __future__ import annotations
 

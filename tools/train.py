@@ -8,7 +8,8 @@ A run writes runs/NAME/: config.yaml, metrics.jsonl, checkpoints/ and, at the en
 same command resumes it. `--dry-run` prints the resolved configuration, and what the run will need:
 the memory of each network and of each turn at its peak, floating-point operations a step, and room
 on the disk; nothing is loaded, fetched or written for that. One process, or one launch, trains a
-run at a time. Ctrl-C, SIGTERM and SIGHUP save and stop; the launcher's end does too."""
+run at a time. Ctrl-C, SIGTERM and SIGHUP save and stop; the launcher's end does too.
+"""
 
 from __future__ import annotations
 

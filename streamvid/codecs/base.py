@@ -2,7 +2,8 @@
 
 Shapes: frames ``[B, T, 3, H, W]`` in [0, 1]; latents ``[B, C, T', h, w]``, normalised to zero mean
 and unit variance a channel. A clip of ``1 + r k`` frames has ``1 + k`` latent frames, r =
-``temporal_ratio``."""
+``temporal_ratio``.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ class VideoCodec(Protocol):
 
     The state of a stream is a value: it lives outside the codec, is never changed in place, and may
     be kept, copied and continued twice. Dropping it and taking ``new_decoder_state`` begins a new
-    stream."""
+    stream.
+    """
 
     latent_channels: int
     temporal_ratio: int
@@ -25,11 +27,13 @@ class VideoCodec(Protocol):
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Frames ``[B, 1 + r k, 3, H, W]`` in [0, 1] to normalised latents ``[B, C, 1 + k, h,
-        w]``."""
+        w]``.
+        """
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Normalised latents ``[B, C, 1 + k, h, w]`` to frames ``[B, 1 + r k, 3, H, W]`` in [0,
-        1]."""
+        1].
+        """
 
     def new_decoder_state(self) -> Any:
         """The state of a stream of which nothing has been decoded yet."""
@@ -48,7 +52,8 @@ def last_frame_as_image(codec: VideoCodec, latents: Tensor) -> Tensor:
     w]``.
 
     With it in place of their first latent, the latents that follow are those of a clip that begins
-    there."""
+    there.
+    """
     image = codec.decode_latents(latents)[:, -1:]
     return codec.encode_frames(image).to(latents)
 
@@ -70,7 +75,8 @@ def latent_frames_of(num_frames: int, temporal_ratio: int) -> int:
 
 def check_frames(frames: Tensor, temporal_ratio: int, spatial_ratio: int) -> None:
     """A ValueError unless the frames are ``[B, 1 + r k, 3, H, W]`` of a size that the codec
-    divides."""
+    divides.
+    """
     shape = tuple(frames.shape)
     if len(shape) != 5 or shape[2] != 3:
         raise ValueError(f"expected frames [B, T, 3, H, W], got {shape}")
@@ -91,7 +97,8 @@ def check_latents(latents: Tensor, channels: int) -> None:
 
 def check_same_stream(latents: Tensor, before: Tensor) -> None:
     """A ValueError if a chunk's batch or size is not that of ``before [B, ..., h, w]``, taken from
-    the state."""
+    the state.
+    """
     expected, came = [(len(x), *x.shape[-2:]) for x in (before, latents)]
     if expected != came:
         raise ValueError(

@@ -1,5 +1,6 @@
 """Opening a codec: a folder's `vae/config.json` says which class it is, and a single file is a
-TAEHV."""
+TAEHV.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def open_codec(path: str | Path, device: torch.device | str | None = None) -> Vi
 
 def _check_finite(path: Path, codec: nn.Module) -> None:
     """Refuse weights that would make black or white frames; decoders end in a clamp, behind which
-    they can't be told."""
+    they can't be told.
+    """
     bad = not_finite(codec.state_dict())
     if bad is not None:
         raise ValueError(

@@ -81,7 +81,8 @@ class MemBlock(MemoryBlock):
 
 class TPool(TimePool):
     """``stride`` frames to one: their channels side by side, the earlier first, then a 1 x 1
-    convolution."""
+    convolution.
+    """
 
     def __init__(self, channels: int, stride: int):
         nn.Module.__init__(self)
@@ -94,7 +95,8 @@ class TPool(TimePool):
 
 class TGrow(TimeGrow):
     """One frame to ``stride``, by a 1 x 1 convolution to that many times the channels, the earlier
-    frame's first."""
+    frame's first.
+    """
 
     def __init__(self, channels: int, stride: int):
         nn.Module.__init__(self)
@@ -202,12 +204,14 @@ class AutoencoderTAEHV(ModelMixin, ConfigMixin):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """See ``VideoCodec.decode_latents``; a stream of one chunk, so that the two agree to the
-        bit."""
+        bit.
+        """
         return self.decode_chunk(latents, self.new_decoder_state())[0]
 
     def new_decoder_state(self) -> DecoderState:
         """See ``VideoCodec.new_decoder_state``; one frame a memory block, 67 MB in half precision
-        at 480 x 832."""
+        at 480 x 832.
+        """
         return (None,) * self.decoder.slots()
 
     def decode_chunk(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:

@@ -7,7 +7,8 @@ is passed on, as Wan's own pipeline passes none.
 
 An encoder can be larger than the model that it serves (UMT5-XXL is 11 GB in bf16). It is loaded
 when the first prompt that is not in the cache comes, and can be dropped with ``release`` when all
-prompts are encoded."""
+prompts are encoded.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +103,8 @@ class EncoderFolder:
 
     def fingerprint(self) -> str:
         """Names the weights without reading all of them: blocks spread over each file, its header
-        among them."""
+        among them.
+        """
         digest = hashlib.blake2b(f"{self.dtype}".encode(), digest_size=16)
         for path in [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]:
             size = path.stat().st_size
@@ -202,7 +204,8 @@ class PromptEncoder:
 
     def encode(self, prompts: list[str]) -> Tensor:
         """Embeddings ``[B, max_length, D]`` in float32 on the CPU; the same prompt always gives the
-        same bits."""
+        same bits.
+        """
         padded = [F.pad(e, (0, 0, 0, self.max_length - len(e))) for e in map(self._load, prompts)]
         return torch.stack(padded)
 
@@ -213,7 +216,8 @@ class PromptEncoder:
 
     def _load(self, prompt: str) -> Tensor:
         """``[L, D]`` without the zeros behind it, mostly a tenth of the padded size; from memory or
-        the disk if it is there."""
+        the disk if it is there.
+        """
         if prompt in self._memory:
             return self._memory[prompt]
         path = self._cache_path(prompt)
@@ -231,7 +235,8 @@ class PromptEncoder:
 
     def _read(self, path: Path | None) -> tuple[Tensor, str] | None:
         """What ``_compute`` gave, from the disk; None if it is not there. What is there but is no
-        good is removed."""
+        good is removed.
+        """
         if path is None or not path.exists():
             return None
         try:
@@ -251,7 +256,8 @@ class PromptEncoder:
     @torch.no_grad()
     def _compute(self, prompt: str) -> tuple[Tensor, str]:
         """The embedding and what of the prompt was cut off; one at a time, so that not even
-        rounding depends on a batch."""
+        rounding depends on a batch.
+        """
         text = clean_prompt(prompt) if self.recipe.cleaned else prompt
         tokens = self.tokenizer(
             [text],
@@ -288,7 +294,8 @@ class PromptEncoder:
 
     def _encoder_fingerprint(self) -> str:
         """Names the encoder, its sizes and the token limit, so that a cache can't serve another
-        encoder."""
+        encoder.
+        """
         if self._fingerprint is None:
             weights = (
                 self._source.fingerprint()
@@ -301,7 +308,8 @@ class PromptEncoder:
 
 def write_cached(path: Path, embedding: Tensor, cut: str) -> None:
     """Keep an embedding ``[L, D]``, and what of its prompt was cut off, at a path whose name says
-    whose it is."""
+    whose it is.
+    """
     facts = {"cut": cut, "checksum": _checksum(path, embedding, cut)}
     with atomic_file(path) as temporary:
         save_file({"embedding": embedding}, temporary, metadata=facts)
@@ -333,7 +341,8 @@ def read_cached(path: Path) -> tuple[Tensor, str]:
 
 def _checksum(path: Path, embedding: Tensor, cut: str) -> str:
     """Of all that a cached file says, its name included, which stands for the encoder and the
-    prompt."""
+    prompt.
+    """
     said = f"{path.stem}\0{cut}\0{embedding.dtype}\0{tuple(embedding.shape)}\0".encode()
     return hashlib.blake2b(
         said + embedding.reshape(-1).view(torch.uint8).numpy().tobytes(), digest_size=16
@@ -364,7 +373,8 @@ def device_of(encoder: nn.Module) -> torch.device:
 
 def _open_tokenizer(folder: Path) -> Any:
     """A tokenizer of transformers; code that its folder names (``auto_map``) is neither run nor
-    asked about."""
+    asked about.
+    """
     from transformers import AutoTokenizer
 
     try:

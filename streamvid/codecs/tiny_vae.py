@@ -55,7 +55,8 @@ class MemoryBlock(nn.Module):
 
     def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """``x [B, T, C, H, W]`` and the frame before it ``[B, 1, C, H, W]`` to the output and the
-        new past."""
+        new past.
+        """
         first = torch.zeros_like(x[:, :1]) if past is None else past
         before = torch.cat([first, x[:, :-1]], dim=1)
         return x + per_frame(self.layers, torch.cat([x, before], dim=2)), x[:, -1:]
@@ -91,7 +92,8 @@ class CausalStack(nn.ModuleList):
 
     def run(self, x: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """``x [B, T, C, H, W]`` through all layers; a new state is returned, the given one is not
-        changed."""
+        changed.
+        """
         old, new = iter(state), []
         for layer in self:
             if isinstance(layer, MemoryBlock):
@@ -186,7 +188,8 @@ class AutoencoderTinyVideo(ModelMixin, ConfigMixin):
 
     def raw_encode(self, frames: Tensor) -> Tensor:
         """Frames ``[B, 1 + 4k, 3, H, W]`` to latents ``[B, C, 1 + k, h, w]`` that are not
-        normalised."""
+        normalised.
+        """
         check_frames(frames, self.temporal_ratio, self.spatial_ratio)
         held = torch.cat([frames[:, :1].expand(-1, 3, -1, -1, -1), frames], dim=1)
         latents, _ = self.encoder.run(held * 2 - 1, (None,) * self.encoder.slots())
@@ -199,7 +202,8 @@ class AutoencoderTinyVideo(ModelMixin, ConfigMixin):
 
     def _decode(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Raw latents ``[B, T, C, h, w]`` to frames ``[B, 4T, 3, H, W]`` in [-1, 1], not
-        clamped."""
+        clamped.
+        """
         frames, state = self.decoder.run(latents, state)
         patches = per_frame(self.linear_decoder, latents)
         return (
@@ -210,7 +214,8 @@ class AutoencoderTinyVideo(ModelMixin, ConfigMixin):
 
     def raw_decode(self, latents: Tensor) -> Tensor:
         """The whole clip at once, not clamped (for training): raw latents to frames ``[B, 1 + 4k,
-        3, H, W]``."""
+        3, H, W]``.
+        """
         frames, _ = self._decode(
             rearrange(latents, "b c t h w -> b t c h w"), self.new_decoder_state()
         )
@@ -218,14 +223,16 @@ class AutoencoderTinyVideo(ModelMixin, ConfigMixin):
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """See ``VideoCodec.encode_frames``. In the weights' precision, to latents of the
-        frames'."""
+        frames'.
+        """
         latents = self.raw_encode(frames.to(self.dtype)).to(frames.dtype)
         mean = self._statistic(self.config.latents_mean, 0.0, latents)
         return (latents - mean) / self._statistic(self.config.latents_std, 1.0, latents)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """See ``VideoCodec.decode_latents``; a stream of one chunk, so that the two agree to the
-        bit."""
+        bit.
+        """
         return self.decode_chunk(latents, self.new_decoder_state())[0]
 
     def new_decoder_state(self) -> DecoderState:

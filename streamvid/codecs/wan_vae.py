@@ -8,7 +8,8 @@ module and drops it after every call, so that `decode` can neither continue a st
 Here the list is the stream's state.
 
 Shapes: B batch, C latent channels, T latent frames, H W height and width in pixels, h w in latent
-pixels."""
+pixels.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class StreamingAutoencoderKLWan(AutoencoderKLWan):
     within one. ``enable_slicing()`` concerns encoding only.
 
     The state is large: at 480 x 832 the features of Wan 2.1 are 944 million numbers, 1.9 GB in half
-    precision."""
+    precision.
+    """
 
     @property
     def latent_channels(self) -> int:
@@ -75,7 +77,8 @@ class StreamingAutoencoderKLWan(AutoencoderKLWan):
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """See ``VideoCodec.encode_frames``; the posterior's mean. In the weights' precision, one
-        call at a time."""
+        call at a time.
+        """
         check_frames(frames, self.temporal_ratio, self.spatial_ratio)
         clip = rearrange(frames * 2 - 1, "b t c h w -> b c t h w").to(self.dtype)
         raw = self.encode(clip).latent_dist.mode().float()
@@ -85,7 +88,8 @@ class StreamingAutoencoderKLWan(AutoencoderKLWan):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """See ``VideoCodec.decode_latents``; a stream of one chunk, so that the two agree to the
-        bit."""
+        bit.
+        """
         return self.decode_chunk(latents, self.new_decoder_state())[0]
 
     def new_decoder_state(self) -> DecoderState:
@@ -127,7 +131,8 @@ class StreamingAutoencoderKLWan(AutoencoderKLWan):
 
     def _decode_tile(self, raw: Tensor, features: Features) -> tuple[Tensor, Features]:
         """Raw latents ``[B, C, T, h, w]`` to a clip in [-1, 1], not clamped and in patches; and the
-        new features."""
+        new features.
+        """
         # the decoder puts new tensors into the list and leaves the old ones alone
         slots, clips = list(features), []
         for latent in raw.split(1, dim=2):
@@ -141,7 +146,8 @@ class StreamingAutoencoderKLWan(AutoencoderKLWan):
 
     def _windows(self, height: int, width: int) -> list[list[Window]]:
         """The tiles of a frame of that many pixels, row by row; the whole frame without tiling or
-        if it is one tile."""
+        if it is one tile.
+        """
         if not self.use_tiling or (
             height <= self.tile_sample_min_height and width <= self.tile_sample_min_width
         ):
@@ -156,7 +162,8 @@ class StreamingAutoencoderKLWan(AutoencoderKLWan):
 
     def _join(self, rows: list[list[Tensor]]) -> Tensor:
         """Tiles to a clip: each is blended into the one above and the one to the left, as diffusers
-        does it."""
+        does it.
+        """
         if len(rows) == len(rows[0]) == 1:
             return rows[0][0]
         stride = (
@@ -211,7 +218,8 @@ def _slices(size: int, tile: int, stride: int, ratio: int) -> list[slice]:
 
 def _agreed(ratio: int, written: int, name: str) -> int:
     """What the layers do, if the configuration says the same; diffusers' pipelines and tiling go by
-    the latter."""
+    the latter.
+    """
     if ratio != written:
         raise ValueError(
             f"the layers of this autoencoder make {name} {ratio}, its config.json says {written};"

@@ -6,7 +6,8 @@ is a frozen trunk, whatever network it is, whose inner activations ``capture`` r
 gradient to the sample passes through it.
 
 Shapes: features are maps ``[B, C, H, W]`` or ``[B, C, T, H, W]``, tokens ``[B, L, D]``, or vectors
-``[B, D]``."""
+``[B, D]``.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def generator_loss(kind: AdversaryKind, fake: Tensor, real: Tensor | None = None
 
 def discriminator_loss(kind: AdversaryKind, fake: Tensor, real: Tensor) -> Tensor:
     """What the discriminator lowers, a scalar; see ``generator_loss``. The samples are detached by
-    the caller."""
+    the caller.
+    """
     _, critic = _pair(kind)
     if fake.shape != real.shape:
         raise ValueError(
@@ -204,7 +206,8 @@ class TokenHead(nn.Module):
 
     def forward(self, features: Tensor, t: Tensor | None = None) -> Tensor:
         """Logits ``[B, K]`` of features at the times ``t`` ``[B]``, which only a head with ``film``
-        looks at."""
+        looks at.
+        """
         hidden = self.inward(as_tokens(features))
         if self.film is not None:
             scale, shift = self.film(_waves(t)).unsqueeze(1).chunk(2, dim=-1)
@@ -214,7 +217,8 @@ class TokenHead(nn.Module):
 
 class ConvHead(nn.Module):
     """Convolutions on a map, frame by frame, and a logit a place, averaged: ``[B, C, (T,) H, W]``
-    to ``[B, K]``."""
+    to ``[B, K]``.
+    """
 
     def __init__(self, channels: int, num_logits: int = 1, hidden: int = 64):
         super().__init__()
@@ -375,7 +379,8 @@ class HeadPool(nn.Module):
         which, counted through.
 
         Parameters stay the same objects, so that the optimiser goes on with them. 0 touches and
-        draws nothing."""
+        draws nothing.
+        """
         heads = [(g, head) for g, group in enumerate(self.groups) for head in group]
         count = round(share * len(heads))
         if count == 0:
@@ -401,5 +406,6 @@ def euler_pair(
 
     ADM (arXiv 2507.18569): x_real - x_fake = dt / t (x0_real - x0_fake), so a student whose fake
     score equals the teacher gives a discriminator nothing to see. The student's gradient passes
-    through ``v_fake`` and ``x_t``."""
+    through ``v_fake`` and ``x_t``.
+    """
     return euler_step(x_t, v_real, t, t - dt), euler_step(x_t, v_fake, t, t - dt)

@@ -2,7 +2,8 @@
 score follows.
 
 Lipman et al., arXiv 2210.02747. A fake score is fitted to detached student samples with the same
-law of t that distribution matching evaluates it at."""
+law of t that distribution matching evaluates it at.
+"""
 
 from __future__ import annotations
 

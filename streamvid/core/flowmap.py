@@ -25,7 +25,8 @@ SLAM       0                                       Euler                   ``sub
 
 With the exact derivative in place of a short step the same condition is sCM and MeanFlow
 (``total_derivative``). Shapes: B batch; points are images or clips, times a number, ``[B]`` or, for
-clips, ``[B, T]``."""
+clips, ``[B, T]``.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +138,8 @@ def bootstrap_target(y_t: Tensor, x0_real: Tensor, t: Time, s: Time) -> Tensor:
 
     BOOT (arXiv 2306.05544): from noise alone, a network y(eps, t) says what the flow from eps has
     become, x_t = (1 - t) y + t eps; it is fitted at s to this target, made of its own y at t and of
-    the teacher's ``x0_real`` at x_t. The step is an Euler step of x. s < t < 1; no gradient."""
+    the teacher's ``x0_real`` at x_t. The step is an Euler step of x. s < t < 1; no gradient.
+    """
     y_t, x0_real = as_work(y_t).detach(), as_work(x0_real).detach()  # sg, sg
     t, s = expand_time(t, y_t), expand_time(s, y_t)
     k = s * (1 - t) / (t * (1 - s))
@@ -213,7 +215,8 @@ def secant_velocity(x_t: Tensor, x_s: Tensor, t: Time, s: Time) -> Tensor:
     t.
 
     The regression target of AccVideo (arXiv 2503.19462) between its key times, and of a student
-    that jumps to an end."""
+    that jumps to an end.
+    """
     x_t, x_s = as_work(x_t), as_work(x_s)
     return (x_t - x_s) / (expand_time(t, x_t) - expand_time(s, x_t))
 
@@ -223,7 +226,8 @@ def straightness(u_early: Tensor, u_late: Tensor) -> Tensor:
     path is straight.
 
     TraFlow's (arXiv 2502.16972) third term. It contradicts the other two where the teacher's paths
-    are curved, so its weight stays small."""
+    are curved, so its weight stays small.
+    """
     return (as_work(u_late) - as_work(u_early).detach()).square().mean()  # sg
 
 
@@ -257,7 +261,8 @@ def distance(
 
 def adaptive(losses: Tensor, power: float = 1.0, c: float = 1e-2) -> Tensor:
     """``losses / sg(losses + c)^power`` for losses ``[B]``: no sample outweighs the others
-    (MeanFlow, section 4.3)."""
+    (MeanFlow, section 4.3).
+    """
     return losses / (losses.detach() + c) ** power  # sg
 
 

@@ -9,7 +9,8 @@ settles at
     real * fake_train / fake        times the prompt's own offset from the unconditional mean,
 
 so guiding both sides equally cancels, and taking the text from the fake score alone is guidance in
-disguise."""
+disguise.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     other.
 
     It applies to velocities, data predictions and scores alike, which are affine in one another.
-    ``scale`` is a number or ``[B]``."""
+    ``scale`` is a number or ``[B]``.
+    """
     cond, uncond = as_work(cond), as_work(uncond)
     return uncond + expand_time(scale, cond) * (cond - uncond)
 
@@ -80,7 +82,8 @@ class GuidanceSpec:
         self, batch_size: int, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """The scales of the teacher and of the compared fake score, ``[B]`` each; a fixed scale
-        draws nothing."""
+        draws nothing.
+        """
         fake = torch.full((batch_size,), float(self.fake))
         if not isinstance(self.real, tuple):
             return torch.full((batch_size,), float(self.real)), fake
@@ -99,29 +102,34 @@ def dmd(scale: float) -> GuidanceSpec:
 
 def vsd(scale: float) -> GuidanceSpec:
     """SwiftBrush (arXiv 2312.05239): one scale for both; it cancels where the prompts' Gaussians
-    are of one width."""
+    are of one width.
+    """
     return GuidanceSpec(real=scale, fake=scale)
 
 
 def long_short(scale: float) -> GuidanceSpec:
     """SiD-LSG (arXiv 2406.01561), long and short: one scale for both, and the fake score is fitted
-    with it too."""
+    with it too.
+    """
     return GuidanceSpec(real=scale, fake=scale, fake_train=scale)
 
 
 def random_scale(low: float = 0.5, high: float = 4.0) -> GuidanceSpec:
     """SNOOPI's PG-SB (arXiv 2412.02687): a scale a sample, for both; (0.5, 4) for Stable Diffusion,
-    (0.5, 3) for PixArt."""
+    (0.5, 3) for PixArt.
+    """
     return GuidanceSpec(real=(low, high), shared=True)
 
 
 def zero_guidance() -> GuidanceSpec:
     """Zero-CFG of few-step SiD (arXiv 2505.12674): a plain teacher, a fake score without the
-    prompt."""
+    prompt.
+    """
     return GuidanceSpec(fake=0.0)
 
 
 def anti_guidance(scale: float = -1.0) -> GuidanceSpec:
     """Anti-CFG of few-step SiD (arXiv 2505.12674): a plain teacher, a fake score guided away from
-    the prompt."""
+    the prompt.
+    """
     return GuidanceSpec(fake=scale)

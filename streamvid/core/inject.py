@@ -95,7 +95,8 @@ def residual_gradient(x: Tensor, x0_real: Tensor) -> Tensor:
     spread.
 
     Score distillation sampling (arXiv 2209.14988) and the distillation term of ADD (arXiv
-    2311.17042). By itself it collapses each prompt to a mode."""
+    2311.17042). By itself it collapses each prompt to a mode.
+    """
     return as_work(x) - as_work(x0_real)
 
 

@@ -1,7 +1,8 @@
 """Moments: distances between two *sets* of samples, in features that no one has to train.
 
 Maximum mean discrepancy in the features of random networks is the Embedding Loss (arXiv
-2604.22379); a spectral and a relational distance look at what a mean of features misses."""
+2604.22379); a spectral and a relational distance look at what a mean of features misses.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ class RandomFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features of images ``[B, C, H, W]`` or clips ``[B, C, T, H, W]``, with gradient to
-        ``x``."""
+        ``x``.
+        """
         if x.ndim == 4:
             return self._of_images(x)
         clips = [x] if x.shape[2] < 2 else [x, temporal_difference(x)]

@@ -2,7 +2,8 @@
 matching.
 
 A few-step student that re-noises its data prediction is a Gaussian policy: its next state is N((1 -
-t') x0, t'^2)."""
+t') x0, t'^2).
+"""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def group_advantage(
 
 def optimality(advantage: Tensor, clip: float = 5.0) -> Tensor:
     """``clip(A, -c, c) / (2c) + 1/2``: advantages as probabilities of being good, in [0, 1]
-    (DiffusionNFT, 2509.16117)."""
+    (DiffusionNFT, 2509.16117).
+    """
     return as_work(advantage).clamp(-clip, clip) / (2 * clip) + 0.5
 
 
@@ -101,7 +103,8 @@ def pairwise(
 
 def clipped_ratio(logp: Tensor, logp_old: Tensor, advantage: Tensor, clip: float = 0.2) -> Tensor:
     """``-mean min(r A, clip(r, 1 - e, 1 + e) A)``, r = exp(logp - sg(logp_old)) (PPO, arXiv
-    1707.06347, eq. 7), a scalar."""
+    1707.06347, eq. 7), a scalar.
+    """
     ratio = (as_work(logp) - as_work(logp_old).detach()).exp()  # sg
     advantage = as_work(advantage).detach()  # sg
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()

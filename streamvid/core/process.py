@@ -12,7 +12,8 @@ the loss core takes networks as such.
 
 Shapes: tensors are images ``[B, C, H, W]`` or videos ``[B, C, T, H, W]``. A time is a float, a
 scalar tensor, ``[B]`` (one a sample) or, for videos, ``[B, T]`` (one a latent frame); it is
-continuous in [0, 1] and already shifted. Results are float32, or float64 where an input is."""
+continuous in [0, 1] and already shifted. Results are float32, or float64 where an input is.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def masked_reduce(
     terms: Tensor, reduction: Literal["mean", "sum"] = "mean", mask: Tensor | None = None
 ) -> Tensor:
     """The mean or sum of what a mask (``[B]``, ``[B, T]`` or of the full shape) keeps; all of it
-    without one."""
+    without one.
+    """
     if mask is None:
         return terms.mean() if reduction == "mean" else terms.sum()
     keep = (
@@ -98,7 +100,8 @@ def eps_from_v(x_t: Tensor, v: Tensor, t: Time) -> Tensor:
 
 def v_from_x0(x_t: Tensor, x0: Tensor, t: Time) -> Tensor:
     """The velocity of a data prediction, ``v = (x_t - x0) / t``; t > 0 (at t = 0 any v has this
-    x0)."""
+    x0).
+    """
     x_t, x0 = as_work(x_t), as_work(x0)
     return (x_t - x0) / expand_time(t, x_t)
 
@@ -107,7 +110,8 @@ def score_from_v(x_t: Tensor, v: Tensor, t: Time) -> Tensor:
     """The score of the noised density, ``grad log p_t(x_t) = -eps / t``; t > 0.
 
     Two scores at one ``x_t`` differ by ``(1 - t) / t^2`` times the difference of their data
-    predictions."""
+    predictions.
+    """
     return -eps_from_v(x_t, v, t) / expand_time(t, x_t)
 
 
@@ -119,7 +123,8 @@ def euler_step(x_t: Tensor, v: Tensor, t: Time, t_next: Time) -> Tensor:
 
 def renoise_step(x0: Tensor, eps_new: Tensor, t_next: Time) -> Tensor:
     """One consistency step: the data prediction with fresh noise at ``t_next`` (arXiv 2303.01469,
-    alg. 1)."""
+    alg. 1).
+    """
     return add_noise(x0, eps_new, t_next)
 
 
@@ -131,7 +136,8 @@ def transition(x_s: Tensor, noise: Tensor, s: Time, t: Time) -> Tensor:
     (1 - t) / (1 - s).
 
     It turns the law of states at ``s`` < 1 into that of states at ``t``; from s = t it changes
-    nothing."""
+    nothing.
+    """
     x_s, noise = as_work(x_s), as_work(noise)
     s, t = expand_time(s, x_s), expand_time(t, x_s)
     a = (1 - t) / (1 - s)
@@ -145,7 +151,8 @@ def eta_step(x_t: Tensor, v: Tensor, t: Time, t_next: Time, eta: float, noise: T
         h = eta (s / t) sqrt(t^2 - ((1 - t) / (1 - s))^2 s^2)
 
     eta 0 is ``euler_step``, eta 1 the ancestral step, the forward process turned round (DDIM, arXiv
-    2010.02502, eq. 16, for this process; consistency training on it: SCott, arXiv 2403.01505)."""
+    2010.02502, eq. 16, for this process; consistency training on it: SCott, arXiv 2403.01505).
+    """
     x_t = as_work(x_t)
     x0, eps = x0_from_v(x_t, v, t), eps_from_v(x_t, v, t)
     t, s = expand_time(t, x_t), expand_time(t_next, x_t)
@@ -215,7 +222,8 @@ _X0_OF = {
 
 def edm_clock(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """EDM (arXiv 2206.00364): alpha = 1, and its time is sigma = t / (1 - t); a denoiser D(x;
-    sigma) is of kind "x0"."""
+    sigma) is of kind "x0".
+    """
     sigma = t / (1 - t)
     return sigma, torch.ones_like(t), sigma
 

@@ -4,7 +4,8 @@ from.
 A *nominal* time u in [0, 1] becomes t = S u / (1 + (S - 1) u) under the shift S (Esser et al.,
 arXiv 2403.03206, eq. 23): S > 1 moves it towards noise, where a large latent still hides its
 layout. Everything outside this file speaks of t, after the shift. Self-Forcing's list "1000, 750,
-500, 250" is nominal: at S = 5 it is t = 1, .9375, .8333, .625."""
+500, 250" is nominal: at S = 5 it is t = 1, .9375, .8333, .625.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ Number = TypeVar("Number", float, Tensor)
 
 def shift_time(u: Number, shift: float) -> Number:
     """The time of a nominal time ``u`` in [0, 1]; ``shift`` 1 is the identity, 0 and 1 stay where
-    they are."""
+    they are.
+    """
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -46,7 +48,8 @@ def step_times(num_steps: int, shift: float) -> tuple[float, ...]:
 
 def euler_times(num_steps: int, shift: float) -> tuple[float, ...]:
     """The ``num_steps`` + 1 ends of the intervals of an Euler sampler: ``step_times`` and the final
-    0."""
+    0.
+    """
     return (*step_times(num_steps, shift), 0.0)
 
 
@@ -121,7 +124,8 @@ def choose_times(times: Sequence[float], n: int, generator: torch.Generator) -> 
 
 def uniform_target(r: Tensor, generator: torch.Generator) -> Tensor:
     """Anywhere below ``r`` ``[B]``, uniformly in [0, r) (CTM, arXiv 2310.02279; TCD, arXiv
-    2402.19159)."""
+    2402.19159).
+    """
     return r * torch.rand(r.shape, generator=generator, device=r.device)
 
 

@@ -4,7 +4,8 @@ A folder is captioned as Hugging Face's video folders are, by ``metadata.jsonl``
 with the fields ``file_name`` and ``text``; without these, by a text file beside each clip
 (``cat.mp4`` and ``cat.txt``). A clip is read at the times 0, 1 / fps, 2 / fps, ..., each time by
 the frame that begins nearest to it, so that speeds stay true; then the largest centred part of the
-right shape is cut out and resized. Only the frames that are wanted are held."""
+right shape is cut out and resized. Only the frames that are wanted are held.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +121,8 @@ def _sidecar_captions(folder: Path) -> list[tuple[Path, str]]:
 
 def _ensure_files(clips: Iterable[Path]) -> None:
     """A ValueError if what has a clip's name is no file, such as a folder, a pipe or a link to
-    nothing."""
+    nothing.
+    """
     for clip in clips:
         if not clip.is_file():
             raise ValueError(
@@ -241,7 +243,8 @@ def nearest(time: float, before: Frame | None, after: Frame) -> Frame:
 
 def ensure_long_enough(path: str | Path, starts: Sequence[float], form: ClipFormat) -> None:
     """A ValueError if a clip whose frames begin at ``starts`` (rising) ends before the last wanted
-    time."""
+    time.
+    """
     if not len(starts):
         raise unreadable(Path(path), "it has no frames")
     last, wanted = starts[-1] - starts[0], (form.num_frames - 1) / form.fps
@@ -277,6 +280,7 @@ def fit_size(frames: Tensor, height: int, width: int, pixel_aspect: float = 1.0)
 
 def _fitted(form: ClipFormat, frame: Frame) -> Tensor:
     """``[3, height, width]``. Resized as bytes, which is 50 times as fast on 4K as in float32 and
-    as good to half a level."""
+    as good to half a level.
+    """
     picture = torch.from_numpy(np.ascontiguousarray(frame.picture())).permute(2, 0, 1)[None]
     return fit_size(picture, form.height, form.width, frame.pixel_aspect)[0].float() / 255

@@ -5,7 +5,8 @@ A latent set is one safetensors file: ``latents [N, C, T, h, w]`` (float16), ``e
 D]`` (float16; P paraphrases a clip), and in the file's metadata the captions and the settings,
 which say what the set was made of. While a set is made its parts lie in a hidden folder beside it,
 and any number of processes may make them together. ``LatentClips`` serves batches that are a pure
-function of (seed, step, turn, micro-batch, sample index)."""
+function of (seed, step, turn, micro-batch, sample index).
+"""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ class WorldSet:
 
 class WorldClips(Sequence):
     """Frames ``[T, 3, 64, 64]`` and captions of each scene of a set, rendered when they are asked
-    for."""
+    for.
+    """
 
     def __init__(self, config: WorldSet):
         self.config = config
@@ -86,7 +88,8 @@ def world_clips(config: WorldSet) -> Iterator[Clip]:
 
 def clips_at_once(num_frames: int, height: int, width: int) -> int:
     """How many clips of a size to encode together, 1 to 16: small ones go faster so, large ones
-    fill the memory."""
+    fill the memory.
+    """
     return max(1, min(16, PIXELS_AT_ONCE // (num_frames * height * width)))
 
 
@@ -345,14 +348,16 @@ class LatentClips:
     @property
     def fingerprint(self) -> str:
         """Changes with the captions, the number and size of the clips, and what encoded them; not
-        when files are copied."""
+        when files are copied.
+        """
         made_by = {name: value for name, value in self.settings.items() if name != "clips"}
         return f"{key_to_seed(json.dumps([made_by, self.captions, list(self.latents.shape)], sort_keys=True)):016x}"
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
         """Samples ``indices`` of the joint batch: latents ``[B, C, T, h, w]``, cond ``[B, L, D]``,
         prompts, ``offset [B]`` (latent frame at which the cut starts) and ``keys``, a seed a
-        sample."""
+        sample.
+        """
         rows = [self._sample(step, turn, micro, index) for index in indices]
         clips, paraphrases, offsets, keys = zip(*rows)
         latents = [

@@ -4,7 +4,8 @@ one part at most.
 Several processes may do one job in one folder without an agreement: each makes parts that are not
 there and that no other has claimed. A claim is a lock on a hidden file beside the part; the system
 takes it back when its holder ends, however it ends. Where a disk knows no locks two processes may
-make the same part, which costs time and nothing else."""
+make the same part, which costs time and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def claimed(path: Path) -> Iterator[bool]:
 
 def checkpoint_key(home: str | Path, *parts: str) -> str:
     """Names the files of some folders of a checkpoint by their content, wherever they lie and
-    whenever they were written."""
+    whenever they were written.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(
         path for part in parts for path in (Path(home) / part).rglob("*") if path.is_file()
@@ -91,7 +93,8 @@ def checkpoint_key(home: str | Path, *parts: str) -> str:
 
 def _places(size: int) -> Iterable[int]:
     """Where the blocks of a file begin that are read for its key: all of them, or as many, spread
-    from first to last."""
+    from first to last.
+    """
     if size <= BLOCK_BYTES * MAX_BLOCKS:
         return range(0, size, BLOCK_BYTES)
     return ((size - BLOCK_BYTES) * block // (MAX_BLOCKS - 1) for block in range(MAX_BLOCKS))

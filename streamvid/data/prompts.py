@@ -46,7 +46,8 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def is_comment(line: str) -> bool:
     """Whether a line of a prompt file is ``#`` alone or ``#`` and white space before anything
-    else."""
+    else.
+    """
     return line[0] == "#" and not line[1:2].strip()
 
 
@@ -103,7 +104,8 @@ class PromptBatches:
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
         """Samples ``indices`` of the joint batch: cond ``[B, L, D]`` (float32), prompts, ``keys``,
-        a seed a sample."""
+        a seed a sample.
+        """
         keys = [key_to_seed(self.seed, "prompt", step, turn, micro, index) for index in indices]
         rows = [
             int(torch.randint(len(self), (), generator=keyed_generator("row", key))) for key in keys

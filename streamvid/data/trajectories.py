@@ -10,7 +10,8 @@ A set is a folder of parts ``part-00000-of-00016.safetensors``, each with
 A part appears when it is complete, so that an interrupted job goes on with the first missing one,
 and several processes may do one job in one folder. Parts may also lie in folders inside the set's:
 shares of one job that several machines did, or whole sets that were made in the same way with other
-prompts or seeds. A set is read from the disk as it is needed, it may be larger than memory."""
+prompts or seeds. A set is read from the disk as it is needed, it may be larger than memory.
+"""
 
 from __future__ import annotations
 
@@ -166,7 +167,8 @@ class Trajectories:
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
         """Samples ``indices`` of the joint batch: states ``[B, K, C, T, h, w]``, their times ``[B,
-        K]``, cond ``[B, L, D]`` (all float32), prompts, and ``keys``, a seed a sample."""
+        K]``, cond ``[B, L, D]`` (all float32), prompts, and ``keys``, a seed a sample.
+        """
         keys = [key_to_seed(self.seed, "trajectory", step, turn, micro, index) for index in indices]
         rows = [
             self._rows[int(torch.randint(len(self), (), generator=keyed_generator("row", key)))]
@@ -232,7 +234,8 @@ def _parts_of(folder: Path) -> list[Path]:
 
 def _complete_parts(folder: Path) -> list[Path]:
     """The parts of all sets in a folder and those in it, in an order that does not depend on where
-    they lie."""
+    they lie.
+    """
     inner = [
         path
         for path in sorted(folder.glob("*/"))
@@ -267,7 +270,8 @@ def _differing(
     was: dict[str, Any], now: dict[str, Any], free: set[str] = frozenset()
 ) -> str | None:
     """A setting of two sets that is not the same; what one of them, of an older version, does not
-    know is not compared."""
+    know is not compared.
+    """
     known = (was.keys() & now.keys()) - free
     known -= {place for place, content in PLACES.items() if content in known}
     return next((name for name in now if name in known and was[name] != now[name]), None)
@@ -275,7 +279,8 @@ def _differing(
 
 def _open_part(path: Path) -> tuple[Any, dict[str, Any]]:
     """A part, whose tensors are read later, and what it is about; a file cut short does not
-    open."""
+    open.
+    """
     try:
         part = safe_open(path, "pt")
         about = parse_json(part.metadata()["about"])

@@ -72,7 +72,8 @@ class Body:
 @dataclass(frozen=True)
 class WorldSpec:
     """A scene: ``bodies`` from back to front; ``elasticity`` ("high", "low") only in the family
-    ``fall``."""
+    ``fall``.
+    """
 
     family: str
     bodies: tuple[Body, ...]
@@ -92,7 +93,8 @@ class CaptionedBody:
 @dataclass(frozen=True)
 class Caption:
     """What a caption says: bodies from back to front where it tells, else in the order of the
-    sentence."""
+    sentence.
+    """
 
     family: str
     bodies: tuple[CaptionedBody, ...]
@@ -115,7 +117,8 @@ def fall_heights(
     y0: float, vy0: float, floor: float, elasticity: float, num_frames: int
 ) -> np.ndarray:
     """Heights of a ball under ``GRAVITY`` whose speed is scaled by ``elasticity`` at each bounce
-    (exact)."""
+    (exact).
+    """
     heights = np.empty(num_frames)
     start, y, vy = 0.0, y0, vy0
     for frame in range(num_frames):
@@ -151,7 +154,8 @@ def positions(spec: WorldSpec, num_frames: int) -> np.ndarray:
 
 def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
     """Distance to the outline, negative inside; every shape fits in the circle of ``radius`` or
-    nearly so."""
+    nearly so.
+    """
     if shape == "circle":
         return np.hypot(dx, dy) - radius
     if shape == "square":
@@ -258,7 +262,8 @@ FAMILY_WEIGHTS = {"move": 0.5, "fall": 0.2, "cross": 0.3}
 
 def is_held_out(spec: WorldSpec) -> bool:
     """True for one in eight combinations of everything a caption can say; these are never trained
-    on."""
+    on.
+    """
     said = describe(spec)
     return key_to_seed("held-out", repr(replace(said, ordered=True))) % 8 == 0
 
@@ -429,7 +434,8 @@ def _read_direction(text: str) -> str | None:
 
 def _read_bodies(text: str) -> list[CaptionedBody]:
     """Bodies in the order of the sentence; words belong to the noun that they precede or follow
-    closest."""
+    closest.
+    """
     nouns = list(re.finditer(r"\b(circle|square|triangle|ball)\b", text))
     bodies = []
     for i, noun in enumerate(nouns):

@@ -2,7 +2,8 @@
 on a GPU.
 
 A figure is a median of repeats after one to warm up, and what is compared is measured in turns in
-one run, so that whatever else slows the machine slows all of it."""
+one run, so that whatever else slows the machine slows all of it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 @dataclass(frozen=True)
 class Measured:
     """Seconds (median) and the greatest number of bytes that were alive at once, besides what was
-    there before."""
+    there before.
+    """
 
     seconds: float
     peak_bytes: int
@@ -33,7 +35,8 @@ class LiveBytes(TorchDispatchMode):
     maximum.
 
     For CPU tensors, whose allocator keeps no such count. Work memory inside an operator is not
-    seen."""
+    seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()

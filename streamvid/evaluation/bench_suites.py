@@ -1,5 +1,6 @@
 """What ``tools/bench.py`` measures: how a student streams, and what each term of the loss core
-costs."""
+costs.
+"""
 
 from __future__ import annotations
 

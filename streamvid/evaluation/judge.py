@@ -3,7 +3,8 @@ true one.
 
 It is trained on pairs (true clip, student clip) of one prompt, by the paired logistic loss with R1
 and R2 (as AFD's, arXiv 2605.26105), and asked about the pairs of other prompts. A student that
-can't be told from the truth wins half of them."""
+can't be told from the truth wins half of them.
+"""
 
 from __future__ import annotations
 

@@ -173,7 +173,8 @@ def _cells(row: dict[str, Any], names: Sequence[str], compared: bool) -> list[st
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """Lines of cells, the first one the head, with columns of one width; cells are texts, not
-    markup."""
+    markup.
+    """
     lines = [[markdown_text(cell) for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [
@@ -210,7 +211,8 @@ def write_report(
 
 def write_bench(path: str | Path, rows: Sequence[dict[str, Any]]) -> str:
     """Write measurements, one dictionary a row, as JSON and as Markdown beside it; returns the
-    Markdown table."""
+    Markdown table.
+    """
     path, about = Path(path), environment()
     cells = [
         [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()]

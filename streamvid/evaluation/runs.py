@@ -39,7 +39,8 @@ class Runner:
 @dataclass(frozen=True)
 class Cost:
     """What a clip takes: ``nfe`` and ``commits`` are network forwards, ``latent_frames`` what they
-    push through, the seconds are medians at batch 1."""
+    push through, the seconds are medians at batch 1.
+    """
 
     nfe: int
     commits: int
@@ -67,7 +68,8 @@ def teacher_runner(
     shift: float | None = None,
 ) -> Runner:
     """A teacher with Euler steps over the whole clip; ``shift`` None takes the times of the model's
-    own sampler."""
+    own sampler.
+    """
     model = GuidedModel(teacher.predict, teacher.uncond[None], guidance_scale)
     times = (
         {"step_table": (teacher.step_times(num_steps),)}
@@ -97,7 +99,8 @@ def reconstructed_clips(
     batch_size: int = 16,
 ) -> Tensor:
     """The true clips ``[B, T, 3, H, W]``, on the CPU, of ``held_out_prompts`` after the codec: what
-    a perfect model would score."""
+    a perfect model would score.
+    """
     seeds, clips = range(first_seed, first_seed + num), []
     for start in tqdm(range(0, num, batch_size), desc="true clips", unit="batch", leave=False):
         batch = [
@@ -118,7 +121,8 @@ def make_clips(
     batch_size: int = 16,
 ) -> Tensor:
     """Clips ``[B, T, 3, H, W]`` of the prompts, on the CPU, made in batches, on which a clip
-    depends up to rounding only."""
+    depends up to rounding only.
+    """
     clips = []
     for start in tqdm(
         range(0, len(seeds), batch_size), desc=runner.label, unit="batch", leave=False
@@ -155,7 +159,8 @@ def clips_by_seed(
     batch_size: int = 16,
 ) -> Iterator[Tensor]:
     """The clips ``[B, T, 3, H, W]`` of all prompts, for one seed after the other; what a runner is
-    scored on."""
+    scored on.
+    """
     for seed in seeds:
         yield make_clips(
             runner,
@@ -169,7 +174,8 @@ def clips_by_seed(
 
 def evaluation_keys(seed: int, num: int) -> list[int]:
     """A seed a prompt; they don't depend on the runner, so that all are compared on the same
-    noise."""
+    noise.
+    """
     return [key_to_seed("evaluation", seed, index) for index in range(num)]
 
 
@@ -231,7 +237,8 @@ def score_long(
 
 def long_frames(num_times: int, window: int, chunk_frames: int, temporal_ratio: int) -> int:
     """The shortest whole number of chunks that has ``num_times`` windows of pixel frames after its
-    first chunk."""
+    first chunk.
+    """
     chunks = -(-num_times * window // (temporal_ratio * chunk_frames))
     return 1 + temporal_ratio * (chunk_frames * (1 + chunks) - 1)
 

@@ -16,7 +16,8 @@ pixel where another body is seen carries no weight: it may hide this one. That i
 handling there is.
 
 Notation: T frames, N pieces (one body in one frame), P patch side, S shapes; coverage is 0 on the
-floor and 1 inside."""
+floor and 1 inside.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ FITTED = 0.5  # share from which its centre is
 @dataclass(frozen=True)
 class Pieces:
     """Every body of every frame: ``frame [N]``, ``centre [N, 2]``, ``paint [N, 3]`` minus floor,
-    ``touching [N]``."""
+    ``touching [N]``.
+    """
 
     frame: np.ndarray
     centre: np.ndarray
@@ -66,7 +68,8 @@ class TrackedBody:
 
     ``track [T, 2]`` centre (x, y); ``paints [T, 3]`` colour minus floor colour; ``radii [T]``;
     ``shape_errors [T, 3]`` misfit of each of ``SHAPES``; ``present [T]``: seen; ``hidden [T]``:
-    rightly unseen, because another body is in front."""
+    rightly unseen, because another body is in front.
+    """
 
     colour: str
     shape: str
@@ -83,7 +86,8 @@ class TrackedBody:
 class Estimate:
     """What a clip shows: bodies by first appearance, ``floors [T, 3]``, and for each pair that
     overlaps the share of the shared area in which the first is seen, ``overlaps[i, j] [T]``, NaN in
-    frames without overlap."""
+    frames without overlap.
+    """
 
     bodies: tuple[TrackedBody, ...]
     floors: np.ndarray
@@ -95,7 +99,8 @@ class Estimate:
 
 def colour_angles(paint: np.ndarray) -> np.ndarray:
     """Angles in degrees ``[..., 6]`` between colours (minus floor) and those of the palette;
-    brightness is ignored."""
+    brightness is ignored.
+    """
     norm = np.linalg.norm(paint, axis=-1, keepdims=True)
     cosine = (paint @ PAINT_RAYS.T) / np.maximum(norm, 1e-6)
     return np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0)))
@@ -103,7 +108,8 @@ def colour_angles(paint: np.ndarray) -> np.ndarray:
 
 def _interior(labels: np.ndarray) -> np.ndarray:
     """Pixels whose four neighbours have their own label; the border of the image counts as more of
-    the same."""
+    the same.
+    """
     padded = np.pad(labels, ((0, 0), (1, 1), (1, 1)), mode="edge")
     same = labels >= 0
     for rows, columns in ((0, 1), (2, 1), (1, 0), (1, 2)):
@@ -113,7 +119,8 @@ def _interior(labels: np.ndarray) -> np.ndarray:
 
 def _label_pixels(contrast: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Nearest palette colour of each foreground pixel ``[T, H, W]`` (-1 on the floor), and its
-    coverage."""
+    coverage.
+    """
     square = np.einsum("tchw,tchw->thw", contrast, contrast)
     where = np.nonzero(square > (FOREGROUND * PAINT_NORMS.min()) ** 2)
     along = contrast.transpose(0, 2, 3, 1)[where] @ PAINT_RAYS.T
@@ -128,7 +135,8 @@ def _label_pixels(contrast: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _eligible(component: np.ndarray, colour: np.ndarray, inner: np.ndarray) -> np.ndarray:
     """Which (component, colour) pairs are bodies ``[components, 6]``: thick enough not to be a
-    mixed edge."""
+    mixed edge.
+    """
     shape = (int(component.max(initial=0)) + 1, len(NAMES))
     key = component * len(NAMES) + colour
     counts = np.bincount(key, minlength=shape[0] * shape[1]).reshape(shape)
@@ -190,7 +198,8 @@ def find_pieces(contrast: np.ndarray) -> Pieces:
 
 def link_pieces(pieces: Pieces) -> np.ndarray:
     """Body index of each piece ``[N]``: same colour at any distance, else the nearest within
-    ``LINK_RADIUS``."""
+    ``LINK_RADIUS``.
+    """
     body = np.full(len(pieces.frame), -1)
     colour = colour_angles(pieces.paint).argmin(axis=1)
     last: list[int] = []  # latest piece of each body
@@ -221,7 +230,8 @@ def link_pieces(pieces: Pieces) -> np.ndarray:
 @dataclass(frozen=True)
 class Patches:
     """Square cut-outs around pieces: pixel centres ``x, y [N, P]``, ``coverage`` and ``weight``
-    ``[N, P, P]``."""
+    ``[N, P, P]``.
+    """
 
     x: np.ndarray
     y: np.ndarray
@@ -234,7 +244,8 @@ class Patches:
 
 def _neighbour_paints(pieces: Pieces, body: np.ndarray) -> np.ndarray:
     """Colour of the nearest other body ``[N, 3]``, 0 without one in reach; one that is all but
-    hidden in a frame counts where it was last or is next seen."""
+    hidden in a frame counts where it was last or is next seen.
+    """
     paints = np.zeros_like(pieces.paint, dtype=np.float32)
     closest = np.full(len(body), float(PATCH))
     for other in range(body.max() + 1):
@@ -251,7 +262,8 @@ def _neighbour_paints(pieces: Pieces, body: np.ndarray) -> np.ndarray:
 
 def cut_patches(contrast: np.ndarray, pieces: Pieces, body: np.ndarray) -> Patches:
     """Coverage of each piece by least squares on its own colour and that of the nearest other
-    body."""
+    body.
+    """
     corner = np.round(pieces.centre - PATCH / 2).astype(int)
     column, row = (corner[:, axis, None] + np.arange(PATCH) for axis in (0, 1))
     inside = ((row >= 0) & (row < SIZE))[:, :, None] & ((column >= 0) & (column < SIZE))[:, None, :]
@@ -289,7 +301,8 @@ def fit_template(
     fit_radius: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Centre ``[N, 2]`` and radius ``[N]`` that bring the drawn shape closest to the coverage
-    (Gauss-Newton)."""
+    (Gauss-Newton).
+    """
     for _ in range(steps):
         dx, dy, distance = _outline(patches, shape, centre, radius)
         edge = (np.abs(distance) < EDGE / 2) * patches.weight
@@ -324,7 +337,8 @@ AREAS = {"circle": np.pi, "square": 3.0976, "triangle": 1.9974}  # over radius s
 
 def fit_shapes(patches: Patches, centre: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every shape fitted to every piece: centres ``[N, S, 2]``, radii ``[N, S]`` and misfits ``[N,
-    S]``."""
+    S]``.
+    """
     mass = np.maximum((patches.coverage * patches.weight).sum(axis=(1, 2)), 10.0)
     fits = []
     for shape in SHAPES:
@@ -395,7 +409,8 @@ def _continued(track: np.ndarray, known: np.ndarray, frame: np.ndarray) -> np.nd
 
 def filled_track(body: TrackedBody) -> np.ndarray:
     """The track ``[T, 2]`` with gaps bridged linearly and ends continued at the nearest known
-    velocity."""
+    velocity.
+    """
     known = np.nonzero(~np.isnan(body.track[:, 0]))[0]
     time = np.arange(len(body.track))
     if len(known) == 0:
@@ -409,7 +424,8 @@ def filled_track(body: TrackedBody) -> np.ndarray:
 
 def _guesses(body: TrackedBody, filled: np.ndarray, frame: int) -> list[np.ndarray]:
     """Where an unseen body may be: between its known places, or on from the ones before, or back
-    from those after."""
+    from those after.
+    """
     known = np.nonzero(~np.isnan(body.track[:, 0]))[0]
     sides = (known[known < frame][-5:], known[known > frame][:5])
     return [filled[frame], *(_continued(body.track, side, frame) for side in sides if len(side))]
@@ -424,7 +440,8 @@ def _area(body: TrackedBody, at: np.ndarray, shrink: float = 0.0) -> np.ndarray:
 
 def _too_little_to_see(area: np.ndarray) -> bool:
     """Whether ``find_pieces`` may miss what is left of a body, with a margin for its place being a
-    guess."""
+    guess.
+    """
     inner = _interior(area[None].astype(np.int8) - 1)
     return area.sum() < 3 * MIN_PIXELS or inner.sum() < 3 * MIN_CORE
 
@@ -433,7 +450,8 @@ def _compare(
     contrast: np.ndarray, bodies: list[TrackedBody], i: int, j: int
 ) -> tuple[np.ndarray, ...]:
     """For two bodies: the share of their overlap in which the first is seen ``[T]``, and where each
-    one's absence is excused because too little of it would show beside the other ``[T]``."""
+    one's absence is excused because too little of it would show beside the other ``[T]``.
+    """
     first, second = bodies[i], bodies[j]
     tracks = filled_track(first), filled_track(second)
     num_frames = len(contrast)

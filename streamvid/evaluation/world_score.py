@@ -18,7 +18,8 @@ permanence     share of frames in which every body is there, alone, and looks as
 
 An attribute that the prompt leaves open, or that too few frames show, is None. A clip is scored in
 windows, each with its own fit of the law, so that a long stream is not judged by the phase of its
-hundredth bounce."""
+hundredth bounce.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ FLOOR_BAND = (0.03, 0.15)  # distance of the floor colour to its own
 @dataclass(frozen=True)
 class WorldScore:
     """Scores in [0, 1], None where not applicable; ``windows`` holds one score each when a window
-    was asked for."""
+    was asked for.
+    """
 
     colour: float | None = None
     shape: float | None = None
@@ -127,7 +129,8 @@ def _mush(body: TrackedBody) -> float:
 
 def _against_best_other(errors: np.ndarray, index: int, band: tuple[float, float]) -> float | None:
     """How clearly option ``index`` of ``errors [T, options]`` beats the best other one, averaged
-    over time."""
+    over time.
+    """
     own, other = errors[:, index], np.delete(errors, index, axis=1).min(axis=1)
     return _mean(_ramp(own / np.maximum(own + other, 1e-9), band))
 
@@ -178,7 +181,8 @@ def _initial_velocity(body: TrackedBody) -> np.ndarray | None:
 
 def _pace(body: TrackedBody) -> np.ndarray | None:
     """Typical speed along each axis, from displacements over two frames; bounces are too few to
-    matter."""
+    matter.
+    """
     steps = _steps(body.track, 2)
     steps = steps if len(steps) else _steps(body.track)
     return np.median(np.abs(steps), axis=0) if len(steps) else None
@@ -223,7 +227,8 @@ def _speed_score(body: TrackedBody, word: str | None) -> float | None:
 
 def _fit(law, starts: list[tuple[float, float]], measured: np.ndarray) -> np.ndarray:
     """Values of the two-parameter ``law`` closest to what was measured: best start, then least
-    squares."""
+    squares.
+    """
     known = ~np.isnan(measured)
     miss = lambda parameters: (law(*parameters) - measured)[known]
     start = min(starts, key=lambda parameters: float(np.mean(miss(parameters) ** 2)))
@@ -269,7 +274,8 @@ def _fit_fall(measured: np.ndarray, radius: float, elasticity: float) -> np.ndar
 
 def _law_score(track: np.ndarray, law: np.ndarray, whole: np.ndarray) -> float:
     """Residual of a track to its law, times the share of steps that are not stalled (between
-    ``whole`` views)."""
+    ``whole`` views).
+    """
     residual = np.sqrt(np.nanmean(((track - law) ** 2).sum(axis=1)))
     expected = np.linalg.norm(np.diff(law, axis=0), axis=1)
     taken = np.linalg.norm(np.diff(track, axis=0), axis=1)
@@ -308,7 +314,8 @@ def _first_look(values: np.ndarray) -> np.ndarray:
 
 def _sameness(body: TrackedBody) -> np.ndarray:
     """How much a body is there, looking as it did at first ``[T]``; frames in which it is half
-    hidden count as same."""
+    hidden count as same.
+    """
     paint, radius = _first_look(body.paints), _first_look(body.radii)
     norms = np.linalg.norm(body.paints, axis=1)
     norm = max(float(np.linalg.norm(paint)), 1e-6)
@@ -347,7 +354,8 @@ def _match(
     said: Caption, looks: list[list[dict[str, float | None]]], count: int
 ) -> list[int | None]:
     """Which body of the scene (None: none) stands for each body of the caption, by the sum of what
-    agrees."""
+    agrees.
+    """
     names = len(said.bodies)
     options = [*range(count), *[None] * max(0, names - count)]
 
@@ -382,7 +390,8 @@ def _order_score(estimate: Estimate, back: int, front: int) -> float | None:
 
 def _stated(said: Caption) -> set[str]:
     """Attributes that this caption lets a long enough clip be judged by, wherever bodies overlap or
-    not."""
+    not.
+    """
     words = {
         name for body in said.bodies for name, word in asdict(body).items() if word is not None
     }
@@ -507,7 +516,8 @@ def score(frames: Tensor, prompt: str, window: int | None = None) -> WorldScore:
 
 def mean_scores(scores: Iterable[WorldScore]) -> dict[str, float]:
     """Mean of each attribute over the clips in which it applies, and of ``overall`` over all of
-    them."""
+    them.
+    """
     scores = list(scores)
     means = {name: _mean(getattr(each, name) for each in scores) for name in ATTRIBUTES}
     means["overall"] = _mean(each.overall for each in scores)

@@ -2,7 +2,8 @@
 
 A run names its method (a file of `streamvid/methods`), the method's options, the networks, the data
 and the trainer's settings. A method gets the parts that its constructor names: `student`,
-`teacher`, `stream`, `uncond`, `latent_shape`, `as_image`, `seed`."""
+`teacher`, `stream`, `uncond`, `latent_shape`, `as_image`, `seed`.
+"""
 
 from __future__ import annotations
 
@@ -67,14 +68,16 @@ EXPORTED_FILE = "exported.json"  # of a run folder: the checkpoint that its expo
 
 def shown(path: str | Path) -> str:
     """A path as a card or a run file may show it: shipped folders without the place of the
-    installation."""
+    installation.
+    """
     path = Path(path).absolute()
     return f"{SHIPPED}{path.relative_to(ASSETS)}" if path.is_relative_to(ASSETS) else path.name
 
 
 def located(path: str) -> str:
     """Undoes `shown`: a shipped folder is found from any working folder, if that has none of this
-    name."""
+    name.
+    """
     here = Path(path).exists() or not path.startswith(SHIPPED)
     return path if here else str(ASSETS / path.removeprefix(SHIPPED))
 
@@ -82,7 +85,8 @@ def located(path: str) -> str:
 @dataclass
 class Geometry:
     """Sizes of a network that starts from random weights; the names are diffusers'
-    WanTransformer3DModel's."""
+    WanTransformer3DModel's.
+    """
 
     num_layers: int = 6
     num_attention_heads: int = 4
@@ -265,7 +269,8 @@ def _check_kind(config: RunConfig) -> None:
 
 def build_student(config: StudentConfig, seed: int = 0) -> nn.Module:
     """The network to train, in float32; with adapters, frozen but for those, in the precision of
-    ``lora.dtype``."""
+    ``lora.dtype``.
+    """
     if config.path is not None:
         load = load_transformer if config.kind == "causal" else load_wan_transformer
         network = load(config.path, DTYPES[config.lora.dtype])
@@ -369,7 +374,8 @@ def encoded_folder(
     config: RunConfig, prompts: PromptEncoder, device: torch.device | str, made_by: dict[str, str]
 ) -> Path:
     """The latent set of a folder of clips, made if it is not there; its name tells clips and codec
-    apart from others."""
+    apart from others.
+    """
     data = config.data
     teacher, home = ClipFolder(data.path, data.clips), Path(data.cache_dir) / "clips"
     name = teacher.folder.resolve().name
@@ -405,7 +411,8 @@ def encoding_device() -> torch.device:
 
 def text_device(components: str, device: torch.device) -> torch.device:
     """Where prompts are encoded: on the run's device if the text encoder fits there in float32,
-    else on the CPU."""
+    else on the CPU.
+    """
     needed = (
         1.2 * 4 * sum(map(num_values, (Path(components) / "text_encoder").glob("*.safetensors")))
     )
@@ -487,7 +494,8 @@ def build_method(
 
 def share_teacher(config: RunConfig, student: nn.Module, teacher: Teacher) -> None:
     """An adapted student of the teacher's own checkpoint stands on the teacher's weights, which are
-    so held once."""
+    so held once.
+    """
     if stands_on_teacher(config):
         share_weights(teacher.transformer, student)
 
@@ -563,7 +571,8 @@ def build_trainer(config: RunConfig, progress: bool = True) -> Trainer:
     was trained.
 
     What can be refused at once is, before anything is loaded; from then on no other process can
-    train this run."""
+    train this run.
+    """
     lock = open_run(config)
     asked, config = config, fetched(config)
     device = encoding_device()
@@ -640,7 +649,8 @@ def with_shipped(config: RunConfig) -> RunConfig:
 
 def fetched(config: RunConfig) -> RunConfig:
     """The same run, with folders where it names checkpoints on the hub or what ships with the
-    package."""
+    package.
+    """
     config = with_shipped(config)
     student, fake_score = (
         part if part.path is None else replace(part, path=str(resolve_checkpoint(part.path)))
@@ -694,14 +704,16 @@ def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
 
 def origin_of(trainer: Trainer) -> dict[str, Any]:
     """What tells a run's last checkpoint from any other, also of the same step: its checksums have
-    one of their own."""
+    one of their own.
+    """
     last = trainer.checkpoints / f"step-{trainer.step:07d}" / COUNTERS_FILE
     return {"step": trainer.step, "checkpoint": checksum(last)}
 
 
 def exported_from(run_dir: Path) -> Any:
     """The ``origin_of`` of the export of a run folder; None if there is none, or nothing says
-    so."""
+    so.
+    """
     try:
         return json.loads((run_dir / EXPORTED_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -11,7 +11,8 @@ What is assumed: attention keeps no matrix of scores (flash, or the memory-effic
 ``mixed_precision`` casts matrix products, convolutions and attention, and keeps one cast copy of
 each weight that is trained, as autocast does. Deep networks are measured at two depths and
 extrapolated, which is exact but for where a discriminator reads. What is left out: the allocator's
-waste, kernels' workspaces and the context of a device, together some 1 to 2 GiB."""
+waste, kernels' workspaces and the context of a device, together some 1 to 2 GiB.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +132,8 @@ class Estimate:
     @property
     def least_peak_bytes(self) -> float:
         """Of sharded networks gradients are divided as they are made; here none is counted at a
-        turn's worst moment."""
+        turn's worst moment.
+        """
         if not self.sharded or self.processes == 1:
             return self.peak_bytes
         gradients = {role.name: role.weights for role in self.roles}
@@ -253,7 +255,8 @@ def memory_of(device: torch.device) -> int:
 
 def build_on_meta(config: RunConfig, depth: int | None = None) -> tuple[Method, tuple[Role, ...]]:
     """The method of a run on networks without data, and what these take as they are; ``depth``
-    replaces their blocks'."""
+    replaces their blocks'.
+    """
     student, teacher = _student(config.student, depth), None
     if needs_teacher(config):  # of two experts the first, which costs what the other would
         dtype = DTYPES[config.teacher.dtype]
@@ -319,7 +322,8 @@ def _transformer(
     path: str, option: str, depth: int | None, dtype: torch.dtype, causal: bool = False
 ) -> nn.Module:
     """A network of a checkpoint's sizes, in the precision that from_pretrained gives each of its
-    parts."""
+    parts.
+    """
     from diffusers import WanTransformer3DModel
 
     sizes = sizes_of(path, option)
@@ -432,7 +436,8 @@ def turns_of(config: RunConfig, method: Method, steps: int = SAMPLED_STEPS) -> t
 
 def counted_steps(max_steps: int) -> Iterator[int]:
     """The steps of a run that its turns are counted in: all, or windows of a long run from its
-    beginning to its end."""
+    beginning to its end.
+    """
     if max_steps <= COUNTED_STEPS:
         yield from range(max_steps)
         return
@@ -444,7 +449,8 @@ def counted_steps(max_steps: int) -> Iterator[int]:
 
 def _turn(config: RunConfig, method: Method, turn: str, a_step: float, sampled: int) -> Turn:
     """The mean over the random choices of some steps; those that cost the same are measured
-    once."""
+    once.
+    """
     steps = islice(
         (step for step in counted_steps(config.train.max_steps) if turn in method.turns(step)),
         sampled,
@@ -464,7 +470,8 @@ def _turn(config: RunConfig, method: Method, turn: str, a_step: float, sampled: 
 
 def _choice(method: Method, turn: str, step: int) -> Any:
     """What of a step's random choices its cost depends on; of a method that does not tell, each
-    step costs its own."""
+    step costs its own.
+    """
     choices = getattr(method, "choices", None)
     return step if choices is None else choices(turn, step)
 
@@ -536,7 +543,8 @@ def as_on_accelerator(mixed_precision: str = "no") -> Iterator[None]:
     has none.
 
     The functions are replaced, not intercepted, because what checkpointing recomputes in the
-    backward pass escapes torch's function modes."""
+    backward pass escapes torch's function modes.
+    """
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
     copies: dict[int, Tensor] = {}  # autocast casts each leaf that is trained once
 
@@ -611,7 +619,8 @@ def text_tokens_of(config: RunConfig) -> int:
 
 def latent_frames_of_run(config: RunConfig) -> int:
     """Latent frames of a training clip, as far as the run file says: 21, Wan's 81 pixel frames,
-    where it does not."""
+    where it does not.
+    """
     chunks, data = getattr(config.options, "num_chunks", None), config.data
     pixels = {"world": data.world.num_frames, "clips": data.clips.num_frames}.get(data.kind)
     if data.kind in ("world", "clips", "latents") and data.latent_frames is not None:

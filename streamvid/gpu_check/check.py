@@ -3,7 +3,8 @@ limit.
 
 So a failure, a hang or too little memory costs one part, and of that what it had measured before is
 kept. The next part's process imports its libraries while a part runs, and waits without touching
-the device. The report is written anew after every part."""
+the device. The report is written anew after every part.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ def chosen(names: str | None) -> tuple[Part, ...]:
 
 def run_parts(parts: Sequence[Part], out: Path, minutes: float, tiny: bool = False) -> list[Result]:
     """Run parts one after the other within ``minutes``; ``out`` and a ``.md`` beside it are
-    rewritten after each."""
+    rewritten after each.
+    """
     deadline = time.monotonic() + 60 * minutes
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -115,7 +115,8 @@ class StudentTurn:
 
 def compared(came: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Any]:
     """How two gradients of the same parameters agree; a parameter without one has an empty
-    tensor."""
+    tensor.
+    """
     a, b = _flat(came), _flat(expected)
     missing = [name for name, gradient in came.items() if not gradient.numel()]
     if a.shape != b.shape:
@@ -243,7 +244,8 @@ BACKENDS = {
 
 def _attentions(report: Report) -> None:
     """A chunk of the 1.3B model over a full window, by each kernel that there is, against float32
-    arithmetic."""
+    arithmetic.
+    """
     heads, size = (2, 24) if report.tiny else (12, 128)
     queries, keys = (48, 192) if report.tiny else (4680, 18720)
     shapes = (1, queries, heads, size), (1, keys, heads, size), (1, keys, heads, size)

@@ -1,5 +1,6 @@
 """The machine: versions, what its matrix units and its memory reach; and the tests that need a
-GPU."""
+GPU.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """What the parts of the check share: a report that survives a crash, times, differences, and
-networks of random weights."""
+networks of random weights.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +134,8 @@ def allocated_mib(device: torch.device) -> float | None:
 
 def difference(came: Tensor, expected: Tensor) -> dict[str, float]:
     """Greatest absolute difference, and the norm of the difference over the norm of what is
-    expected."""
+    expected.
+    """
     a, b = (x.detach().float().cpu() for x in (came, expected))
     return {
         "max": (a - b).abs().max().item(),
@@ -154,7 +156,8 @@ def random_network(
     cls: type, sizes: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
     """A network of random weights, with those parts in float32 that ``from_pretrained`` keeps
-    so."""
+    so.
+    """
     torch.manual_seed(0)
     with torch.device(device):
         network = cls.from_config(sizes)

@@ -2,7 +2,8 @@
 memory, compilation.
 
 Weights are random, frames are 480 x 832, a chunk is 3 latent frames, hence 12 pixel frames, over a
-window of 12 latent frames with 3 sink frames."""
+window of 12 latent frames with 3 sink frames.
+"""
 
 from __future__ import annotations
 
@@ -240,7 +241,8 @@ def _kernels(here: Setting) -> dict[str, Any]:
 
 def memory(report: Report) -> None:
     """A long stream at a small size takes no more memory and no more time at its end than at its
-    beginning."""
+    beginning.
+    """
     here = setting(report, 128, 192)
     report.attempt("200_chunks", lambda: long_stream(here, 30 if report.tiny else 200))
 
@@ -312,7 +314,8 @@ def _compiled(here: Setting, options: dict[str, Any], expected: Tensor) -> dict[
 
 def _pass_and_stream(here: Setting, count: int) -> tuple[dict[str, Any], Tensor]:
     """Milliseconds of a pass over a full window and of a chunk of one step, and the pass's
-    velocity."""
+    velocity.
+    """
     torch.manual_seed(1)
     cache, x = steady_cache(here, config_of()), latents_of(here)
     time = torch.full((1,), 500.0, device=here.device)

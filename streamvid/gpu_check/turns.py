@@ -1,5 +1,6 @@
 """What the turns of published recipes cost: seconds and memory, against the dry run, with random
-weights and prompts."""
+weights and prompts.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def train_full(report: Report) -> None:
 
 def turns_of_recipe(report: Report, file: str) -> None:
     """Each turn of one accumulation pass, where the rollout ends at its first step and at its
-    last."""
+    last.
+    """
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(report, file, Path(folder))
         trainer = build(config, report)

@@ -44,7 +44,8 @@ pairs apart; an explicit old policy, which is what pulls v back where r = 1/2 (w
 itself in its place the update is a weighted regression that may run away).
 
 Shapes: B prompts of a batch, G clips a prompt, C channels, T = K f latent frames in K chunks, h w
-latent size, J logits a clip: 1, K, or one a token."""
+latent size, J logits a clip: 1, K, or one a token.
+"""
 
 from __future__ import annotations
 
@@ -239,7 +240,8 @@ class AFD:
 
     def turns(self, step: int) -> tuple[str, ...]:
         """The discriminator, then the student, which so meets one that has seen the policy as it
-        is."""
+        is.
+        """
         first = ("discriminator",) * self.config.discriminator_updates
         return (*first, "student") if step >= self.config.student_start_step else first
 
@@ -262,7 +264,8 @@ class AFD:
         self, turn: str, batch: dict[str, Any], step: int
     ) -> Iterator[tuple[Tensor, dict[str, float]]]:
         """The loss in parts, the numbers with the last: a part for each noising of each
-        ``clips_per_pass`` clips."""
+        ``clips_per_pass`` clips.
+        """
         self._check(batch)
         decision = keyed_generator(self.seed, "decision", step, turn, batch.get("micro", 0))
         if turn not in self.networks():
@@ -403,7 +406,8 @@ class AFD:
         decision: torch.Generator | None = None,
     ) -> Tensor:
         """A streamed clip ``[.., C, T, h, w]`` for each seed; for a GAN of the predictions at a
-        random step, with gradient."""
+        random step, with gradient.
+        """
         latents = batch["latents"]
         schedule = build_schedule(self.stream, self._num_chunks(latents))
         if self.config.policy == "gan":
@@ -455,7 +459,8 @@ class AFD:
 
     def _weights(self, r: Tensor, clips: Tensor) -> Tensor:
         """r ``[B G, J]`` of ``clips [B G, C, T, h, w]`` for their chunks, ``[K B G]`` or ``[K B G,
-        1, f, h, w]``."""
+        1, f, h, w]``.
+        """
         if self.config.logit != "token":
             return r.T.expand(self._num_chunks(clips), -1).flatten()
         patch, sizes = unwrapped(self.student).config.patch_size, clips.shape[2:]
@@ -547,7 +552,8 @@ def noise_chunks(
 
     A rollout of one step a chunk: a chunk begins as noise, to which the clip's chunk is added, and
     ends as that chunk, whatever the network says; so window, sink and context noise are those of
-    the stream. Networks asked with the same noise see the same states."""
+    the stream. Networks asked with the same noise see the same states.
+    """
     chunks = clips.split(stream.chunk_frames, dim=2)
     x_t, v_target, v = [], [], []
 
@@ -579,7 +585,8 @@ def stream_over(
     **hooks: Any,
 ) -> Iterator[ChunkResult]:
     """``rollout`` of a schedule as ``stream`` says, over a new cache, in the latent size of
-    ``like``."""
+    ``like``.
+    """
     shape = (like.shape[1], *like.shape[3:])
     return rollout(
         network,
@@ -602,7 +609,8 @@ def preferences(fake: Tensor, real: Tensor) -> dict[str, Tensor]:
     ``r`` is its mean probability that the student's clip is the better one, ``win_rate`` the share
     of pairs of which it says so, ``gap`` the mean difference of logits, teacher less student. r
     near 0: too strong, or fooled by nothing; near 1: too slow, and the student gains on its errors;
-    a gap pinned at 0 teaches nothing."""
+    a gap pinned at 0 teaches nothing.
+    """
     gap = (real - fake).detach().float()
     return {
         "r": torch.sigmoid(-gap).mean(),

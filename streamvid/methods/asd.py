@@ -23,7 +23,8 @@ steps that n-step streaming uses (``lists: respaced``), so that training and str
 ``lists: shared`` is the first n steps of the list of N, Self-Forcing's random exit.
 
 What to watch: ``gap_n``, the mean of D^n(b_t) - D^n(a_t). Pinned at 0, D sees no difference and the
-term does nothing."""
+term does nothing.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +148,8 @@ class ASD(DistributionMatching):
 
     def turns(self, step: int) -> tuple[str, ...]:
         """Fake score in every step; the discriminator in the last ones of a cycle, before the
-        student."""
+        student.
+        """
         cycle = self.config.fake_updates_per_student
         before, *student = super().turns(step)
         plays = step % cycle >= cycle - self.config.discriminator_updates_per_cycle
@@ -155,7 +157,8 @@ class ASD(DistributionMatching):
 
     def loss(self, turn: str, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, float]]:
         """Batches hold ``cond [B, L, D]`` and ``keys``; with ``real_clips``, ``latents [B, C, T, h,
-        w]`` too."""
+        w]`` too.
+        """
         if self.config.real_clips and "latents" not in batch:
             raise ValueError(
                 "real_clips=true needs clips in the data; set data.kind to world, clips or latents"
@@ -170,7 +173,8 @@ class ASD(DistributionMatching):
         In the student's turn any step of the n may carry the gradient, as in DMD, so that all steps
         of all lists are trained. What the discriminator sees is complete, but for the first chunk
         where that has a list of its own: it exits where it likes, and in both clips of a pair
-        alike."""
+        alike.
+        """
         decision = super().decide(turn, step, micro)
         most = self.stream.num_steps
         pairs = self.pairs if turn == "discriminator" else most
@@ -194,7 +198,8 @@ class ASD(DistributionMatching):
 
     def _exits_freely(self, n: int) -> bool:
         """Whether chunk 0 has an exit of its own: it has a list of its own, and is not compared
-        with real clips."""
+        with real clips.
+        """
         return (
             self.config.exit == "random"
             and self.stream.first_steps is not None
@@ -203,7 +208,8 @@ class ASD(DistributionMatching):
 
     def _is_compared(self, decision: Decision) -> bool:
         """Whether the game is played in a student's turn: n has a pair, and its clip is
-        complete."""
+        complete.
+        """
         return decision.num_steps <= self.pairs and decision.exit_index == decision.num_steps - 1
 
     def ends_at_exit(self, decision: Decision) -> bool:
@@ -263,7 +269,8 @@ class ASD(DistributionMatching):
 
     def _better(self, batch: dict[str, Any], decision: Decision) -> Tensor:
         """What the n-step clips are compared with: the student's own of one step more, or the
-        data's."""
+        data's.
+        """
         if decision.num_steps == self.stream.num_steps:
             return batch["latents"]
         more = replace(decision, num_steps=decision.num_steps + 1, exit_place=LAST)

@@ -21,7 +21,8 @@ tell the motion of a noised clip (network "motion"):
     motion:             minimise mean |P(F(x_t,{f+1} - x_t,f)) - (x_{f+1} - x_f)|^2 over rollouts, P a linear map
 
 Departures: the exit of a turn is at the same fraction of each chunk's list (``methods.matching``),
-where one shared index means nothing; frame weights h are the paper's code's, off by default."""
+where one shared index means nothing; frame weights h are the paper's code's, off by default.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ from streamvid.training.method import as_floats
 @dataclass
 class Config(MatchingConfig):
     """Settings of diagonal distillation; the step table and the context's noise are the
-    stream's."""
+    stream's.
+    """
 
     motion_weight: float = 0.2
     """gamma, of the flow term; 0 leaves it out."""
@@ -183,7 +185,8 @@ def frame_weights(kind: str, gap: Tensor) -> Tensor:
     drives the term.
 
     "growing": .7 of the accumulated share of the mean absolute gap, plus .3 of a factor 1.2 a frame
-    (the form of the released code, each part divided by its mean)."""
+    (the form of the released code, each part divided by its mean).
+    """
     size = gap.abs().mean(dim=(1, 3, 4))
     if kind == "even":
         return torch.ones_like(size)

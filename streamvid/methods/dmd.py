@@ -5,7 +5,8 @@ and all that this method is, stands in ``methods.matching``.
 
 Departures from the released code: the time law is truncated to [low, high], not clamped; times are
 continuous; clean context is exactly clean in training too; guidance is ``u + s (c - u)``, so that
-its 3.0 is our 4.0; a NaN is an error."""
+its 3.0 is our 4.0; a NaN is an error.
+"""
 
 from __future__ import annotations
 

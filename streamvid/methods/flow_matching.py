@@ -73,7 +73,8 @@ class FlowMatching:
 
     def loss(self, turn: str, batch: dict, step: int) -> tuple[Tensor, dict[str, float]]:
         """Batches hold ``latents [B, C, T, h, w]``, ``cond [B, L, D]``, ``offset [B]`` and
-        ``keys``."""
+        ``keys``.
+        """
         x0, keys = batch["latents"], batch["keys"]
         eps = torch.stack(
             [keyed_normal(tuple(x0.shape[1:]), self.seed, "eps", key) for key in keys]
@@ -110,7 +111,8 @@ class FlowMatching:
 
     def _counts(self, offset: Tensor, x0: Tensor) -> Tensor | None:
         """``[B, T]``: False on the first chunk of cuts that do not begin at the clip's
-        beginning."""
+        beginning.
+        """
         if self.config.mode == "bidirectional":
             return None
         frame = torch.arange(x0.shape[2], device=x0.device)

@@ -285,7 +285,8 @@ class DistributionMatching:
         self, judged: Judged, batch: dict[str, Any], decision: Decision
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What the student minimises, and numbers worth logging. Here: distribution matching
-        alone."""
+        alone.
+        """
         return (
             surrogate(judged.x, judged.gradient, mask=self.counted_frames(judged.x, decision)),
             {},
@@ -293,7 +294,8 @@ class DistributionMatching:
 
     def counted_frames(self, x: Tensor, decision: Decision) -> Tensor | None:
         """Which frames of the judged part carry gradient, ``[B, T]`` of 0 and 1; None: all of
-        them."""
+        them.
+        """
         if decision.first_chunk == 0:
             return None
         counts = torch.ones(len(x), x.shape[2], device=x.device)
@@ -341,7 +343,8 @@ class DistributionMatching:
         self, batch: dict[str, Any], stream: StreamConfig, decision: Decision, role: str = "student"
     ) -> Tensor:
         """The judged part ``[B, C, T, h, w]`` of a rollout, with the caller's grad mode; each
-        ``role`` has its own noise."""
+        ``role`` has its own noise.
+        """
         first, end = decision.first_chunk, decision.first_chunk + self.config.num_chunks
         results = rollout(
             self.student,
@@ -430,7 +433,8 @@ def latent_statistics(x: Tensor) -> dict[str, Tensor]:
 
     ``latent_rms`` and ``latent_max`` grow with over-saturation, ``drift`` (rms of the last frame
     over that of the first) with errors that add up, and ``motion`` (mean absolute difference of
-    neighbouring frames) falls when a student freezes."""
+    neighbouring frames) falls when a student freezes.
+    """
     rms = x.square().mean(dim=(0, 1, 3, 4)).sqrt()  # [T]
     moves = (x[:, :, 1:] - x[:, :, :-1]).abs()
     return {

@@ -152,7 +152,8 @@ def chunk_times(stream: StreamConfig, num_chunks: int) -> list[list[float]]:
 
 def select_states(states: Tensor, levels: Tensor, chunk_frames: int) -> Tensor:
     """``[B, K, C, T, h, w]``, each chunk at its own of the K times, ``levels [B, n]``, to ``[B, C,
-    T, h, w]``."""
+    T, h, w]``.
+    """
     chunks = rearrange(states, "b k c (n f) h w -> b n k c f h w", f=chunk_frames)
     b, n = torch.meshgrid(
         *(torch.arange(size, device=states.device) for size in levels.shape), indexing="ij"
@@ -165,7 +166,8 @@ def select_states(states: Tensor, levels: Tensor, chunk_frames: int) -> Tensor:
 
 def grid_through(times: Sequence[float], grid: Sequence[float]) -> tuple[float, ...]:
     """The times of an Euler sampler with more of them, so that ``times`` are on it exactly and
-    nothing has to be interpolated; one that is there already costs no step."""
+    nothing has to be interpolated; one that is there already costs no step.
+    """
     between = [t for t in grid if all(abs(t - kept) > SAME_TIME for kept in times)]
     return tuple(sorted({*times, *between} - {0.0}, reverse=True))
 

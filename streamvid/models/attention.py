@@ -32,7 +32,8 @@ Range = tuple[int, int]
 @dataclass(frozen=True)
 class Span:
     """Tokens ``queries`` (start, stop) see the tokens of every range in ``keys`` and nothing
-    else."""
+    else.
+    """
 
     queries: Range
     keys: tuple[Range, ...]
@@ -47,7 +48,8 @@ def block_causal_spans(
     num_chunks: int, chunk_tokens: int, context_tokens: int = 0
 ) -> tuple[Span, ...]:
     """Chunk c sees the context, the chunks before it and itself; keys are ``[context |
-    chunks]``."""
+    chunks]``.
+    """
     return tuple(
         Span(
             (c * chunk_tokens, (c + 1) * chunk_tokens),
@@ -61,7 +63,8 @@ def teacher_forcing_spans(num_chunks: int, chunk_tokens: int) -> tuple[Span, ...
     """Over ``[clean | noisy]``: noisy chunk c sees the clean chunks before c, and itself.
 
     The clean half is block-causal and has ``num_chunks - 1`` chunks, because nobody sees the last
-    one."""
+    one.
+    """
     num_clean = (num_chunks - 1) * chunk_tokens
     noisy = [Span((num_clean, num_clean + chunk_tokens), ((num_clean, num_clean + chunk_tokens),))]
     for start in range(chunk_tokens, num_chunks * chunk_tokens, chunk_tokens):
@@ -73,7 +76,8 @@ def teacher_forcing_spans(num_chunks: int, chunk_tokens: int) -> tuple[Span, ...
 @cache
 def has_flash(device: torch.device) -> bool:
     """Whether flash_attn is installed and runs on this CUDA device (compute capability 8.0 or
-    later)."""
+    later).
+    """
     return flash_attn_func is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -114,6 +118,7 @@ def attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: Sequence[Span]) -> Tens
 
 def _ranges(x: Tensor, ranges: tuple[Range, ...]) -> Tensor:
     """The tokens of ``x`` [B, L, N, D] in the ranges, one after the other; a view where there is
-    one range."""
+    one range.
+    """
     parts = [x[:, start:stop] for start, stop in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

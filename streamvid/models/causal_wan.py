@@ -47,7 +47,8 @@ QK_NORM = "rms_norm_across_heads"
 @dataclass
 class CausalWanOutput(BaseOutput):
     """``sample``: velocity [B, C, T, H, W]. ``kv``: if asked for, what ``StreamKVCache.append``
-    takes."""
+    takes.
+    """
 
     sample: Tensor
     kv: tuple[KeyValue, ...] | None = None
@@ -68,7 +69,8 @@ class ConditionEmbedder(nn.Module):
         self, timestep: Tensor, text: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Timesteps [B, F] and text [B, L, text_dim] to [B, F, D], [B, F, 6, D] and [B, L, D]; None
-        stays None."""
+        stays None.
+        """
         waves = self.timesteps_proj(timestep.flatten()).unflatten(0, timestep.shape)
         temb = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype)).to(dtype)
         modulation = self.time_proj(self.act_fn(temb)).unflatten(-1, (6, -1))
@@ -106,7 +108,8 @@ class HeadAttention(nn.Module):
 
 class CausalWanBlock(nn.Module):
     """Self-attention over the context and the frames given, cross-attention to text,
-    feed-forward."""
+    feed-forward.
+    """
 
     def __init__(
         self, dim: int, ffn_dim: int, num_heads: int, cross_attn_norm: bool, eps: float
@@ -314,7 +317,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         max_trained_frames: int | None = None,
     ) -> StreamKVCache:
         """An empty cache for ``batch_size`` streams of ``height`` x ``width`` latents; see
-        ``StreamKVCache``."""
+        ``StreamKVCache``.
+        """
         return StreamKVCache(
             num_layers=self.config.num_layers,
             batch_size=batch_size,
@@ -338,7 +342,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Append finished frames [B, C, T, H, W] to the cache, by a pass at the context timestep.
 
         To keep the keys of a denoising pass instead, ask that pass for ``return_kv`` and
-        ``cache.append`` them."""
+        ``cache.append`` them.
+        """
         cache.append(self(latents, timestep, encoder_hidden_states, cache=cache, return_kv=True).kv)
 
     def to_json_string(self) -> str:
@@ -358,7 +363,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         cache: StreamKVCache | None,
     ) -> tuple[Tensor, Tensor, tuple[KeyValue, ...]]:
         """Latents [B, C, F, H, W] to hidden states [B, F, S, D], time embedding [B, F, D], keys and
-        values."""
+        values.
+        """
         dtype = self.patch_embedding.weight.dtype
         hidden = rearrange(
             self.patch_embedding(latents.to(dtype)), "b d f h w -> b f (h w) d"
@@ -440,7 +446,8 @@ def _frame_timesteps(timestep: Tensor | float, latents: Tensor) -> Tensor:
 
 def _joined_timesteps(past: Tensor, timestep: Tensor, num_past: int, frames: int) -> Tensor:
     """Timesteps of the first ``num_past`` past frames and all noisy ones: [B, 1] or [B, T] each to
-    [B, F]."""
+    [B, F].
+    """
     past = past.expand(-1, frames)[:, :num_past]
     return torch.cat([past.to(timestep.dtype), timestep.expand(-1, frames)], dim=1)
 

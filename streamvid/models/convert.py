@@ -11,7 +11,8 @@ FastVideo publishes its students, stay.
 
 The table of names is that of `scripts/convert_wan_to_diffusers.py` in huggingface/diffusers; its
 trap is that what Wan calls norm3 (before the attention to text) is norm2 in diffusers, and the
-other way round."""
+other way round.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +97,8 @@ _IN_BLOCK_BACK = {new: old for old, new in _IN_BLOCK.items()}
 
 def diffusers_name(name: str) -> str | None:
     """Diffusers' name of a module or parameter in the original naming, without wrapping; None if
-    there is none."""
+    there is none.
+    """
     return _renamed(name, _OUTSIDE, _IN_BLOCK)
 
 
@@ -120,7 +122,8 @@ def original_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def bare_name(name: str) -> str:
     """A name without what FSDP, checkpointing, compilation and the trainer's own modules put around
-    it."""
+    it.
+    """
     for wrapping in _WRAPPINGS:
         name = name.replace(wrapping, "")
     return _PREFIX.sub("", name)
@@ -208,7 +211,8 @@ def _read_renamed(
     path: Path, which: str | None
 ) -> tuple[dict[str, Tensor], list[str], Callable[[str], str | None]]:
     """Tensors by diffusers' names, the file's own names that have none, and what the file calls a
-    name of diffusers."""
+    name of diffusers.
+    """
     tensors: dict[str, Tensor] = {}
     unknown = []
     table = read_checkpoint(path, which)
@@ -250,7 +254,8 @@ def _unpacked(
     table: Mapping[str, Any], containers: Iterable[str], which: str | None, path: Path
 ) -> dict[str, Tensor]:
     """The tensors in the container ``which``, or in the first of ``containers`` that is there, or
-    in no container."""
+    in no container.
+    """
     there = {
         str(key): value for key, value in table.items() if isinstance(value, Mapping)
     } or _roles(table)
@@ -286,7 +291,8 @@ def _unpacked(
 
 def _roles(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Containers that a format without nesting has written into all names:
-    `generator_ema.model.blocks...`."""
+    `generator_ema.model.blocks...`.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name, value in table.items():
         role, _, rest = str(name).partition(".")
@@ -408,7 +414,8 @@ def _head_dim(path: Path) -> int:
 
 def _check_text_to_video(source: str, config: Mapping[str, Any]) -> None:
     """A ValueError for a model that sees more than the latents that it makes: an image and its mask
-    beside them."""
+    beside them.
+    """
     sees, makes = config["in_channels"], config["out_channels"]
     if sees != makes:
         raise ValueError(
@@ -425,7 +432,8 @@ def _check_strictly(
     shown: Callable[[str], str | None],
 ) -> None:
     """A ValueError of one line with everything that is missing, unknown or of another shape or kind
-    of number."""
+    of number.
+    """
     missing = [shown(name) for name in expected if name not in tensors]
     unknown = unknown + [shown(name) for name in tensors if name not in expected]
     wrong = [
@@ -522,7 +530,8 @@ Update = LowRank | Difference
 
 def read_lora(file: str | Path) -> dict[str, Update]:
     """The updates in a file, see ``lora_updates``; without an alpha of the layers' own, that of
-    peft's configuration beside the file, or in its header, counts."""
+    peft's configuration beside the file, or in its header, counts.
+    """
     file = Path(file)
     table = read_pickled(file) if file.suffix in TORCH_SUFFIXES else read_tensors(file)
     return lora_updates(
@@ -605,7 +614,8 @@ def _put(table: dict[str, Any], key: str, value: Any, source: str, name: str) ->
 
 def _dotted(name: str) -> str:
     """A name of kohya's form with its dots; one of another form, or one that is not known, as it
-    is."""
+    is.
+    """
     if not name.startswith(_FLAT):
         return name
     flat, dot, ending = name.removeprefix(_FLAT).partition(".")
@@ -616,7 +626,8 @@ def _dotted(name: str) -> str:
 
 def _adapter_alpha(file: Path) -> float | None:
     """`lora_alpha` of PEFT's configuration, beside the file or, as diffusers writes it, in its
-    header; None if not there."""
+    header; None if not there.
+    """
     place, config = file.parent / "adapter_config.json", {}
     if place.is_file():
         config = read_json(place)
@@ -665,7 +676,8 @@ def merge_lora(
     tensors: Mapping[str, Tensor], updates: Mapping[str, Update], source: str
 ) -> dict[str, Tensor]:
     """Weights by diffusers' names with updates by either naming: the sum in float32, then in the
-    weight's kind; see ``resolved_updates``."""
+    weight's kind; see ``resolved_updates``.
+    """
     sums: dict[str, Tensor] = {}
     for name, update in resolved_updates(tensors, updates, source):
         sums[name] = sums.get(name, tensors[name].float()) + update.value()

@@ -1,5 +1,6 @@
 """Heads on the features of a transformer that is somebody else's: a discriminator at the price of
-its heads."""
+its heads.
+"""
 
 from __future__ import annotations
 

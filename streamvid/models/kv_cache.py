@@ -88,7 +88,8 @@ class StreamKVCache:
 
     def clone(self) -> StreamKVCache:
         """A cache that goes on from here by itself. The two share tensors, which neither ever
-        changes."""
+        changes.
+        """
         return copy.copy(self)
 
     @property
@@ -106,7 +107,8 @@ class StreamKVCache:
 
     def visible_frames(self, num_frames: int) -> tuple[int, ...]:
         """Indices in the stream of the context that a pass over the next ``num_frames`` frames
-        sees."""
+        sees.
+        """
         committed = self.num_committed_frames
         if self.window_frames is None or committed + num_frames <= self.window_frames:
             return tuple(range(committed))
@@ -154,7 +156,8 @@ class StreamKVCache:
 
     def check_pass(self, batch_size: int, num_frames: int, height: int, width: int) -> None:
         """Raise ValueError unless a pass over ``num_frames`` frames of this size can follow the
-        context."""
+        context.
+        """
         if batch_size != self.batch_size:
             raise ValueError(f"the cache holds {self.batch_size} streams, the input {batch_size}")
         if (height, width) != (self.height, self.width):
@@ -180,7 +183,8 @@ class StreamKVCache:
 
     def text_kv(self, prompt: Tensor) -> tuple[KeyValue, ...]:
         """The keys and values that ``keep_text`` kept for this very tensor, unchanged since; else
-        empty."""
+        empty.
+        """
         if self._text is None or self._text[0] is not prompt or self._text[1] != _version(prompt):
             return ()
         return self._text[2]
@@ -189,7 +193,8 @@ class StreamKVCache:
         """Keep a prompt's keys and values per layer [B, L, N, D], in place of the last prompt's.
 
         Only for passes without gradient: kept text has no graph, and the weights must not change
-        meanwhile."""
+        meanwhile.
+        """
         self._text = (prompt, _version(prompt), tuple((k.detach(), v.detach()) for k, v in kv))
 
     def _evicted(self, x: Tensor) -> Tensor:
@@ -232,7 +237,8 @@ class StreamKVCache:
 
 def _ends(x: Tensor, num_first: int, num_last: int) -> Tensor:
     """The first and the last frames of ``x`` [B, F, ...]; ``x`` itself where that is all of
-    them."""
+    them.
+    """
     frames = x.shape[1]
     if num_first + num_last == frames:
         return x

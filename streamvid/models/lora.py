@@ -10,7 +10,8 @@ whoever was called in between. The network that was adapted is left as it was.
 What belongs to an adapted network is its adapter: ``parameters()`` and ``state_dict()`` hold
 nothing else, nor do checkpoints and averages, and a deep copy has an adapter of its own on the same
 weights. It is moved as a whole, and what shares its weights moves along. ``save_pretrained`` writes
-an ordinary folder with the adapter merged in."""
+an ordinary folder with the adapter merged in.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ class LoraConfig:
 
 class AdapterOnly:
     """What makes a network own its adapter alone; see ``adapt``, which puts it before the network's
-    class."""
+    class.
+    """
 
     plain_class: type[nn.Module]
 
@@ -107,7 +109,8 @@ class AdapterOnly:
         keep_vars: bool = False,
     ) -> dict[str, Any]:
         """The adapter's live tensors, also inside that of a module which this network is part
-        of."""
+        of.
+        """
         whole = super().state_dict(prefix=prefix, keep_vars=keep_vars)
         adapter = {name: tensor for name, tensor in whole.items() if PREFIX in name}
         if destination is None:
@@ -167,7 +170,8 @@ def is_adapted(network: nn.Module) -> bool:
 
 def base_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """The frozen weights of an adapted network, by their names in an ordinary one; all of an
-    ordinary one's."""
+    ordinary one's.
+    """
     everything = nn.Module.named_parameters(network)
     return {name.replace(".base_layer.", "."): p for name, p in everything if PREFIX not in name}
 
@@ -195,7 +199,8 @@ def share_weights(network: nn.Module, source: nn.Module) -> None:
 @torch.no_grad()
 def merged(network: nn.Module) -> nn.Module:
     """An ordinary network with the adapter added to its weights, in their precision; layers without
-    one stay shared."""
+    one stay shared.
+    """
     shared = [parameter for _, parameter in nn.Module.named_parameters(network)]
     plain = _copy_on(network, network.plain_class, shared, {})
     for name, layer in _adapted_layers(plain).items():
@@ -212,7 +217,8 @@ def merged(network: nn.Module) -> nn.Module:
 
 def save_adapter(network: nn.Module, folder: str | Path) -> None:
     """Write ``folder/pytorch_lora_weights.safetensors`` as ``load_lora_weights`` of diffusers' Wan
-    pipelines takes it."""
+    pipelines takes it.
+    """
     from diffusers.loaders import WanLoraLoaderMixin
 
     config = network.peft_config[ADAPTER]
@@ -315,7 +321,8 @@ def _file_name(name: str) -> str:
 
 def _check_alpha(file: Path, alpha: float) -> None:
     """Without it an adapter would count more or less than in training; files of other tools may not
-    tell theirs."""
+    tell theirs.
+    """
     header = {}
     if file.suffix == ".safetensors":
         with safe_open(file, "pt") as opened:

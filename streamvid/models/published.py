@@ -1,7 +1,8 @@
 """Sizes of published Wan transformers, for what has to be known before anything is fetched.
 
 As in ``transformer/config.json`` of the repositories on the Hugging Face hub; all have patches of 1
-x 2 x 2, text embeddings of 4096 numbers and heads of 128."""
+x 2 x 2, text embeddings of 4096 numbers and heads of 128.
+"""
 
 from __future__ import annotations
 

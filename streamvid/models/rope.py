@@ -7,7 +7,8 @@ can run out of, and are kept as complex64: a complex tensor is left alone by the
 mixed-precision wrappers.
 
 Legend: B batch, F frames, S tokens a frame (height x width of the token grid), N heads, D head
-size."""
+size.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def rotary_table(
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """``x`` [B, F, S, N, D] turned by ``table`` [F, S, 1, D / 2]; computed in float32, returned as
-    ``x``."""
+    ``x``.
+    """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
 

@@ -1,5 +1,6 @@
 """Telling a score network whose samples it sees, as a class-conditional DiT (arXiv 2212.09748) is
-told its class."""
+told its class.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def add_step_labels(network: nn.Module, num_labels: int) -> None:
 @contextmanager
 def labelled(network: nn.Module, label: int | None) -> Iterator[None]:
     """Within it, the label's vector is added to the time embedding of every call; None adds
-    nothing."""
+    nothing.
+    """
     if label is None:
         yield
         return

@@ -8,7 +8,8 @@ such as the student: it knows the world and the words already. APT and AAPT trai
 diffusion GANs keep it frozen (LADD, arXiv 2403.12015).
 
 Shapes: B batch, C channels, T latent frames, h w latent size, K chunks of f frames, S tokens a
-frame, D width."""
+frame, D width.
+"""
 
 from __future__ import annotations
 

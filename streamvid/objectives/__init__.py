@@ -2,7 +2,8 @@
 
 ``all_presets()`` maps a name to a function of a guidance scale that returns a ``Preset``; see
 ``objectives/base.py`` for what one is, and ``streamvid/settings/plane.py`` for the laboratory in
-which all of them distil the same small teachers."""
+which all of them distil the same small teachers.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Objectives in which a discriminator says what is wrong: on noised features, on clean samples, on
-pairs of Euler steps."""
+pairs of Euler steps.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def feature_game(
 
 def ladd(scale: float = 1.0) -> Preset:
     """LADD: a hinge game on the frozen teacher's features of re-noised samples; the reals are the
-    teacher's own."""
+    teacher's own.
+    """
     student, disc = feature_game("hinge", 0.02, 0.5, "teacher")
     disc = with_penalty(disc, 0.01, 0.1, "both")
     return Preset(
@@ -60,7 +62,8 @@ def ladd(scale: float = 1.0) -> Preset:
 
 def gdd(scale: float = 1.0) -> Preset:
     """GDD: data only. A logistic game on features of clean samples with R1; no teacher's score, no
-    regression."""
+    regression.
+    """
     student, disc = feature_game("ns", 0.0, 0.05, "data")
     disc = with_penalty(disc, 0.01, 0.05, "data")
     return Preset(
@@ -75,7 +78,8 @@ def nitrofusion(scale: float = 1.0) -> Preset:
     The paper has a pool of heads for each layer, of which a step uses some, and a refreshed one
     begins with no optimiser state (``core.adversary.HeadPool``). Here there is no choice among
     heads, and the optimiser keeps its state. A pool of 48 with both measured no better: 5.24 times
-    the floor on the ring, against 4.82."""
+    the floor on the ring, against 4.82.
+    """
     student, disc = feature_game("hinge", 0.02, 0.5, "teacher")
     disc = with_penalty(disc, 0.01, 0.1, "both")
 
@@ -103,7 +107,8 @@ def adm(scale: float = 1.0, dt: float = 1 / 8) -> Preset:
     passes through the latter.
 
     The paper's dt is 1/64, with a discriminator as large as the teacher; small heads need the
-    longer step to see a difference."""
+    longer step to see a difference.
+    """
 
     def pair(ctx: Context, x: Tensor, law: str) -> tuple[Tensor, Tensor, Tensor]:
         t = ctx.times(law, low=dt + 0.02)
@@ -175,7 +180,8 @@ def dmdx(scale: float = 1.0, share: float = 0.4) -> Preset:
 def tad_sr(scale: float = 1.0, gan: float = 0.3) -> Preset:
     """TAD-SR's high-frequency score distillation beside a time-aware game: what the teacher changes
     in the student's sample less what it changes in its own, at low noise, where its bias
-    cancels."""
+    cancels.
+    """
     game, disc = feature_game("ns", 0.02, 0.98, "teacher")
 
     def student(ctx: Context) -> Tensor:
@@ -244,7 +250,8 @@ def asd(scale: float = 1.0, alpha: float = 0.3, steps: int = 2) -> Preset:
 def afd(scale: float = 1.0, beta: float = 0.5, prior: float = 1e-3) -> Preset:
     """AFD: no teacher's score. A paired discriminator on clean samples gives advantages,
     negative-aware flow matching moves the student's velocity from a lagged policy; a prior holds it
-    near its start."""
+    near its start.
+    """
     near = 0.02
 
     def clean_logits(ctx: Context, x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ H, W]`` and clips ``[B, C, T, H, W]``.
 
 Phases: "student", "critic" (the fake score), "disc" (heads on frozen features). In a phase only its
 own network's parameters require gradients; gradients through the *inputs* of the others reach the
-student where a loss asks for them."""
+student where a loss asks for them.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +111,8 @@ class Context:
     """This step: networks, batch, and random numbers.
 
     Everything random comes from ``rng``, so that an option at its neutral value leaves the stream
-    of numbers alone."""
+    of numbers alone.
+    """
 
     networks: Networks
     cond: Tensor  # [B], the prompts of the batch
@@ -202,7 +204,8 @@ class Context:
 
     def fake(self, x_t: Tensor, t: Tensor, scale: Tensor | float | None = None) -> Tensor:
         """The fake score's velocity for what ``sample`` made last, guided; None is the preset's
-        scale where it is compared."""
+        scale where it is compared.
+        """
         return self._guided(self.critic, x_t, t, self.scales()[1] if scale is None else scale)
 
     def critic(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
@@ -233,7 +236,8 @@ def fit_critic(law: str = "uniform", weight: Callable[[Tensor], Tensor] | None =
     combination.
 
     Where that is guided, or the fake score is compared without the prompt, one batch in five has no
-    prompt."""
+    prompt.
+    """
 
     def loss(ctx: Context) -> Tensor:
         with torch.no_grad():

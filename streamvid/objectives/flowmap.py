@@ -1,5 +1,6 @@
 """Objectives that teach the student the teacher's flow itself: consistency, trajectories, mean
-velocities, momenta."""
+velocities, momenta.
+"""
 
 from __future__ import annotations
 
@@ -165,7 +166,8 @@ def tcd(scale: float = 1.0) -> Preset:
 
 def pcm(scale: float = 1.0, gan: float = 0.05) -> Preset:
     """PCM: consistency within each of four phases, and a hinge game with a margin on where they
-    end."""
+    end.
+    """
     edges = (0.0, 0.25, 0.5, 0.75)
 
     def student(ctx: Context) -> Tensor:
@@ -220,7 +222,8 @@ def tdd(scale: float = 1.0) -> Preset:
 
 def scott(scale: float = 1.0, eta: float = 0.1, gan: float = 0.05) -> Preset:
     """SCott: consistency on slightly stochastic teacher steps, three a pair, and a hinge game that
-    gives the detail back."""
+    gives the detail back.
+    """
 
     def student(ctx: Context) -> Tensor:
         pair = pair_term(ctx, ctx.flow_map("average"), eta=eta, num_teacher_steps=3)
@@ -238,7 +241,8 @@ def slam(scale: float = 1.0) -> Preset:
 
 def boot(scale: float = 1.0, boundary: float = 1.0) -> Preset:
     """BOOT: no data. The signal of the flow from a noise, bootstrapped from t to s = t - 1/16 and
-    held at the start."""
+    held at the start.
+    """
     last = 0.98
 
     def student(ctx: Context) -> Tensor:
@@ -265,7 +269,8 @@ def boot(scale: float = 1.0, boundary: float = 1.0) -> Preset:
 
 def _signal(u: FlowMap, eps: Tensor, time: Tensor) -> Tensor:
     """BOOT's y(eps, t): a jump from noise to t, less the noise in it. At t = 0 it is the one-step
-    sample."""
+    sample.
+    """
     one = torch.ones_like(time)
     x_t = euler_step(eps, u(eps, one, time), one, time)
     return (x_t - expand_time(time, eps) * eps) / (1 - expand_time(time, eps))
@@ -273,7 +278,8 @@ def _signal(u: FlowMap, eps: Tensor, time: Tensor) -> Tensor:
 
 def traflow(scale: float = 1.0, straight: float = 0.01) -> Preset:
     """TraFlow: the trajectory's end, the teacher's velocity, self-consistency, and a little
-    straightness."""
+    straightness.
+    """
 
     def student(ctx: Context) -> Tensor:
         noise, end = ctx.pairs(ctx.cond)
@@ -355,7 +361,8 @@ def rcm(scale: float = 1.0, matching: float = 0.5) -> Preset:
 
 def meanflow(scale: float = 1.0, power: float = 0.5, equal: float = 0.5) -> Preset:
     """MeanFlow, distilled: the teacher's velocity in place of the data's; half of the pairs have s
-    = t."""
+    = t.
+    """
     return Preset(
         "2505.13447",
         lambda ctx: _tangent_term(ctx, "between", 1.0, power=power, equal=equal),
@@ -368,7 +375,8 @@ def meanflow(scale: float = 1.0, power: float = 0.5, equal: float = 0.5) -> Pres
 def arcflow(scale: float = 1.0, window: float = 3 / 64) -> Preset:
     """ArcFlow's data-free training: along the student's own path from noise, its mean velocity over
     a short window is the teacher's. The student's jump stands in for the momentum displacement,
-    whose head is the network's own matter."""
+    whose head is the network's own matter.
+    """
 
     def student(ctx: Context) -> Tensor:
         eps, one = ctx.noise(), torch.ones(ctx.batch_size, dtype=ctx.dtype)
@@ -393,7 +401,8 @@ def arcflow(scale: float = 1.0, window: float = 3 / 64) -> Preset:
 
 def accvideo(scale: float = 1.0) -> Preset:
     """AccVideo: secants of stored teacher trajectories between four key times, and a game on what
-    lands on them."""
+    lands on them.
+    """
     key = (1.0, 0.75, 0.5, 0.25, 0.0)
 
     def path(ctx: Context, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Objectives that join a host: moments of sets, preferences, relations; and Distillation++, a hook
-of the sampler."""
+of the sampler.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ __all__ = ["embedding_loss", "pso", "distillation_dpo", "rdd"]
 
 def embedding_loss(scale: float = 1.0, weight: float = 0.1, num_nets: int = 2) -> Preset:
     """Embedding Loss: DMD, and the mean features of student and teacher samples in networks drawn
-    anew each step."""
+    anew each step.
+    """
 
     def student(ctx: Context) -> Tensor:
         x, (_, real) = ctx.sample().x, ctx.pairs(ctx.cond)
@@ -44,7 +46,8 @@ def embedding_loss(scale: float = 1.0, weight: float = 0.1, num_nets: int = 2) -
 
 def pso(scale: float = 1.0, beta: float = 5.0, hold: float = 1.0) -> Preset:
     """PSO: of two next states that the student draws, the one with the better reward is made more
-    likely than the other, against the student as it was; DMD holds the law meanwhile. Two steps."""
+    likely than the other, against the student as it was; DMD holds the law meanwhile. Two steps.
+    """
 
     def student(ctx: Context) -> Tensor:
         first, zero = ctx.sample(0), torch.zeros(ctx.batch_size, dtype=ctx.dtype)
@@ -83,11 +86,13 @@ def distillation_dpo(scale: float = 1.0, eta: float = 0.2, stop: float = 0.1) ->
     Half of the samples are losers whatever they are, and to be pushed off has no end: so a loser is
     pushed, with the weight ``eta``, only while its fake score's data prediction is within ``stop``
     of the teacher's, and drawn as a winner is beyond. The released code has a small rate and
-    clipped gradients (1e-5, norm .05) in place of such a bound."""
+    clipped gradients (1e-5, norm .05) in place of such a bound.
+    """
 
     def split(ctx: Context, x: Tensor) -> Tensor:
         """1 for samples whose reward is not below their prompt's median; the only one of its prompt
-        has nobody to lose to."""
+        has nobody to lose to.
+        """
         reward = ctx.reward(x.detach(), ctx.cond)
         side = torch.zeros(ctx.batch_size, dtype=ctx.dtype)
         for prompt in ctx.cond.unique():
@@ -131,7 +136,8 @@ def distillation_dpo(scale: float = 1.0, eta: float = 0.2, stop: float = 0.1) ->
 
 def rdd(scale: float = 1.0, relation: float = 0.05) -> Preset:
     """RDD: two teacher steps in one of the student's, and who is like whom, in the frozen start's
-    features."""
+    features.
+    """
 
     def student(ctx: Context) -> Tensor:
         noise, _ = ctx.pairs(ctx.cond)
@@ -152,7 +158,8 @@ def teacher_refinement(ctx: Context, x0: Tensor, s: Tensor, weight: float) -> Te
     it re-noised to ``s``.
 
     A hook of the sampler, used after the first step or two; ``weight`` 0 calls no network and draws
-    nothing."""
+    nothing.
+    """
     if weight == 0:
         return x0
     x_s = add_noise(x0, ctx.noise(), s)

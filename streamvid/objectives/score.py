@@ -1,5 +1,6 @@
 """Objectives that move the student along a difference of scores: the DMD and the SiD families, and
-what is near them."""
+what is near them.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def play(
     exit_index: int | None = None,
 ) -> Loss:
     """The discriminator's side: student samples against data, each with its own noise and time, or
-    with the same ones."""
+    with the same ones.
+    """
 
     def loss(ctx: Context) -> Tensor:
         with torch.no_grad():
@@ -89,7 +91,8 @@ def play(
 
 def with_penalty(disc: Loss, weight: float, sigma: float, points: str) -> Loss:
     """A discriminator's loss with an approximate gradient penalty on clean ``points``, "data" or
-    "both" (R1, R1 + R2)."""
+    "both" (R1, R1 + R2).
+    """
 
     def loss(ctx: Context) -> Tensor:
         t = torch.full((ctx.batch_size,), 0.02, dtype=ctx.dtype)
@@ -120,7 +123,8 @@ def sid_term(
 
 def sds(scale: float = 1.0) -> Preset:
     """Score distillation sampling: the residual alone. It collapses to modes, whatever its
-    weight."""
+    weight.
+    """
 
     def student(ctx: Context) -> Tensor:
         x = ctx.sample().x
@@ -151,7 +155,8 @@ def dmd(scale: float = 1.0) -> Preset:
 
 def dmd2(scale: float = 1.0, gan: float = 0.03) -> Preset:
     """DMD2: DMD and a non-saturating game on noised samples against data, two steps by backward
-    simulation."""
+    simulation.
+    """
 
     def student(ctx: Context) -> Tensor:
         x = ctx.sample().x
@@ -164,7 +169,8 @@ def dmd2(scale: float = 1.0, gan: float = 0.03) -> Preset:
 
 def f_distill(scale: float = 1.0, gan: float = 0.03, divergence: str = "js") -> Preset:
     """f-distill: DMD2's direction times h(r), r from the discriminator's logit; Jensen-Shannon by
-    default."""
+    default.
+    """
 
     def student(ctx: Context) -> Tensor:
         x = ctx.sample().x
@@ -181,7 +187,8 @@ def f_distill(scale: float = 1.0, gan: float = 0.03, divergence: str = "js") -> 
 
 def swiftbrush(scale: float = 1.0) -> Preset:
     """SwiftBrush: no normaliser, the weight of variance-preserving noise, one guidance for both
-    scores."""
+    scores.
+    """
 
     def student(ctx: Context) -> Tensor:
         t = ctx.times()
@@ -200,7 +207,8 @@ def swiftbrush(scale: float = 1.0) -> Preset:
 
 def snoopi(scale: float = 1.0) -> Preset:
     """SNOOPI's PG-SB: a random scale a sample, the same for both scores. (Its NASA is a hook in
-    attention.)"""
+    attention.)
+    """
     spec = specs.random_scale(0.5, max(scale, 0.5) * 2)
     base = swiftbrush(scale)
     return Preset(
@@ -216,7 +224,8 @@ def uni_dad(
     scale: float = 1.0, source: float = 0.5, target: float = 0.5, gan: float = 0.03
 ) -> Preset:
     """Uni-DAD: two teachers, one fake score, one game. Here the target's teacher is the unguided
-    one."""
+    one.
+    """
 
     def student(ctx: Context) -> Tensor:
         x = ctx.sample().x
@@ -236,7 +245,8 @@ def uni_dad(
 
 def flash_dmd(scale: float = 1.0, gan: float = 0.3, keep: float = 0.97) -> Preset:
     """Flash-DMD: the high-noise step learns from DMD, the low-noise step from the game; the fake
-    score is pulled along (IDA)."""
+    score is pulled along (IDA).
+    """
 
     def student(ctx: Context) -> Tensor:
         sample = ctx.sample()
@@ -262,7 +272,8 @@ def flash_dmd(scale: float = 1.0, gan: float = 0.3, keep: float = 0.97) -> Prese
 
 def gndm(scale: float = 1.0) -> Preset:
     """GNDM: the normaliser is the mean over the samples of a prompt, so that their proportions in t
-    stay."""
+    stay.
+    """
 
     def student(ctx: Context) -> Tensor:
         x = ctx.sample().x
@@ -286,7 +297,8 @@ def emd(scale: float = 1.0, num_langevin: int = 4, gamma: float = 0.1) -> Preset
     to where they led.
 
     The noises that were injected are cancelled from the residual, as in the paper, and its scale is
-    such that one step with z held would be DMD's direction, times (1 - t)^2."""
+    such that one step with z held would be DMD's direction, times (1 - t)^2.
+    """
 
     def student(ctx: Context) -> Tensor:
         t = ctx.times(low=0.05, high=0.95)
@@ -336,7 +348,8 @@ def add(scale: float = 1.0, residual: float = 0.02) -> Preset:
 
 def msd(scale: float = 1.0, warm_up: float = 0.2, gan: float = 0.03) -> Preset:
     """MSD: DMD2 for each part of the prompts' space, after a warm-up on the teacher's velocity
-    (TSM). Here one part."""
+    (TSM). Here one part.
+    """
     base = dmd2(scale, gan)
 
     def student(ctx: Context) -> Tensor:
@@ -351,7 +364,8 @@ def msd(scale: float = 1.0, warm_up: float = 0.2, gan: float = 0.03) -> Preset:
 
 def tdm(scale: float = 1.0) -> Preset:
     """TDM: DMD on the noise levels between this step of the student and the next, in the sign-like
-    Huber form."""
+    Huber form.
+    """
 
     def student(ctx: Context) -> Tensor:
         sample = ctx.sample()
@@ -420,7 +434,8 @@ def sid_lsg(scale: float = 1.0) -> Preset:
 
 def few_step_sid(scale: float = 1.0) -> Preset:
     """Few-step SiD: every step of the student by its own, one fake score for their mixture;
-    Zero-CFG where guided."""
+    Zero-CFG where guided.
+    """
     spec = GuidanceSpec() if scale == 1 else specs.zero_guidance()
     return Preset(
         "2505.12674",
@@ -456,7 +471,8 @@ def sida(scale: float = 1.0, gan: float = 0.03) -> Preset:
 
 def twinflow(scale: float = 1.0, step: float = 0.01) -> Preset:
     """TwinFlow: the student is its own fake score at negative times. Four equal parts of a batch
-    each have their loss."""
+    each have their loss.
+    """
 
     def student(ctx: Context) -> Tensor:
         u, t, eps, data = (

@@ -12,7 +12,8 @@ consumer.
 
 Shapes: B batch, C channels, f latent frames a chunk, T = f times the chunks of an event, h w latent
 size. States are float32 (float64 if the prompts are); the student may cast them and return lower
-precision."""
+precision.
+"""
 
 from __future__ import annotations
 
@@ -203,7 +204,8 @@ class _Run:
 
     def denoise(self, event: Denoise, chunks: dict[int, _Chunk]) -> Any:
         """One forward over the chunks of an event, and their steps; returns the keys and values to
-        reuse."""
+        reuse.
+        """
         states = [chunks[i] for i in event.chunks]
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(event.tap)):
             x_t = [
@@ -222,7 +224,8 @@ class _Run:
 
     def predict(self, x_t: Tensor, t: tuple[float, ...]) -> tuple[Tensor, Any]:
         """The student's velocity ``[B, C, T, h, w]`` and, if they are reused, its keys and
-        values."""
+        values.
+        """
         timestep = self.timestep(t)
         if self.commit != "reuse":
             return self.student(x_t, timestep, self.prompts, cache=self.cache).sample, None
@@ -268,7 +271,8 @@ class _Run:
 
     def timestep(self, t: tuple[float, ...]) -> Tensor:
         """The backbone's native time, 0 to 1000: ``[B]`` where all chunks share it, else ``[B,
-        T]``."""
+        T]``.
+        """
         dtype = torch.promote_types(self.prompts.dtype, torch.float32)
         batch, frames = self.prompts.shape[0], self.chunk_shape[1]
         fill = lambda level, *shape: (

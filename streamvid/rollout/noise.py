@@ -1,7 +1,8 @@
 """The noise of a rollout: every draw is named by (seed, chunk, event).
 
 So a sample's noise does not depend on the batch it is in, on the rank that makes it, on how often
-the stream was interrupted, or on how the draws of different chunks interleave."""
+the stream was interrupted, or on how the draws of different chunks interleave.
+"""
 
 from __future__ import annotations
 

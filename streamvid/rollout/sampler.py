@@ -3,7 +3,8 @@
 ``stream`` yields the frames of each chunk as soon as they exist; ``generate``, the exported clip,
 is its concatenation, and so equal to it bit for bit. A bidirectional teacher is sampled by
 ``generate_latents`` of a ``GuidedModel`` under ``StreamConfig(order="full_sequence",
-stepper="euler", commit="none", ...)``."""
+stepper="euler", commit="none", ...)``.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +96,8 @@ def generate(
     num_frames: int,
 ) -> Tensor:
     """The frames ``[B, num_frames, 3, H, W]`` of a whole stream, with the arguments and errors of
-    ``stream``."""
+    ``stream``.
+    """
     size = {"height": height, "width": width, "num_frames": num_frames}
     chunks = stream(student, codec, encoder_hidden_states, config, seeds=seeds, **size)
     return torch.cat([chunk.frames for chunk in chunks], dim=1)
@@ -251,7 +253,8 @@ def _check_finite(encoder_hidden_states: Tensor, latents: Tensor, frames: Tensor
     inputs.
 
     The first chunk is enough: damaged weights are damaged from the start, and a check makes the
-    device wait."""
+    device wait.
+    """
     made = {"text encoder": encoder_hidden_states, "transformer": latents, "codec": frames}
     for part, tensor in made.items():
         if not tensor.isfinite().all():

@@ -15,7 +15,8 @@ Self-forcing is ``autoregressive`` (arXiv 2506.08009) and its random exit ``move
 ``first_times`` (arXiv 2511.01419); diagonal denoising is a ``table`` (arXiv 2603.09488); rolling
 forcing is ``rolling`` (arXiv 2509.25161); a bidirectional teacher samples a ``full_sequence``.
 Times are continuous in (0, 1], after the shift, and fall along a list; a chunk begins as pure noise
-at the first time of its list, and its last step goes to 0."""
+at the first time of its list, and its last step goes to 0.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class Denoise:
     """One student forward over neighbouring chunks; every field has one entry a chunk.
 
     A chunk that goes to ``t_next`` 0 is finished. ``tap`` marks the prediction that carries the
-    gradient."""
+    gradient.
+    """
 
     chunks: tuple[int, ...]
     t: tuple[float, ...]
@@ -110,7 +112,8 @@ def full_sequence(times: Times, num_chunks: int) -> Iterator[Denoise]:
 
 def _event(steps: Sequence[tuple[int, Times, int]]) -> Denoise:
     """The joint forward of chunks given as (chunk, its times, which of them); the last one is
-    tapped."""
+    tapped.
+    """
     return Denoise(
         chunks=tuple(chunk for chunk, _, _ in steps),
         t=tuple(times[step] for _, times, step in steps),

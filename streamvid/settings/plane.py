@@ -1,5 +1,6 @@
 """The networks of the laboratory: one small perceptron in four roles, and heads on a frozen one's
-features."""
+features.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ NUM_WAVES = 3
 
 class PointNet(nn.Module):
     """``u(x [B, 2, 1, 1], t [B], s [B], cond [B] or None)``: a mean velocity, of the same shape as
-    ``x``."""
+    ``x``.
+    """
 
     def __init__(self, num_prompts: int):
         super().__init__()
@@ -112,7 +114,8 @@ class Laboratory:
 
     def refresh_heads(self, share: float, rng: torch.Generator) -> None:
         """Make some heads anew, as ``core.adversary.HeadPool`` does; here the heads of the layers
-        are the pool."""
+        are the pool.
+        """
         heads = self.trained["disc"].heads
         pool = HeadPool(
             lambda g: type(heads[0])(

@@ -21,7 +21,8 @@ class Target:
     """A mixture for each prompt, all components of one width.
 
     ``prompts[p]`` holds the weights ``[K]`` of the components under prompt p; without a prompt they
-    are averaged."""
+    are averaged.
+    """
 
     name: str
     means: Tensor  # [K, 2]
@@ -109,7 +110,8 @@ def moons(num: int = 32, width: float = 0.12) -> Target:
 
 def prompts(width: float = 0.3, scale: float = 2.0) -> Target:
     """Two prompts with two modes each, of which they have the inner ones nearly in common; guidance
-    parts them."""
+    parts them.
+    """
     means = torch.tensor([[-1.8, 0.8], [-0.6, -0.8], [0.6, -0.8], [1.8, 0.8]])
     weights = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]])
     return Target("prompts", means, width, weights, scale)
@@ -117,7 +119,8 @@ def prompts(width: float = 0.3, scale: float = 2.0) -> Target:
 
 def narrow() -> Target:
     """The ring, for a student that has seen three of its modes: what does an objective make of the
-    other five?"""
+    other five?
+    """
     base = ring()
     return Target("narrow", base.means, base.width, base.prompts, known=3)
 

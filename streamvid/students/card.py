@@ -1,5 +1,6 @@
 """Model cards: what a student folder says of itself in its README.md, in the form that the Hugging
-Face hub reads."""
+Face hub reads.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@ text encoder.
 
 A folder that lacks `vae/`, `text_encoder/` or `tokenizer/` borrows them from a components folder,
 by default the shipped teacher. `model_index.json` names the classes of what it has, as in every
-diffusers folder, for `serving.pipeline` and the hub; nothing here reads it."""
+diffusers folder, for `serving.pipeline` and the hub; nothing here reads it.
+"""
 
 from __future__ import annotations
 
@@ -212,7 +213,8 @@ def _rolling_room(
     config: StreamConfig, steps: int | None, window: int | None, sink: int | None
 ) -> dict[str, int | None]:
     """What else changes with a rolling order: the first chunk's steps, and the least window that
-    holds all it denoises."""
+    holds all it denoises.
+    """
     if config.step_table and steps is None:
         raise ValueError(
             "the student has times of its own for each chunk, a rolling order has the same for all;"
@@ -316,7 +318,8 @@ def check_finite(transformer: torch.nn.Module) -> None:
 
 def keep_others(old: Path, new: Path) -> None:
     """Copy what a student folder holds besides a student, such as a user's notes, into the one that
-    will replace it."""
+    will replace it.
+    """
     for entry in old.iterdir() if old.is_dir() else ():
         if entry.name in OWN_ENTRIES:
             continue
@@ -331,7 +334,8 @@ def _parts_to_copy(components: str | Path | None) -> list[Path]:
 
     A folder may be a link, but what lies in it must not lead elsewhere: the file that a link points
     to would be published with the copy. The hub's own cache consists of such links, into ``blobs/``
-    of the same checkpoint."""
+    of the same checkpoint.
+    """
     if components is None:
         return []
     home = resolve_checkpoint(components, COMPONENTS)
@@ -354,7 +358,8 @@ def _parts_to_copy(components: str | Path | None) -> list[Path]:
 
 def model_index(folder: Path) -> dict[str, object]:
     """What ``model_index.json`` of a student folder says: the module and class of each part, null
-    for borrowed ones."""
+    for borrowed ones.
+    """
     files = [
         folder / name
         for name in (

@@ -17,7 +17,8 @@ the noise of a stream is keyed, not drawn in a row, and its clips are made a chu
 
 The loop is `rollout.sampler.stream`. A folder of `serving.student` opens as a pipeline, and the
 other way round. Shapes: B videos, C channels, T frames, H W pixels; f latent frames a chunk, h w
-latent size."""
+latent size.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +139,8 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         As in diffusers, a callback sets ``pipe._interrupt = True``, which ends the call that it is
         the callback of; several calls may be under way, in threads or as streams in turns. Set from
-        elsewhere, it ends all that are under way."""
+        elsewhere, it ends all that are under way.
+        """
         call = _CALL.get()
         return call is not None and call.interrupted
 
@@ -604,7 +606,8 @@ def _is_empty(folder: Path) -> bool:
 @torch.no_grad()
 def _cast(transformer: CausalWanTransformer3DModel, dtype: torch.dtype) -> None:
     """Cast weights in place as diffusers does while loading: those that the class names stay in
-    float32."""
+    float32.
+    """
     kept = set(transformer._keep_in_fp32_modules)
     for name, parameter in transformer.named_parameters():
         parameter.data = parameter.data.to(

@@ -89,7 +89,8 @@ def distil(
     updates: int | None = None,
 ) -> Laboratory:
     """Train for so many updates of the student, by default the effort's; it is then the average of
-    its last weights."""
+    its last weights.
+    """
     updates = effort.student_updates if updates is None else updates
     torch.manual_seed(seed)
     lab, rng = Laboratory(target, start, preset), torch.Generator().manual_seed(seed + 1)
@@ -297,7 +298,8 @@ def read_result(file: Path) -> dict[str, Any]:
 
 def run_job(job: Job) -> str:
     """One run on one thread, unless it is done; a line about it. A run that diverges leaves no
-    file."""
+    file.
+    """
     name, target_name, seed, folder, effort = job
     torch.set_num_threads(1)
     file, target = (

@@ -1,5 +1,6 @@
 """How far a student's points are from the teacher's, against how far two sets of the teacher's own
-points are."""
+points are.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +17,16 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     included.
 
     Szekely and Rizzo, 2013. It is the squared distance, not its root: 0 for equal sets, for sets of
-    N points of one law about 2 E|x - x'| / N."""
+    N points of one law about 2 E|x - x'| / N.
+    """
     x, y = x.flatten(1).double(), y.flatten(1).double()
     return float(2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean())
 
 
 def median_distance(points: Tensor, reference: Tensor) -> float:
     """The median of the energy distances of sets of ``NUM_POINTS``: the k-th of ``points`` with the
-    k-th of ``reference``."""
+    k-th of ``reference``.
+    """
     pairs = zip(points.split(NUM_POINTS), reference.split(NUM_POINTS))
     return float(torch.tensor([energy_distance(x, y) for x, y in pairs]).median())
 

@@ -26,7 +26,8 @@ def table(
     results: Sequence[dict[str, Any]], presets: dict[str, Preset], notes: dict[str, str]
 ) -> str:
     """A Markdown row a preset: ratio to the floor on each target (mean over seeds, and half the
-    spread), and what it costs."""
+    spread), and what it costs.
+    """
     names = list(dict.fromkeys(result["preset"] for result in results))
     lines = [
         [
@@ -88,7 +89,8 @@ def write_report(
     notes: dict[str, str] | None = None,
 ) -> str:
     """Write ``path`` (.json), and the table (.md) and the picture (.png) beside it; returns the
-    table."""
+    table.
+    """
     text, about = table(results, presets, notes or {}), environment()
     head = (
         "Energy distance to the guided teacher's points over its sampling floor, at 1,024 points a"
@@ -113,7 +115,8 @@ def write_report(
 
 def picture(results: Sequence[dict[str, Any]], per_row: int = 10) -> Image.Image:
     """A panel a preset: its points of each target, side by side, over the teacher's components in
-    grey."""
+    grey.
+    """
     names = list(dict.fromkeys(result["preset"] for result in results))
     shown = [
         [r for t in TARGETS for r in results if r["preset"] == name and r["target"] == t][:3]

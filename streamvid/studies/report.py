@@ -79,7 +79,8 @@ def restore_results(report: Path, jobs: Sequence[Job], redo: Set[str] = frozense
 
 def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a variant and way of streaming: mean and greatest distance between seeds of each
-    score."""
+    score.
+    """
     keys = list(dict.fromkeys((r["variant"], row["label"]) for r in results for row in r["rows"]))
     teacher = next(
         (row["scores"]["overall"] for r in results if r["variant"] == TEACHER for row in r["rows"]),
@@ -173,7 +174,8 @@ def _change(runs: Sequence[dict[str, list[float]]], name: str) -> str:
 
 def long_table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: first and last window of long streams, and how brightness and contrast changed
-    between them."""
+    between them.
+    """
     lines = [
         [
             "trained as",
@@ -206,7 +208,8 @@ def long_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def crossed_table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: long streams of variants that are streamed in each other's ways: first and last
-    window, change of contrast."""
+    window, change of contrast.
+    """
     long = {
         (row["variant"], row["label"]): row["long"]
         for row in rows
@@ -230,7 +233,8 @@ def crossed_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def judge_table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: how often a judge that no training has seen takes a student's clip for the true one
-    of its prompt."""
+    of its prompt.
+    """
     lines = [["trained as", "streamed as", "seeds", "win rate against true clips", "logit gap"]]
     for row in rows:
         if row["judge"]:
@@ -261,7 +265,8 @@ def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
     tables.
 
     The .json holds all results, from which ``restore_results`` goes on, and what an earlier report
-    at ``path`` kept as means over seeds (``kept``), unless these variants have results again."""
+    at ``path`` kept as means over seeds (``kept``), unless these variants have results again.
+    """
     results, about = read_results(jobs), environment()
     again = {result["variant"] for result in results}
     former = read_json(path) if path.exists() else {}

@@ -4,7 +4,8 @@ A study file names *variants*: a run file with overrides, how many seeds, and th
 student is then streamed. All start from the same networks and are scored on the same held-out
 prompts with the same noise. A variant without a run file is a student that is there already.
 Results are JSON files in a folder; what has one is not run again, and a training that was
-interrupted goes on from its last checkpoint, so a study may take several days."""
+interrupted goes on from its last checkpoint, so a study may take several days.
+"""
 
 from __future__ import annotations
 
@@ -162,7 +163,8 @@ class Job:
     @property
     def recipe(self) -> dict[str, Any]:
         """What of the study file its numbers rest on; kept with the result, and compared before
-        that is used again."""
+        that is used again.
+        """
         of_study = {
             name: getattr(self.study, name)
             for name in ("prompts", "num_frames", "guidance_scale", "max_steps")
@@ -196,7 +198,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
 
 def jobs_of(study: StudyConfig, home: Path, folder: Path) -> list[Job]:
     """All runs of a study: first seeds first, so that a study that is stopped early has something
-    of everything."""
+    of everything.
+    """
     pairs = [
         (seed, name)
         for name, variant in study.variants.items()
@@ -227,7 +230,8 @@ def _run_config(job: Job) -> Any:
 
 def run_job(job: Job) -> str:
     """Train and evaluate; a line about it. Where there is a result already, train only, if the
-    student is not there."""
+    student is not there.
+    """
     began = time.perf_counter()
     try:
         result = {
@@ -349,7 +353,8 @@ def cost_row(
     stream: StreamConfig, num_frames: int, temporal_ratio: int, passes: int = 1
 ) -> dict[str, int]:
     """Forwards of a clip, commits among them apart, and the latent frames that they push
-    through."""
+    through.
+    """
     chunks = latent_frames_of(num_frames, temporal_ratio) // stream.chunk_frames
     cost = cost_of(build_schedule(stream, chunks), stream.chunk_frames, stream.commit)
     return {"nfe": cost.nfe * passes, "commits": cost.commits, "work": cost.latent_frames * passes}
@@ -381,7 +386,8 @@ def long_row(
 
 def appearance(clips: Tensor, window: int) -> dict[str, list[float]]:
     """Brightness (mean) and contrast (standard deviation over pixels) of clips ``[B, T, 3, H, W]``
-    by windows of frames."""
+    by windows of frames.
+    """
     parts = [part for part in clips.split(window, dim=1) if part.shape[1] == window]
     return {
         "brightness": [part.mean().item() for part in parts],
@@ -466,7 +472,8 @@ def still_to_do(
 
 def forecast(jobs: Sequence[Job], num_at_once: int) -> tuple[float, float]:
     """The hours that the jobs should take by what has been measured, and the most that their limits
-    allow."""
+    allow.
+    """
     expected = most = 0.0
     for job in jobs:
         ways = len(job.variant.deploy) + 2 * len(job.variant.long) + 2 * bool(job.variant.judge)

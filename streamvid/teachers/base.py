@@ -1,7 +1,8 @@
 """What distillation asks of a teacher.
 
 A family is one file beside this one. It converts its own conventions to those of ``core.process``
-and tells with ``provides`` what it can give; a method tells with ``needs`` what it asks for."""
+and tells with ``provides`` what it can give; a method tells with ``needs`` what it asks for.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ TIMESTEPS = 1000  # of Wan's own time
 @dataclass(frozen=True)
 class VideoCond:
     """A prompt with the first frame of the clip, what an image-to-video teacher is conditioned
-    on."""
+    on.
+    """
 
     embeds: Tensor
     """Of the prompts, ``[B, L, D]``."""
@@ -62,7 +64,8 @@ class Teacher(Protocol):
 
     def trainable_copy(self) -> nn.Module:
         """Its network in float32, to be trained as a score: what ``score_velocity`` takes. Of
-        teachers with weights."""
+        teachers with weights.
+        """
 
 
 def score_velocity(network: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
@@ -175,7 +178,8 @@ def open_prompts(
 
 def check_width(path: str | Path, encoder: PromptEncoder, text_dim: int) -> None:
     """A ValueError unless the embeddings of a text encoder have the width that the transformer of
-    ``path`` takes."""
+    ``path`` takes.
+    """
     if encoder.embedding_dim != text_dim:
         raise ValueError(
             f"{path}: the text encoder makes embeddings of {encoder.embedding_dim} numbers, the"

@@ -3,7 +3,8 @@
 ``ClipFolder`` is a folder of captioned clips, ``ClipRenderer`` anything that makes a clip for a
 prompt, be it a program or a paid service. Neither has scores, latents or steps. ``encode_clips``
 passes the clips once through the student's own codec into a latent set (``data.latents``): a
-discriminator shall not tell teacher and student by a codec, a size or a frame rate."""
+discriminator shall not tell teacher and student by a codec, a size or a frame rate.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +49,15 @@ class ClipFolder:
 
     def check(self) -> None:
         """A ValueError of the first clip that can't be opened or is too short, before hours of
-        decoding."""
+        decoding.
+        """
         for path, _ in tqdm(self.clips, desc="opening clips", unit="clip"):
             check_clip(path, self.form)
 
     def names(self) -> list[str]:
         """Of each clip a name that changes with the file, its caption and the format, for what is
-        made of it."""
+        made of it.
+        """
         f = self.form
         form = [f"{f.fps:g}", f.num_frames, f.height, f.width]
         names = []

@@ -9,7 +9,8 @@ its steps (``step_times``).
 
 Latents are those of its own autoencoder times ``scaling_factor``. Shapes: B batch, C channels, T
 latent frames, h w latent size, L tokens, D their width; the network itself takes ``[B, T, C, h,
-w]``."""
+w]``.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +95,8 @@ class CogVideoXTeacher:
         text_device: torch.device | str | None = None,
     ) -> CogVideoXTeacher:
         """Open a diffusers folder; arguments and errors are those of
-        ``WanTeacher.from_pretrained``."""
+        ``WanTeacher.from_pretrained``.
+        """
         path = resolve_checkpoint(path)
         check_family(path, "CogVideoXTransformer3DModel")
         scheduler = read_scheduler(path)
@@ -131,7 +133,8 @@ class CogVideoXTeacher:
     @property
     def shift(self) -> float:
         """The timestep shift whose grid meets the model's own in the middle of the steps;
-        ``step_times`` is exact."""
+        ``step_times`` is exact.
+        """
         middle = self.scheduler.alphas_cumprod[len(self.scheduler.alphas_cumprod) // 2].item()
         # t / (1 - t), which is the shift where the nominal time is 1/2
         return ((1 - middle) / middle) ** 0.5
@@ -140,7 +143,8 @@ class CogVideoXTeacher:
         """The times of the model's own DDIM steps, for ``schedule.full_sequence`` with Euler steps.
 
         The first is 1, pure noise, in the published schedules (zero terminal signal, "trailing"
-        steps)."""
+        steps).
+        """
         self.scheduler.set_timesteps(num_steps)
         alpha_bar = self.scheduler.alphas_cumprod.double()[self.scheduler.timesteps]
         alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -187,7 +191,8 @@ class CogVideoXTeacher:
 
 class CogVideoXScore(CogVideoXTransformer3DModel):
     """A CogVideoX transformer that is trained as a score, with this family's border inside; of
-    ``trainable_copy``."""
+    ``trainable_copy``.
+    """
 
     kind: str
     clock: Clock
@@ -253,7 +258,8 @@ def _rotary_tables(
     """Cosines and sines ``[tokens, head_dim]``, as ``CogVideoXPipeline`` makes them.
 
     CogVideoX 1.0 (``patch_t`` None) stretches the grid over the size that it was trained at, 1.5
-    cuts it out of that."""
+    cuts it out of that.
+    """
     frames, grid = size[0], (size[1] // patch, size[2] // patch)
     if patch_t is None:
         crop = get_resize_crop_region_for_grid(grid, base[1], base[0])

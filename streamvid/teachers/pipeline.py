@@ -2,7 +2,8 @@
 
 For families without a file here, and for pipelines that are more than their transformer (refiners,
 upscalers). Its clips teach as those of a folder do: ``clip_folder.encode_clips(path,
-ClipRenderer(teacher.render, prompts), codec, embed)``."""
+ClipRenderer(teacher.render, prompts), codec, embed)``.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +95,8 @@ class PipelineTeacher:
 
     def generate(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
         """Clips ``[B, T, 3, H, W]`` in [0, 1], on the CPU; each depends on its prompt, its place
-        and ``seed`` only."""
+        and ``seed`` only.
+        """
         return torch.stack([frames for frames, _ in ClipRenderer(self.render, prompts, seed)])
 
     def render(self, prompt: str, seed: int) -> Tensor:
@@ -164,7 +166,8 @@ def _check_no_code(folder: Path) -> None:
     transformers ship.
 
     diffusers looks for code beside the weights by several names, and its versions before 0.38 run
-    it unasked."""
+    it unasked.
+    """
     index = folder / "model_index.json"
     parts = {name: value for name, value in read_json(index).items() if not name.startswith("_")}
     if not isinstance(read_json(index).get("_class_name"), str):

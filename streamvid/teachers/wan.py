@@ -145,7 +145,8 @@ class WanTeacher:
 
     def to(self, device: torch.device | str) -> WanTeacher:
         """Move what ``predict`` computes with; with ``offload`` the experts follow when they are
-        needed."""
+        needed.
+        """
         self._device = torch.device(device)
         if not self.offload:
             for expert in self._experts():
@@ -368,7 +369,8 @@ class ImageEncoder:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images ``[B, 3, H, W]`` in [0, 1], rounded to 8 bits as in files, to embeddings ``[B, 1 +
-        patches, D']``."""
+        patches, D']``.
+        """
         pixels = (images * 255).round().clamp(0, 255).to(torch.uint8)
         inputs = self.processor(images=list(pixels.cpu()), return_tensors="pt")
         return self.model(**inputs, output_hidden_states=True).hidden_states[-2]
@@ -421,7 +423,8 @@ def _with_channels(x_t: Tensor, first_frame: Tensor) -> Tensor:
 
 def _velocity_to(known: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The velocity at ``t [B, 1]`` by which every sampler arrives at a known frame; 0 at t = 0,
-    where it is there."""
+    where it is there.
+    """
     t = t[:, None, :, None, None].to(x_t)  # [B, 1, 1, 1, 1]
     return torch.where(t > 0, (x_t - known) / torch.where(t > 0, t, 1), 0)
 

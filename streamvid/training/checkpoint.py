@@ -12,7 +12,8 @@ after that. Nothing in it is unpickled except `rank-*.pt`, with weights_only.
 
 Checksums are CRC-32: they are for damage and mistakes, not for attacks, and every resumption waits
 for them. One core does 4.2 GB/s of it, where sha256 does 1.8 and blake2b 0.9 (x86-64 with SHA
-extensions), so that the 36 GB of a 1.3B run with two networks take 9 s of reading anew."""
+extensions), so that the 36 GB of a 1.3B run with two networks take 9 s of reading anew.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ class Snapshot:
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """The complete checkpoints, oldest first; what a crash left behind has a hidden name and is not
-    among them."""
+    among them.
+    """
     found = [path for path in Path(folder).glob("step-*") if path.name[5:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
@@ -194,7 +196,8 @@ def restore_tensors(
     live: dict[str, Tensor], saved: dict[str, Tensor], path: Path, name: str
 ) -> None:
     """Copies saved tensors into those that are in use; names, shapes and dtypes must be the same,
-    and all numbers finite."""
+    and all numbers finite.
+    """
     for key in sorted(live.keys() ^ saved.keys()):
         raise damaged(
             path, f"{name}.safetensors {'lacks' if key in live else 'has the unknown'} {key}"

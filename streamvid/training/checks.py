@@ -1,5 +1,6 @@
 """What a trainer refuses before the first step: names that fit nothing, nothing to train, another
-run's folder."""
+run's folder.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def _place_of(config: TrainConfig, resolved: Any) -> str:
 
 def _portable(value: Any) -> Any:
     """A path into the package's assets without the place of the package, which may have moved;
-    others as they are."""
+    others as they are.
+    """
     _, shipped, rest = value.rpartition(SHIPPED) if isinstance(value, str) else ("", "", "")
     return shipped.lstrip("/") + rest if shipped else value
 
@@ -106,7 +108,8 @@ def fingerprint(config: TrainConfig, resolved: Any) -> str:
     """Tells this run's checkpoints from those of runs with another configuration.
 
     Only what differs from the defaults counts, so that a setting which comes with a later version
-    changes nothing."""
+    changes nothing.
+    """
     now, defaults, free = _settings(config, resolved)
     own = {
         key: value

@@ -2,7 +2,8 @@
 
 shadow <- decay * shadow + (1 - decay) * weights, in float32. A student that is updated every fifth
 step averages over its own updates and not over the critic's (released code of this field differs
-here)."""
+here).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class EMAConfig:
 
 class EMA:
     """The average of the parameters given; buffers and frozen parameters stay as the network has
-    them."""
+    them.
+    """
 
     def __init__(self, parameters: dict[str, Parameter], config: EMAConfig) -> None:
         self.config, self.updates = config, 0
@@ -56,7 +58,8 @@ class EMA:
     @contextmanager
     def weights(self) -> Iterator[None]:
         """The network has the averaged weights inside the block, and its own, bit for bit, after
-        it."""
+        it.
+        """
         own = {name: p.detach().clone() for name, p in self.parameters.items()}
         try:
             self._put(self.shadow)
@@ -71,5 +74,6 @@ class EMA:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Live tensors; the number of updates is kept by the trainer, which counts them for the
-        network."""
+        network.
+        """
         return dict(self.shadow)

@@ -2,7 +2,8 @@
 keeps another run out.
 
 Nothing here imports torch, so that a process that is about to be replaced, or to be told of its
-launcher's death, need not wait for it."""
+launcher's death, need not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def stop_with_launcher() -> None:
     to itself when killed.
 
     A shell is no launcher: what it started in the background goes on without it. Only Linux can do
-    this."""
+    this.
+    """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if not launched or sys.platform != "linux":
         return
@@ -140,7 +142,8 @@ def check_launcher(mixed_precision: str) -> None:
 
 def launched_processes() -> int:
     """How many processes `torchrun` or `accelerate launch` has started, also before they know each
-    other."""
+    other.
+    """
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -158,7 +161,8 @@ class RunLock:
 
     def __init__(self, run_dir: Path) -> None:
         """Raises ValueError with one line if another process trains this run, OSError if nothing
-        can be written there."""
+        can be written there.
+        """
         run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
         self.release: Any = weakref.finalize(self, os.close, descriptor)

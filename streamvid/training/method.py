@@ -25,7 +25,8 @@ class BatchSource(Protocol):
     accumulates 2 draw the same.
 
     Optional, found by name: ``fingerprint: str``, of the data itself; a run whose data has another
-    is not resumed."""
+    is not resumed.
+    """
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict[str, Any]:
         """The samples `indices` of a joint batch, as CPU tensors and lists whose first axis is the
@@ -36,7 +37,8 @@ class BatchSource(Protocol):
         repeats it. indices: the samples of the joint batch that this call is to return, in order.
         The dictionary has "keys": list[int], a seed for each sample, for noise that is keyed by it.
         The trainer adds "micro", so that a method with a repeated turn can draw a new decision for
-        each."""
+        each.
+        """
         ...
 
 
@@ -63,12 +65,14 @@ class Method(Protocol):
 
     def networks(self) -> dict[str, Module]:
         """The networks that are trained, by the names under which optimisers and EMA are
-        configured."""
+        configured.
+        """
         ...
 
     def turns(self, step: int) -> tuple[str, ...]:
         """Which networks this step updates, in order; a name may come several times. A function of
-        `step` only."""
+        `step` only.
+        """
         ...
 
     def loss(self, turn: str, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, float]]:
@@ -76,7 +80,8 @@ class Method(Protocol):
         logging.
 
         Only the parameters of network `turn` require gradients during the call. The numbers have
-        the same names in every process."""
+        the same names in every process.
+        """
         ...
 
 
@@ -86,7 +91,8 @@ def loss_parts(
     """The loss of a turn in parts that add up to it; most methods have one.
 
     Each is to be differentiated before the next is asked for, so that only one has its activations
-    in memory."""
+    in memory.
+    """
     if hasattr(method, "losses"):
         yield from method.losses(turn, batch, step)
     else:
@@ -95,7 +101,8 @@ def loss_parts(
 
 def as_floats(numbers: dict[str, Tensor]) -> dict[str, float]:
     """Scalar tensors as numbers, from the device in one transfer; of the meta device, which has
-    none, NaN."""
+    none, NaN.
+    """
     if any(number.is_meta for number in numbers.values()):
         return dict.fromkeys(numbers, math.nan)
     return dict(

@@ -69,7 +69,8 @@ def append_metrics(path: Path, line: dict[str, float]) -> None:
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """The lines of a metrics file; those that a crash or an editor has damaged are left out, and no
-    others."""
+    others.
+    """
     lines = []
     for text in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:

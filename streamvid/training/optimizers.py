@@ -6,7 +6,8 @@ matrices; here it updates the matrices and convolution kernels of repeated block
 AdamW's rates apply (Liu et al., arXiv 2502.16982), and AdamW updates all else.
 
 AdamW in 8 bits (arXiv 2110.02861; torchao's) keeps the moments of large parameters as a byte a
-value and a scale a block of 256: 2 bytes a weight in place of 8."""
+value and a scale a block of 256: 2 bytes a weight in place of 8.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from streamvid.training.sharding import cut_like
 @dataclass
 class OptimizerConfig:
     """How one network is updated. The defaults are those of DMD-like fine-tuning of a pretrained
-    network."""
+    network.
+    """
 
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     """adamw8bit: a quarter of the state's memory, needs torchao; muon: for training from random
@@ -75,7 +77,8 @@ class OptimizerConfig:
 
 def learning_rate(config: OptimizerConfig, update: int, progress: float) -> float:
     """The rate of the update number `update` (from 0) of a network when the run is at `progress` in
-    [0, 1]."""
+    [0, 1].
+    """
     warmup = min(1.0, (update + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     floor = config.final_lr_ratio
     progress = min(max((progress - config.decay_start) / (1 - config.decay_start), 0.0), 1.0)
@@ -91,7 +94,8 @@ def build_optimizer(
     parameters: dict[str, Parameter], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
     """The optimiser of float32 parameters, by name; AdamW with the fused kernel where the device
-    has it."""
+    has it.
+    """
     hidden = [
         p for name, p in parameters.items() if config.kind == "muon" and _is_hidden_matrix(name, p)
     ]
@@ -128,7 +132,8 @@ def _adamw8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.o
 
 def _is_hidden_matrix(name: str, parameter: Parameter) -> bool:
     """Kernels of images, and matrices inside repeated blocks; not embeddings, heads or modulation
-    tables."""
+    tables.
+    """
     inside = any(part.isdigit() for part in name.split("."))
     return name.endswith("weight") and (parameter.ndim == 4 or (inside and parameter.ndim == 2))
 
@@ -189,7 +194,8 @@ def optimizer_tensors(
     `NAME/step`.
 
     A moment in 8 bits is `NAME/exp_avg:codes`, of the parameter's shape, `:scale`, one a block, and
-    `:qmap`, the 256 values."""
+    `:qmap`, the 256 values.
+    """
     return {
         f"{names[parameter]}/{key}": value
         for parameter, memory in optimizer.state.items()

@@ -5,7 +5,8 @@ rollouts and several forwards before one backward, all of which DDP's wrapper of
 bypasses or forbids. One reduction of the flattened gradient before each optimiser step is exact
 whatever the method does, and accumulation costs no communication. The price is one float32 copy of
 the gradient. Networks that do not fit on a device are divided instead, see
-`streamvid.training.sharding`."""
+`streamvid.training.sharding`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from torch.nn import Parameter
 
 def start_accelerator(mixed_precision: str, trackers: list[str], project_dir: str) -> Accelerator:
     """accelerate's view of this process. Without CUDA the CPU is asked for by name, or accelerate
-    1.15 would start two unconnected trainings under `torchrun --nproc_per_node 2`."""
+    1.15 would start two unconnected trainings under `torchrun --nproc_per_node 2`.
+    """
     cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
         "1",
         "true",
@@ -52,7 +54,8 @@ def average_gradients(parameters: list[Parameter], loss: Tensor) -> Tensor:
     One float32 reduction carries the loss, the gradients, and for each parameter whether it has
     one. A parameter that no process has used keeps no gradient, so that the optimiser skips it as
     it would in one process; the loss travels along so that all processes agree on whether it is
-    finite."""
+    finite.
+    """
     if not dist.is_initialized():
         return loss
     device = parameters[0].device
@@ -94,7 +97,8 @@ class StopSignals:
     abandons the step.
 
     A launcher repeats a signal that the terminal has sent already, so that "again" means two
-    seconds later. Under `nohup` the closed terminal goes on being ignored."""
+    seconds later. Under `nohup` the closed terminal goes on being ignored.
+    """
 
     def __init__(self) -> None:
         self.received = 0

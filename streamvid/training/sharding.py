@@ -8,7 +8,8 @@ a method computes, is the same.
 
 Outside a call a sharded network's parameters are ``DTensor``s: what stands in a file or goes to
 people is gathered first (``gathered``, ``whole_network``), what comes from a file is cut
-(``cut_like``)."""
+(``cut_like``).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from streamvid.models.lora import is_adapted
 
 def held_networks(method: Any) -> dict[str, nn.Module]:
     """Those that are trained, then all others that a method holds, such as a teacher's and a
-    reference; each once."""
+    reference; each once.
+    """
     networks = dict(method.networks())
     for name, part in vars(method).items():
         held = (
@@ -138,7 +140,8 @@ def gathered(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]
 
 def cut_like(whole: Tensor, live: Tensor) -> Tensor:
     """This process's part of a whole tensor, as a sharded tensor like ``live``; as it is, if
-    ``live`` is not sharded."""
+    ``live`` is not sharded.
+    """
     if not is_sharded(live):
         return whole
     whole = whole.to(live.device, live.dtype)

@@ -11,7 +11,8 @@ resuming changes nothing, bit for bit. The exception is `max_minutes`, which tie
 the end to the clock.
 
 The run folder: `config.yaml`, `metrics.jsonl`, `checkpoints/step-0000123/` and what `save_fn`
-exports. One process, for all of its launch, holds the lock on it while it trains and exports."""
+exports. One process, for all of its launch, holds the lock on it while it trains and exports.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ MAX_SEED = 2**31 - 1  # so that each process may add its rank
 
 class TrainingError(RuntimeError):
     """Training can't go on, such as after a loss that is not a number. The message is one line for
-    the user."""
+    the user.
+    """
 
 
 MOST_SAMPLES = 65_536
@@ -129,7 +131,8 @@ class Trainer:
     it made; the main process writes. resolved: the configuration to keep with the run and to
     compare on resume; `config`, or a dataclass with it in one of its fields. progress: whether a
     terminal gets a progress bar. lock: of the run folder, where the main process holds it already;
-    it is released when training has ended."""
+    it is released when training has ended.
+    """
 
     def __init__(
         self,
@@ -192,7 +195,8 @@ class Trainer:
     @property
     def progress(self) -> float:
         """How much of the run is done, in [0, 1]: by steps, or by the clock where that is
-        further."""
+        further.
+        """
         by_time = self.seconds / (60 * self.config.max_minutes) if self.config.max_minutes else 0.0
         return min(1.0, max(self.step / self.config.max_steps, by_time))
 
@@ -207,7 +211,8 @@ class Trainer:
 
     def whole(self, name: str) -> Module | None:
         """A network as it can be saved, with the weights it has now. All processes must call; None
-        where another writes."""
+        where another writes.
+        """
         return whole_network(self.learners[name].network, self.is_main)
 
     def train(self) -> Path:
@@ -216,7 +221,8 @@ class Trainer:
 
         Raises TrainingError when the loss, a gradient or a weight is not finite or the disk is
         full, ValueError when the run folder does not fit or another process trains this run, and
-        SystemExit with 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP."""
+        SystemExit with 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP.
+        """
         if self.is_main and self.lock is None:
             self.lock = RunLock(self.run_dir)
         try:
@@ -326,7 +332,8 @@ class Trainer:
 
     def _require_gradients_of(self, names: Any) -> None:
         """Only these networks require gradients: others cost neither memory nor time, and gather
-        nothing."""
+        nothing.
+        """
         for learner in self.learners.values():
             for parameter in learner.parameters.values():
                 parameter.requires_grad_(False)
@@ -344,7 +351,8 @@ class Trainer:
 
     def _where_to_go_on(self) -> str:
         """After a number that is none. What a run was resumed from may be the cause, and would be
-        so again."""
+        so again.
+        """
         newest = ckpt.list_checkpoints(self.checkpoints)
         if not newest:
             return "no checkpoint was written yet"
@@ -567,7 +575,8 @@ class Trainer:
 
 def switch_on(networks: dict[str, Module], config: TrainConfig) -> None:
     """Activation checkpointing and compilation for the networks that can; the former also where
-    such a one is inside."""
+    such a one is inside.
+    """
     modules = [module for network in networks.values() for module in network.modules()]
     recomputing = [m for m in modules if getattr(m, "_supports_gradient_checkpointing", False)]
     repeating = [n for n in networks.values() if getattr(n, "_repeated_blocks", None)]

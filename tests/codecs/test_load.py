@@ -1,5 +1,6 @@
 """Opening a codec: the class by its configuration, and whatever is wrong as one line that names the
-file."""
+file.
+"""
 
 import json
 import pickle

@@ -1,5 +1,6 @@
 """TAEHV: the published names load strictly, and the layers do what a plain loop over frames does
-with these names."""
+with these names.
+"""
 
 import pytest
 import torch
@@ -77,7 +78,8 @@ def opened(request, tmp_path_factory):
 
 def reference(tensors, part, frames, stride, patch_size):
     """A loop over frames ``[B, C, H, W]`` and layers by their published place; no time is mixed but
-    as the list says."""
+    as the list says.
+    """
     last = {"encoder": 17, "decoder": 22}[part]
     spaces = {"encoder": (), "decoder": (6, 12, 18)}[part]
     relus = {"encoder": (1,), "decoder": (2, 21)}[part]
@@ -207,7 +209,8 @@ def test_a_state_is_a_value_of_constant_size(opened):
 @torch.no_grad()
 def test_latents_of_wans_encoder_are_decoded(opened):
     """Same channels, same sizes and frames, both normalised: the live decoder takes the large one's
-    place."""
+    place.
+    """
     _, fast = opened
     patch = (
         {}

@@ -1,5 +1,6 @@
 """Embeddings are those of diffusers' pipeline, do not depend on their batch, and survive a
-restart."""
+restart.
+"""
 
 import builtins
 import json
@@ -164,7 +165,8 @@ def test_a_cached_embedding_that_is_no_good_is_made_anew_and_said(tmp_path, capl
 
 def test_a_prompt_past_the_limit_is_cut_aloud_and_once(tmp_path, caplog):
     """Two captions that differ behind the limit gave the same clip without a word; a cache must not
-    hide it either."""
+    hide it either.
+    """
     # 12 tokens are the end mark and 11 words
     long = "a red ball falls a red ball falls a red ball cat & red"
     for _ in range(2):
@@ -387,7 +389,8 @@ def test_code_beside_a_text_encoder_is_not_run(folder, asked):
 
 def test_umt5_of_the_published_form_opens(folder):
     """One embedding table, ``shared.weight``, though the configuration says that none is tied; some
-    versions miss a copy."""
+    versions miss a copy.
+    """
     model, part = make_text_encoder(), folder / "text_encoder"
     shutil.rmtree(part)
     model.save_pretrained(part)

@@ -1,5 +1,6 @@
 """The tiny codec: what streams is what is decoded at once, and what is shipped is good enough to
-measure with."""
+measure with.
+"""
 
 import copy
 
@@ -64,7 +65,8 @@ def test_the_decoder_of_training_is_the_decoder_of_streaming(codec):
 @torch.no_grad()
 def test_half_precision_works_and_is_close(codec, dtype, given):
     """Weights in half precision met frames and latents in float32, and the layers refused the
-    mixture."""
+    mixture.
+    """
     low = copy.deepcopy(codec).to(dtype)
     frames, latents = torch.rand(1, 9, 3, 16, 16), torch.randn(1, 4, 3, 2, 2)
     encoded, decoded = low.encode_frames(frames.to(given)), low.decode_latents(latents.to(given))
@@ -130,7 +132,8 @@ def test_a_folder_without_a_codec_or_with_another_class_is_refused(tmp_path):
 @torch.no_grad()
 def test_the_shipped_codec_reconstructs_held_out_clips():
     """At least 32 dB, and no world score loses more than 0.02 (mean over 48 clips of unseen
-    combinations)."""
+    combinations).
+    """
     codec = open_codec(TINY_TEACHER)
     specs = [sample_spec(seed, held_out=True) for seed in range(40_000, 40_048)]
     clips = torch.stack([render(spec, 33) for spec in specs])
@@ -151,7 +154,8 @@ def test_the_shipped_codec_reconstructs_held_out_clips():
 @torch.no_grad()
 def test_with_its_first_frame_as_an_image_a_cut_is_a_clip_of_its_own():
     """Latents of a cut from the middle, its first encoded as an image, are nearer to the cut's own
-    than those of the stream."""
+    than those of the stream.
+    """
     codec = open_codec(TINY_TEACHER)
     frames = torch.stack([render(sample_spec(seed), 33) for seed in range(4)])
     whole, own = codec.encode_frames(frames), codec.encode_frames(frames[:, 12:])

@@ -1,5 +1,6 @@
 """Wan's autoencoder as a streaming codec: what streams is diffusers' whole decode, and a state is a
-value."""
+value.
+"""
 
 import copy
 import json
@@ -74,7 +75,8 @@ def test_streaming_decode_equals_diffusers_whole_decode(codec, chunks, monkeypat
     """Chunks decoded each by itself lose three frames a chunk and see no past.
 
     diffusers puts the whole clip through the first 1 x 1 x 1 convolution, whose sums are then in
-    another order; where it takes frame after frame, the two are equal to the bit."""
+    another order; where it takes frame after frame, the two are equal to the bit.
+    """
     latents = torch.randn(2, 4, 4, 1, 2)
     streamed, _ = stream(codec, latents.split(chunks, dim=2))
     ratio = codec.spatial_ratio
@@ -98,7 +100,8 @@ def test_a_first_chunk_gives_one_frame_and_four_for_each_further_latent_frame(co
 
 def test_streams_and_copies_do_not_touch_each_other(codec):
     """Neither another stream, nor diffusers' own decode in between, nor a second continuation
-    changes a stream."""
+    changes a stream.
+    """
     a, b = torch.randn(2, 1, 4, 4, 1, 2).unbind()
     first, state = codec.decode_chunk(a[:, :, :2], codec.new_decoder_state())
     copied, before = copy.deepcopy(state), [tensor.clone() for tensor in tensors_of(state)]
@@ -199,7 +202,8 @@ def test_what_is_saved_is_diffusers_own(codec, tmp_path):
 )
 def test_the_published_configurations(config, parameters, tensors, ratios):
     """Counts of the published checkpoints; and Wan 2.1's streaming state at 480 x 832, 944.3
-    million numbers."""
+    million numbers.
+    """
     with torch.device("meta"):
         codec = StreamingAutoencoderKLWan(**config)
         assert (

@@ -1,5 +1,6 @@
 """Adversaries: optima of each game, penalties of linear discriminators, heads, pools, and who gets
-gradients."""
+gradients.
+"""
 
 import math
 
@@ -32,7 +33,8 @@ def density(mean):
 
 def expected_loss(kind, logits, p_real, p_fake, step):
     """The discriminator's loss with a logit for each point of a grid; its fake and its real part
-    add up."""
+    add up.
+    """
     loss = lambda f, r: float(
         discriminator_loss(kind, torch.tensor([[f]]).double(), torch.tensor([[r]]).double())
     )
@@ -47,7 +49,8 @@ def expected_loss(kind, logits, p_real, p_fake, step):
 
 def test_the_hinge_optimum():
     """Q7: D* = sign(p - q) and the least loss is 2 int min(p, q) = 4 Phi(-d / 2) for unit Gaussians
-    d apart."""
+    d apart.
+    """
     d = 1.5
     p, q = density(d), density(0.0)
     best = torch.where(p > q, 1.0, -1.0)
@@ -70,7 +73,8 @@ def test_the_logistic_optimum():
 
 def test_pairs_learn_the_log_ratio():
     """O6: softplus(D(fake) - D(real)) has its least value at D = log p / q + const; for unit
-    Gaussians slope d."""
+    Gaussians slope d.
+    """
     d = 1.2
     x, y = torch.randn(2, 200000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     slopes = torch.linspace(0.6, 1.8, 25, dtype=torch.float64)
@@ -155,7 +159,8 @@ def test_penalties_of_a_linear_discriminator():
 
 def test_a_regularised_slope():
     """O7: of the paired loss with gap d and weight lam on |D(x + s n) - D(x)|^2, slope about (d/2)
-    / (s_x^2/2 + d^2/4 + 2 lam s^2)."""
+    / (s_x^2/2 + d^2/4 + 2 lam s^2).
+    """
     d, lam, sigma = 0.1, 600.0, 0.05
     generator = torch.Generator().manual_seed(0)
     x, y, n, m = torch.randn(4, 100000, generator=generator, dtype=torch.float64)
@@ -329,7 +334,8 @@ def test_the_pair_differs_by_the_difference_of_predictions(shape):
 
 def test_the_student_is_pushed_towards_the_teacher():
     """A student at mu > m: a discriminator that tells the pair apart pushes mu down, through the
-    fake score's input."""
+    fake score's input.
+    """
     m, t, dt = 0.0, 0.5, 0.1
     mu = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     x_t = ((1 - t) * mu).reshape(1, 1, 1, 1)

@@ -1,5 +1,6 @@
 """Flow maps on Gaussians, where the teacher's flow is known: x_s = (1-s) m + R_s / R_t (x_t - (1-t)
-m), R_t^2 = (1-t)^2 s^2 + t^2."""
+m), R_t^2 = (1-t)^2 s^2 + t^2.
+"""
 
 import math
 
@@ -158,7 +159,8 @@ def test_reductions_to_consistency_distillation():
 
 def test_trajectory_consistency_maps_both_ends_to_data():
     """CTM at s = 0 is CD whatever frozen map follows; at the exact map any s gives the same data
-    point."""
+    point.
+    """
     zero, s = times(0.0, 0.0), times(0.3, 0.1)
     for ours, theirs in zip(pair(zero), pair(zero, to_data=rough_map)):
         torch.testing.assert_close(ours, theirs, **TIGHT)
@@ -170,7 +172,8 @@ def test_trajectory_consistency_maps_both_ends_to_data():
 
 def test_who_gets_gradients():
     """The student, through what it lands on; not the target, the teacher, nor CTM's frozen map's
-    target side."""
+    target side.
+    """
     student, target, teacher = (torch.nn.Conv2d(3, 3, 1).double() for _ in range(3))
     x, t, r, s = points(), times(0.9, 0.7), times(0.8, 0.55), times(0.1, 0.2)
     x_r = teacher_steps(lambda x, t: teacher(x), x, t, r)
@@ -189,7 +192,8 @@ def test_sde_consistency_blurs(eta, gain):
 
     A linear map x0 = k(t) x_t on data N(0, s^2); k(t) = E[k(r) x_r x_t] / E[x_t^2] along a fine
     grid from 0. At t = .9 and s = 1.3 the flow's gain is 1.430, and eta = 1 gives the denoiser's,
-    (1 - t) s^2 / R^2 = .204."""
+    (1 - t) s^2 / R^2 = .204.
+    """
     s, num, end = 1.3, 20000, 0.9
     k = 1.0
     grid = torch.linspace(1e-6, end, num + 1, dtype=torch.float64)
@@ -234,7 +238,8 @@ def test_a_subpath_point_has_the_share_of_noise_that_it_says():
 
 def test_boot_follows_the_flow():
     """y = (x_t - t eps) / (1 - t) along the teacher's flow; the step is an Euler step of x, so its
-    error is O(d^2)."""
+    error is O(d^2).
+    """
     eps, t = points(), times(0.9, 0.7)
     one = times(0.999999, 0.999999)
 
@@ -283,7 +288,8 @@ def test_a_finite_difference_is_the_derivative():
 
 def test_continuous_consistency_is_mean_flow_to_zero():
     """sCM: f = x - t u, df/dt = v - u - t du/dt, target u + df/dt, which is MeanFlow's at s = 0; 0
-    at the exact map."""
+    at the exact map.
+    """
     x, t, s = points(), times(0.9, 0.7), times(0.0, 0.0)
     v = velocity_field(x, t)
     u, du = total_derivative(rough_map, x, t, s, v)
@@ -334,7 +340,8 @@ def test_targets_have_no_gradient():
 
 def test_secants_of_the_flow_rebuild_its_end():
     """AccVideo: an affine student that fits the secants between key times lands on the trajectory's
-    end in as many steps."""
+    end in as many steps.
+    """
     x = start = points()
     key = [times(t, t) for t in (1.0, 0.9, 0.6, 0.0)]
     for t, s in zip(key, key[1:]):

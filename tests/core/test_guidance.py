@@ -1,5 +1,6 @@
 """Guidance: where the student's mean ends under each convention, in closed form and by
-quadrature."""
+quadrature.
+"""
 
 import numpy
 import pytest
@@ -41,7 +42,8 @@ def denoise_pair(x_t, t, mean):
 
 def drift(spec, mu, a, law):
     """E[x0_fake - x0_real] over the student N(mu, 1) of prompt +a, with exact scores of students at
-    +mu and -mu."""
+    +mu and -mu.
+    """
     t = law[0][:, None]
     x_t = (1 - t) * mu + ((1 - t) ** 2 + t**2).sqrt() * NODES
     shape = lambda x: x[..., None, None]
@@ -97,7 +99,8 @@ def test_where_the_mean_ends(name, expected):
 )
 def test_where_the_mean_ends_on_a_list_of_times(name, expected):
     """The same for 25 equally likely times, both ends among them: not a fine enough grid for the
-    law above, up to 7 % off."""
+    law above, up to 7 % off.
+    """
     for a, value in zip((0.5, 1.0, 2.0, 4.0), expected):
         assert fixed_point(SPECS[name], a, COARSE) == pytest.approx(value, abs=1e-3)
 

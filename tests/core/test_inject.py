@@ -2,7 +2,8 @@
 
 Teacher N(m, s^2); student x = mu + sigma z; D = (1 - t)^2 s^2 + t^2 is the variance of the noised
 teacher. Expectations over (z, eps) are Gauss-Hermite sums, exact for the polynomials that occur
-here."""
+here.
+"""
 
 import numpy
 import pytest
@@ -27,7 +28,8 @@ def denoise(x_t, t, mean, std):
 
 def expected_gradient(mu, sigma, t, fake, real):
     """E[g dx/dmu], E[g dx/dsigma] through the surrogate, with data predictions ``fake`` and
-    ``real``."""
+    ``real``.
+    """
     mu, sigma = (
         torch.tensor(float(p), dtype=torch.float64, requires_grad=True) for p in (mu, sigma)
     )
@@ -39,7 +41,8 @@ def expected_gradient(mu, sigma, t, fake, real):
 
 def test_denoiser_is_the_posterior_mean():
     """O1: the residual x0 - x0_hat is uncorrelated with x_t, which makes a linear predictor the
-    best one."""
+    best one.
+    """
     m, s, t = 0.7, 1.3, 0.6
     x0 = m + s * Z
     x_t = add_noise(x0, EPS, t)
@@ -67,7 +70,8 @@ def test_gradient_has_its_closed_form(t):
 @pytest.mark.parametrize("t", [0.2, 0.8])
 def test_gradient_is_that_of_the_divergence(t):
     """x0_f - x0_r = t^2 / (1 - t) (s_f - s_r) and dx_t/dx = 1 - t: g is t^2 / (1 - t)^2 dKL by
-    autograd."""
+    autograd.
+    """
     m, s = 0.3, 1.5
     mu, sigma = (torch.tensor(p, dtype=torch.float64, requires_grad=True) for p in (1.1, 0.6))
     teacher = torch.tensor([m, s], dtype=torch.float64)
@@ -86,7 +90,8 @@ def test_gradient_is_that_of_the_divergence(t):
 @pytest.mark.parametrize("t", [0.3, 0.7])
 def test_guided_fixed_point(t):
     """O3: mean mc + (w - 1)(mc - mu), whatever t; ``cond + w (cond - uncond)`` would end at w (mc -
-    mu)."""
+    mu).
+    """
     mean_cond, mean_uncond, s, w = 0.5, -0.2, 0.8, 4.0
     mu, sigma = 0.0, 1.4
 
@@ -102,7 +107,8 @@ def test_guided_fixed_point(t):
 
 def sign_changes(rate, dt=0.05, duration=30.0, t=0.5):
     """How often mu crosses the teacher's mean 0, if its critic follows ``rate`` times as fast as
-    it."""
+    it.
+    """
     mu, mu_fake, crossings = 1.0, 1.0, 0
     for _ in range(int(duration / dt)):
         # a = 1
@@ -115,7 +121,8 @@ def sign_changes(rate, dt=0.05, duration=30.0, t=0.5):
 
 def stale_predictions(mu, mu_fake, t):
     """x = mu at its mean, noised with eps = 0, under a fake score centred on ``mu_fake``; all std
-    1."""
+    1.
+    """
     x = torch.full((1, 1, 1, 1), mu, dtype=torch.float64)
     x_t = add_noise(x, torch.zeros_like(x), t)
     return x, denoise(x_t, t, mu_fake, 1.0), denoise(x_t, t, 0.0, 1.0)
@@ -123,7 +130,8 @@ def stale_predictions(mu, mu_fake, t):
 
 def test_slow_critic_oscillates():
     """O4: g depends on the critic's mean and not on mu; oscillation iff the critic is under 4 times
-    as fast."""
+    as fast.
+    """
     t = 0.5
     for mu in (-2.0, 3.0):
         g = dmd_gradient(*stale_predictions(mu, 0.4, t), normalizer="none")

@@ -1,5 +1,6 @@
 """Forms of the injected gradient, SiD, f-divergence weights, groups and motion: closed forms and
-reductions to DMD."""
+reductions to DMD.
+"""
 
 import math
 from typing import get_args
@@ -99,7 +100,8 @@ def test_groups_of_one_are_plain_dmd():
 
 def test_centring_the_direction_over_a_group_kills_the_drift():
     """Why a group normalises the length of g and does not subtract the mean of g: that mean is what
-    moves the student."""
+    moves the student.
+    """
     x = 1.5 + Z[:, 0, 0, 0].reshape(-1, 1, 1, 1)
     x_t = add_noise(x, EPS, 0.5)
     g = dmd_gradient(x, denoise(x_t, 0.5, 1.5, 1.0), denoise(x_t, 0.5, 0.0, 1.0), "none")
@@ -110,7 +112,8 @@ def test_centring_the_direction_over_a_group_kills_the_drift():
 
 def test_two_teachers_settle_between():
     """Uni-DAD: equal widths and no normaliser, mu* = (w_s m_s + w_t m_t) / (w_s + w_t); w_t = 0 is
-    DMD bit for bit."""
+    DMD bit for bit.
+    """
     m_s, m_t, w_s, w_t, t, mu = -1.0, 3.0, 2.0, 0.5, 0.4, 0.0
     for _ in range(400):
         x = mu + Z
@@ -130,7 +133,8 @@ def test_two_teachers_settle_between():
 
 def test_the_residual_alone_collapses():
     """Q3: E[g dx/dmu] = (mu - m) t^2 / A and E[g dx/dsigma] = + sigma t^2 / A, so the fixed point
-    has no spread."""
+    has no spread.
+    """
     m, s, mu, sigma, t = 0.3, 1.5, 1.1, 0.6, 0.7
     a = (1 - t) ** 2 * s**2 + t**2
     x = mu + sigma * Z
@@ -144,7 +148,8 @@ def test_the_residual_alone_collapses():
 
 def sid_gradients(alpha, mu, sigma, m, s, t):
     """d/dmu, d/dsigma and the value of the expected loss, with the exact fake score's parameters
-    frozen."""
+    frozen.
+    """
     p, q = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (mu, sigma))
     x = p + q * Z
     x_t = add_noise(x, EPS, t)
@@ -183,7 +188,8 @@ def test_sid_has_its_closed_form(alpha, t):
 
 def test_sid_at_a_half_is_half_of_a_difference_of_errors():
     """L_(1/2) = 1/2 (|D_R - x|^2 - |D_f - x|^2), whose frozen-critic gradient is half the Fisher
-    divergence's."""
+    divergence's.
+    """
     x, fake, real = doubles((2, 3, 4, 4), 3)
     expected = 0.5 * ((real - x).square() - (fake - x).square()).mean()
     torch.testing.assert_close(
@@ -193,7 +199,8 @@ def test_sid_at_a_half_is_half_of_a_difference_of_errors():
 
 def test_sid_at_a_half_has_half_of_the_fisher_gradient():
     """With its fake score frozen it equals half of d E|D_R - D_f|^2 with the fake score following
-    the student."""
+    the student.
+    """
     m, s, mu, sigma, t = 0.3, 1.5, 1.1, 0.6, 0.6
     p, q = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (mu, sigma))
     x_t = add_noise(p + q * Z, EPS, t)
@@ -257,7 +264,8 @@ F = {
 @pytest.mark.parametrize("name", get_args(Divergence))
 def test_weights_are_r_squared_times_the_second_derivative(name):
     """f as in the paper's table, differentiated by autograd; the squared distance's sqrt(r) / 2 was
-    twice that of 1 - sqrt(r)."""
+    twice that of 1 - sqrt(r).
+    """
     r = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64, requires_grad=True)
     (f1,) = torch.autograd.grad(F[name](r).sum(), r, create_graph=True)
     (f2,) = torch.autograd.grad(f1.sum(), r)
@@ -274,7 +282,8 @@ def test_the_ratio_is_clipped():
 
 def test_the_weighted_direction_is_the_gradient_of_the_divergence():
     """Q6: grad D_f(p || q_mu) = E_q[h(r) (s_q - s_p) dx/dmu] for Gaussians p = N(0, 1), q = N(mu,
-    1)."""
+    1).
+    """
     grid = torch.linspace(-12, 12, 20001, dtype=torch.float64)
     step = grid[1] - grid[0]
     density = lambda mu: torch.exp(-((grid - mu) ** 2) / 2) / math.sqrt(2 * math.pi)

@@ -1,5 +1,6 @@
 """Distances between sets: zero where they should be, closed forms for Gaussians, and gradients to
-the student only."""
+the student only.
+"""
 
 import math
 
@@ -48,7 +49,8 @@ def test_the_unbiased_form_is_zero_on_average(kernel):
 
 def test_the_rbf_form_of_gaussians():
     """E k(x, y) = (l^2 / (l^2 + s1^2 + s2^2))^(d/2) exp(-|dm|^2 / (2 (l^2 + s1^2 + s2^2))) for
-    isotropic Gaussians."""
+    isotropic Gaussians.
+    """
     d, length, s1, s2 = 2, 1.5, 1.0, 0.6
     offset = torch.tensor([0.8, -0.5], dtype=torch.float64)
 

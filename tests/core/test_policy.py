@@ -1,5 +1,6 @@
 """Policies: advantages, likelihoods, preferences, and the optimum of negative-aware flow
-matching."""
+matching.
+"""
 
 import math
 
@@ -76,7 +77,8 @@ def test_the_likelihood_of_a_step_is_a_normal_density():
 
 def test_preferences():
     """log 2 where policy and reference agree; a mean in place of a sum divides the temperature by
-    the size of a sample."""
+    the size of a sample.
+    """
     zero = torch.zeros(4, dtype=torch.float64)
     assert pairwise(zero, zero, 50.0).item() == pytest.approx(math.log(2))
     winner, loser = normals(4), normals(4, seed=1)
@@ -107,7 +109,8 @@ def test_a_clipped_ratio_is_the_policy_gradient_at_the_old_policy():
 
 def test_the_optimum_is_the_shifted_policy():
     """O8: q = N(mu, s^2), r = 1/2 + k (x0 - mu): the least loss is at the velocity of N(mu + 2 k
-    s^2 / b, s^2), at every t."""
+    s^2 / b, s^2), at every t.
+    """
     mu, s, k, beta = 0.3, 0.8, 0.05, 0.5
     for t in (0.2, 0.7):
         x0, eps = mu + s * normals(400000), normals(400000, seed=1)
@@ -188,7 +191,8 @@ def test_a_weight_a_place_is_felt_there_alone():
 
 def test_the_self_normalised_form():
     """Each sample's error of x0 is divided by its own mean size, so that scaling the errors of one
-    scales its loss once."""
+    scales its loss once.
+    """
     x0, eps, t = (
         normals(2, 2, 3, 3),
         normals(2, 2, 3, 3, seed=1),
@@ -219,7 +223,8 @@ def test_only_the_policy_gets_a_gradient():
 
 def test_winners_and_losers():
     """Without losers it is DMD on the winners; the two directions meet their own side's samples
-    only."""
+    only.
+    """
     winner, loser = normals(4, 2, 3, 3), normals(4, 2, 3, 3, seed=1)
     side = torch.tensor([1, 0, 1, 0])
     direction = winner_loser_gradient(winner, loser, side, eta=0.4)

@@ -48,7 +48,8 @@ def test_conversions_are_inverse_to_one_another(case):
 @pytest.mark.parametrize("case", TIMES)
 def test_differences_of_predictions(case):
     """x0_f - x0_r = -t (v_f - v_r) and s_f - s_r = (1 - t) / t^2 (x0_f - x0_r): what DMD rests
-    on."""
+    on.
+    """
     shape, t = TIMES[case]
     x_t, v_f, v_r = draw(shape, 3)
     time = expand_time(t, x_t)
@@ -60,7 +61,8 @@ def test_differences_of_predictions(case):
 
 def test_the_ends_are_exact():
     """Clean context is exactly clean: a table of 1000 noise levels would add noise of deviation
-    .005 at 0."""
+    .005 at 0.
+    """
     x0, eps = (x.float() for x in draw(VIDEO, 2))
     assert torch.equal(add_noise(x0, eps, 0.0), x0)
     assert torch.equal(add_noise(x0, eps, 1.0), eps)

@@ -1,5 +1,6 @@
 """Stochastic steps have the laws they should, and networks of other processes become velocity
-fields exactly."""
+fields exactly.
+"""
 
 import math
 
@@ -62,7 +63,8 @@ def test_an_eta_step_keeps_the_process(eta):
 
 def test_eta_one_is_the_posterior_of_the_forward_process():
     """q(x_s | x_t, x0): mean weight a s^2 / t^2 on x_t, so that of eps in x_t it keeps a s^2 /
-    t."""
+    t.
+    """
     t, s = 0.7, 0.45
     a = (1 - t) / (1 - s)
     _, kept, new = coefficients(

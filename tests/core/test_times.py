@@ -46,7 +46,8 @@ def test_euler_times_end_at_zero():
 
 def test_laws_have_their_medians_and_bounds():
     """A median is where the shift puts u = 1/2; truncation puts no mass on the bounds, unlike
-    clamping."""
+    clamping.
+    """
     for law in ("uniform", "logit_normal"):
         t = sample_times(20_000, law, 5.0, torch.Generator().manual_seed(1))
         assert t.dtype == torch.float32
@@ -128,7 +129,8 @@ def test_phases_begin_at_the_edge_below():
 
 def test_scheduled_targets_reduce():
     """TDD: of the single target 0 it is consistency distillation, of one schedule with window 0 it
-    is PCM's phases."""
+    is PCM's phases.
+    """
     r = torch.linspace(0.05, 1, 200)
     assert scheduled_target(r, (0.0,), 1.0, 0.0, generator()).abs().max() == 0
     edges = (0.0, 0.25, 0.5, 0.75)

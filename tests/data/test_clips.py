@@ -1,5 +1,6 @@
 """Clips of any container, rate and size come out at the times and in the shape that are asked
-for."""
+for.
+"""
 
 import csv
 import json

@@ -208,7 +208,8 @@ def test_clips_of_two_shapes_or_wild_latents_are_not_written(tmp_path):
 
 def test_a_set_is_known_by_what_it_was_made_of(path):
     """A set of 33 frames served a run of 97, and one of another codec a run that it had nothing to
-    do with."""
+    do with.
+    """
     settings = LatentClips(path, 0).settings
     assert settings == {"codec": "a", "num_frames": 7}
     ensure_made_of(path, settings, {"num_frames": 7, "codec": "a"})

@@ -1,5 +1,6 @@
 """A set of trajectories survives interruptions, refuses mixtures, and is read a sample at a
-time."""
+time.
+"""
 
 import json
 import shutil

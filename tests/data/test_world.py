@@ -37,7 +37,8 @@ def scenes(count: int, first: int = 0) -> list[WorldSpec]:
 
 def test_every_paraphrase_reads_back():
     """``read_caption`` inverts ``caption`` for every family and a hundred paraphrases of each
-    scene."""
+    scene.
+    """
     for spec in scenes(12):
         said = describe(spec)
         for variant in range(100):
@@ -102,7 +103,8 @@ def test_the_body_in_front_hides_the_other():
 
 def test_free_flight_conserves_speed_and_turns_only_at_walls():
     """A step is either the whole velocity or straddles a wall, and the centre never comes nearer
-    than the radius."""
+    than the radius.
+    """
     for spec in [s for s in scenes(8) if s.family != "fall"]:
         for body, track in zip(spec.bodies, positions(spec, 400)):
             assert track.min() >= body.radius - 1e-9 and track.max() <= SIZE - body.radius + 1e-9
@@ -117,7 +119,8 @@ def test_free_flight_conserves_speed_and_turns_only_at_walls():
 @pytest.mark.parametrize("word", list(ELASTICITY))
 def test_the_first_rebound_has_the_stated_elasticity(word):
     """Energy: the apex after a bounce is elasticity squared of the drop, to the sampling of a
-    frame."""
+    frame.
+    """
     drop = 60.0 - 2 * RADII["small"]
     body = Body("red", "circle", RADII["small"], 32.0, SIZE - RADII["small"] - drop, 0.0, 0.0)
     heights = SIZE - RADII["small"] - positions(WorldSpec("fall", (body,), word), 60)[0, :, 1]

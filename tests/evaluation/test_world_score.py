@@ -1,5 +1,6 @@
 """The measuring instrument, measured: true clips score 1, and each corruption costs its own
-attribute alone."""
+attribute alone.
+"""
 
 from dataclasses import replace
 from io import BytesIO
@@ -72,7 +73,8 @@ def halved(frames: torch.Tensor) -> torch.Tensor:
 
 def test_true_clips_score_one():
     """Rendered clips of every family, train and held-out, under any paraphrase: each mean and the
-    worst clip."""
+    worst clip.
+    """
     scores = [score(render(spec, T), caption(spec, i)) for i, spec in enumerate(scenes(60))]
     assert set(mean_scores(scores)) == {*ATTRIBUTES, "overall"}
     assert min(mean_scores(scores).values()) >= 0.995
@@ -81,7 +83,8 @@ def test_true_clips_score_one():
 
 def test_parse_returns_the_scene():
     """Colour, shape, radius and every measured centre (to half a pixel, occlusions included) come
-    back."""
+    back.
+    """
     for spec in scenes(12, first=100):
         estimate = parse(render(spec, T))
         assert len(estimate.bodies) == len(spec.bodies)
@@ -106,7 +109,8 @@ def test_long_streams_score_one_in_every_window(family):
 
 def test_a_window_from_the_middle_scores_one():
     """A clip that starts at frame 100 obeys the law as well; only its heading is not the
-    caption's."""
+    caption's.
+    """
     scores = []
     for seed, spec in enumerate(scenes(8)):
         scores.append(replace(score(render(spec, 132)[100:], caption(spec, seed)), direction=None))
@@ -118,7 +122,8 @@ def test_a_window_from_the_middle_scores_one():
 )
 def test_a_lossy_codec_costs_next_to_nothing(degrade):
     """Blur with noise, JPEG with subsampled chroma, and half resolution: at most 0.02 of any
-    attribute."""
+    attribute.
+    """
     scores = [
         score(degrade(render(spec, T)), caption(spec, i))
         for i, spec in enumerate(scenes(14, first=200))
@@ -252,7 +257,8 @@ CORRUPTIONS = [
 
 def suits(corrupt, spec: WorldSpec) -> bool:
     """Whether the corruption is one in this scene: free flight around the changed frames, room to
-    reverse."""
+    reverse.
+    """
     tracks = positions(spec, T)
     body = spec.bodies[0]
     if corrupt is reversed_direction:
@@ -274,7 +280,8 @@ def suits(corrupt, spec: WorldSpec) -> bool:
 )
 def test_a_corruption_costs_its_own_attribute_alone(corrupt, attribute, families, loss):
     """Every corrupted clip loses at least ``loss`` (0.1 or more) where it should and at most 0.02
-    elsewhere."""
+    elsewhere.
+    """
     for family in families:
         specs = [sample_spec(seed, family=family) for seed in range(40)]
         specs = [spec for spec in specs if suits(corrupt, spec)][:5]
@@ -287,7 +294,8 @@ def test_a_corruption_costs_its_own_attribute_alone(corrupt, attribute, families
 
 def test_a_colour_that_changes_costs_permanence():
     """From the middle on another colour: identity is lost, and so is half of the colour; motion
-    stays."""
+    stays.
+    """
     for seed in range(4):
         spec = sample_spec(seed, family="move")
         result = score(torch.cat([render(spec, T)[:17], wrong_colour(spec)[17:]]), caption(spec))
@@ -299,7 +307,8 @@ def test_a_colour_that_changes_costs_permanence():
 
 def test_a_body_that_stops_at_the_wall_breaks_the_law():
     """Stopping for good is as wrong as stopping for a while: in its window, and in a later one that
-    only rests."""
+    only rests.
+    """
     spec = change(sample_spec(0, family="move"), x=20.0, y=32.0, vx=2.0, vy=0.0)
     frames = render(spec, 96)
     stop = int(np.argmax(positions(spec, 96)[0, :, 0]))
@@ -311,7 +320,8 @@ def test_a_body_that_stops_at_the_wall_breaks_the_law():
 
 def test_drift_shows_in_the_windows_where_it_happens():
     """A body that slowly loses its colour and brightness scores 1 early and 0 late, in
-    permanence."""
+    permanence.
+    """
     spec = sample_spec(3, family="move")
     frames = render(spec, 160)
     fading = torch.linspace(0.0, 0.5, 160)[:, None, None, None]
@@ -377,7 +387,8 @@ def test_mean_scores_average_where_applicable():
 
 def test_bad_input_is_refused():
     """A wrong shape, a window without room for a law, and a prompt of another world say what is
-    expected."""
+    expected.
+    """
     spec = sample_spec(0)
     with pytest.raises(ValueError, match="reads \\[T, 3, 64, 64\\]"):
         parse(torch.zeros(3, 64, 64))

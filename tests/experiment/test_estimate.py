@@ -111,7 +111,8 @@ def test_steps_of_equal_choices_cost_the_same(method):
 
 def test_a_method_that_tells_no_choices_is_measured_in_every_step():
     """A rollout that ends anywhere: the estimate is the mean over steps, not the first one's
-    cost."""
+    cost.
+    """
 
     class Telltale:
         def __init__(self, method):
@@ -137,7 +138,8 @@ def test_a_method_that_tells_no_choices_is_measured_in_every_step():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_is_what_a_real_turn_holds(checkpointing):
     """The most bytes of live tensors, against the same watch over real ones; attention on the CPU
-    differs a little."""
+    differs a little.
+    """
     config = run_of("dmd", f"train.gradient_checkpointing={str(checkpointing).lower()}")
     on_meta, _ = est.build_on_meta(config)
     _, expected = est.measure_turn(
@@ -190,7 +192,8 @@ def test_deep_networks_are_extrapolated_exactly(monkeypatch):
 
 def test_autocast_is_played():
     """bf16 halves what products leave behind; weights that are trained are cast once, frozen ones
-    at each use."""
+    at each use.
+    """
     full, half = (
         est.estimate(run_of("sft", f"train.mixed_precision={mode}")) for mode in ("no", "bf16")
     )
@@ -221,7 +224,8 @@ def test_published_sizes(name, parameters):
 
 def test_a_published_run_is_estimated_without_its_checkpoint():
     """1.3B in float32 with AdamW and an average, a copy of it as fake score, a teacher in half
-    precision."""
+    precision.
+    """
     name = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     config = run_of(
         "dmd",
@@ -254,7 +258,8 @@ def test_two_experts_are_counted_twice_unless_one_is_put_away():
 
 def test_shared_weights_are_counted_once():
     """Three roles on one set of weights: the student's and the fake score's own are their
-    adapters."""
+    adapters.
+    """
     pytest.importorskip("peft")
     whole = est.build_on_meta(run_of("dmd"))[1]
     one = est.build_on_meta(run_of("dmd", "student.lora.rank=4"))[1]
@@ -374,7 +379,8 @@ def test_watch_counts_what_is_alive():
 
 def test_turns_of_a_run_without_end_are_counted_in_windows_of_it():
     """max_steps=1e9, as one writes beside max_minutes, used to take a pass over all steps for each
-    turn."""
+    turn.
+    """
     assert list(est.counted_steps(1000)) == list(range(1000))
     steps = list(est.counted_steps(10**9))
     assert (

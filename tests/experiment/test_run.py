@@ -1,5 +1,6 @@
 """Run files: all that ship can be read, and the whole road from random weights to a streamed clip
-is wired."""
+is wired.
+"""
 
 import json
 import subprocess
@@ -64,7 +65,8 @@ def train(name, folder, *overrides):
 
 def test_teacher_start_student_and_clip(tmp_path):
     """flow_matching makes a teacher, teacher forcing a start from it, DMD a student; what is
-    exported streams."""
+    exported streams.
+    """
     world = [
         "data.world.num_clips=4",
         f"data.path={tmp_path / 'world.safetensors'}",

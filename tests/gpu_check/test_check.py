@@ -1,5 +1,6 @@
 """The check of a GPU: no part can take another with it, and all of them run on a CPU at tiny
-sizes."""
+sizes.
+"""
 
 import importlib.util
 import json

@@ -19,7 +19,8 @@ def turn():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_under_autocast_is_that_of_float32(turn, device, checkpointing):
     """The steps before the exit run without gradient over the same weights; what they cast must not
-    be used with one."""
+    be used with one.
+    """
     facts = compared(turn.on(device, 1, torch.bfloat16, checkpointing), turn.on(device, 1))
     assert facts["cosine"] > 0.9 and facts["norm_ratio"] == pytest.approx(1, abs=0.1)
     assert facts["finite"] and not facts["without_gradient"]

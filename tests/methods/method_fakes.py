@@ -24,7 +24,8 @@ TINY_WAN = dict(
 
 class Ar1Student(nn.Module):
     """Frames x_1 = mean + s z_1, x_{k+1} = mean + a (x_k - mean) + b z; the cache is a list of
-    committed chunks."""
+    committed chunks.
+    """
 
     def __init__(self, a=0.1, b=0.5, s=1.5, mean=0.0):
         super().__init__()

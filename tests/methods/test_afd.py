@@ -1,5 +1,6 @@
 """AFD: who is compared with whom, what the update does where its answer is known, and that context
-is the stream's."""
+is the stream's.
+"""
 
 from types import SimpleNamespace
 
@@ -169,7 +170,8 @@ def test_networks_asked_with_one_noise_see_one_state():
 @pytest.mark.parametrize("shared_noise", [True, False])
 def test_noise_that_a_prompts_clips_share_is_not_in_the_update(shared_noise):
     """In one step the gradient to the student's mean is -2 E A (x + v_old - eps), of which -2 E A x
-    is left."""
+    is left.
+    """
     student, stream = Ar1Student(s=1.5, mean=0.5), StreamConfig(num_steps=1, chunk_frames=1)
     config = Config(group_size=4, self_normalized=False, lam_prior=0.0, shared_noise=shared_noise)
     method, batch = AFD(config, student, stream, Slope(0.3)), number_batch(range(5))
@@ -211,7 +213,8 @@ def test_away_from_the_old_policy_it_is_pulled_back():
 
 def test_the_student_moves_where_the_discriminator_says():
     """O8: the mean follows the sign of the slope; a clip above its group's mean draws, one below it
-    pushes."""
+    pushes.
+    """
     for slope, sign in ((3.0, -1), (-3.0, 1)):
         student = Ar1Student(mean=0.0, s=1.0)
         method = AFD(
@@ -265,7 +268,8 @@ def test_a_discriminator_of_no_updates_stays_as_its_seed_makes_it():
 
 def test_it_finds_the_teachers_mean_from_clips_alone():
     """Teacher N(2, 1), student N(0, 1): logistic regression for D, the policy step for the
-    student."""
+    student.
+    """
     student = Ar1Student(mean=0.0, s=1.0)
     config = Config(
         group_size=4,
@@ -305,7 +309,8 @@ def test_advantages_compare_clips_of_one_prompt():
 )
 def test_learning_from_some_clips_at_a_time_is_the_same_update(options):
     """6 clips as 4 and 2: the same gradient, loss and numbers, each part differentiated before the
-    next is made."""
+    next is made.
+    """
     whole, some = (
         wan_method(group_size=3, clips_per_pass=size, **options)[0] for size in (None, 4)
     )
@@ -350,7 +355,8 @@ def test_a_logit_a_token_weighs_its_own_patch():
 
 class Slopes(nn.Module):
     """D of a token = w x, and of the clip their sum: the log ratio of clips whose numbers are
-    independent, whole and in parts."""
+    independent, whole and in parts.
+    """
 
     def __init__(self, w, per_token):
         super().__init__()
@@ -363,7 +369,8 @@ class Slopes(nn.Module):
 
 def test_advantages_of_tokens_say_the_same_with_less_noise():
     """Clips of 16 independent numbers of variance s^2: the gradient to their mean is -2 w s^2 (1 -
-    1/G) either way, but what a token is weighed by is a sixteenth of what the clip is."""
+    1/G) either way, but what a token is weighed by is a sixteenth of what the clip is.
+    """
     slopes = {}
     for logit in ("clip", "token"):
         student = Ar1Student(s=1.5, mean=0.0)

@@ -1,5 +1,6 @@
 """Adversarial self-distillation: who learns from whom, in which logit, and what the discriminator
-finds."""
+finds.
+"""
 
 from collections import Counter
 from dataclasses import replace
@@ -74,7 +75,8 @@ def test_every_number_of_steps_is_drawn_and_a_pair_has_one_step_more(real_clips)
 
 def test_every_step_of_every_list_is_trained_and_what_is_compared_is_complete():
     """Below N only the last steps once carried gradient, so that the middle one of three, the
-    better side of n = 2, never did."""
+    better side of n = 2, never did.
+    """
     method, _ = wan_method()
     exits = {turn: {n: set() for n in range(1, 5)} for turn in ("student", "discriminator")}
     for turn in exits:

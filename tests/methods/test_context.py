@@ -32,7 +32,8 @@ STREAMS = {
 
 class Writes(Ar1Student):
     """Keeps what is written to its context: (the chunk's number, time, state), whichever way it is
-    written."""
+    written.
+    """
 
     def __init__(self):
         super().__init__(a=0.4, b=0.7, s=1.1)

@@ -1,5 +1,6 @@
 """Diagonal distillation: the flow term's gradient in closed form, and rollouts that end where
-streaming does."""
+streaming does.
+"""
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def student_gradient(method, turn="student"):
 
 class Offset(nn.Module):
     """The teacher as a fake score whose velocity is off by ``offset``, the same or other for each
-    frame."""
+    frame.
+    """
 
     def __init__(self, offset):
         super().__init__()
@@ -192,7 +194,8 @@ class CountsSteps(Ar1Student):
 @pytest.mark.parametrize("context", ["streamed", "exit"])
 def test_all_chunks_exit_at_the_same_fraction_of_their_lists(context, place, last):
     """The exits are the same whether a chunk then takes the rest of its steps or not; the last
-    chunk never does."""
+    chunk never does.
+    """
     student = CountsSteps()
     method = gaussian_method(student, ScoreOf(ar1_teacher(0.8, FRAMES)), DIAGONAL, context=context)
     events = list(method._schedule(DIAGONAL, Decision(0, place, 0), FRAMES))

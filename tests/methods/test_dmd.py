@@ -1,5 +1,6 @@
 """Properties of distribution matching on self-forced rollouts; the mathematics is exact where data
-is Gaussian."""
+is Gaussian.
+"""
 
 import math
 
@@ -86,7 +87,8 @@ def test_descent_narrows_a_student_that_is_too_wide_and_moves_one_that_is_beside
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_guidance_is_uncond_plus_scale_times_the_difference(guidance_scale):
     """The fixed point of a guided teacher is at m_c + (s - 1)(m_c - m_u); other conventions have
-    another."""
+    another.
+    """
     teacher = ar1_teacher(RHO, FRAMES, {"cat": 0.5, "": -0.25})
     goal = 0.5 + (guidance_scale - 1) * (0.5 + 0.25)
     student = Ar1Student(RHO, 0.6, 1.0, mean=goal)
@@ -116,7 +118,8 @@ def test_a_turn_trains_its_own_network_and_nothing_else():
 
 def test_no_graph_is_built_that_no_gradient_needs():
     """It would change nothing but the memory: that of the fake score in one turn, of a rollout in
-    the other."""
+    the other.
+    """
     student = ClipStudent(noise(6, 1, FRAMES, 1, 1))
     method = ar1_method(student, stream=FOUR_STEPS, exit="last")
     batch = prompt_batch(method.teacher, KEYS)
@@ -265,7 +268,8 @@ def test_a_long_rollout_is_judged_and_trained_on_a_part_of_the_teachers_length(w
 
 def test_a_part_from_the_middle_begins_with_an_image_and_one_from_the_start_is_left_alone():
     """The teacher knows no clip whose first latent is not an image's: its loss there was .787 where
-    it has .123."""
+    it has .123.
+    """
     clip = noise(2, 1, 8, 1, 1)
     method = long_method(ClipStudent(clip))
     batch = prompt_batch(method.teacher, range(2))
@@ -361,7 +365,8 @@ def test_the_fake_score_starts_as_a_float32_copy_of_the_teacher():
 
 class Probed(nn.Module):
     """Adds a number of its own to what the student is given of each chunk; a wrapper, as for data
-    parallelism."""
+    parallelism.
+    """
 
     def __init__(self, student):
         super().__init__()

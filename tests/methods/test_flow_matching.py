@@ -14,7 +14,8 @@ CAUSAL = ("diffusion_forcing", "teacher_forcing")
 
 class Zero(nn.Module):
     """Says 0 and keeps what it is asked; every prediction has a number of its own that gets its
-    gradient."""
+    gradient.
+    """
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,6 @@
 """Properties of attention and of the patterns of who sees whom. Legend: B batch, L tokens, N heads,
-D head size."""
+D head size.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def test_block_causal_pattern():
 
 def test_teacher_forcing_pattern():
     """Over [clean 0, clean 1 | noisy 0, noisy 1, noisy 2] a noisy chunk sees the clean past and
-    itself."""
+    itself.
+    """
     mask = mask_of(teacher_forcing_spans(3, 1), 5, 5)
     expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [1, 0, 0, 1, 0], [1, 1, 0, 0, 1]]
     assert mask.int().tolist() == expected

@@ -91,7 +91,8 @@ def stream(
 @torch.no_grad()
 def test_golden(student, name, window):
     """Cached passes equal the reference tensors, with all frames kept and with a window and a
-    sink."""
+    sink.
+    """
     golden = load_file(FIXTURES / f"{name}.safetensors")
     cache = student.new_cache(1, HEIGHT, WIDTH, **window)
     chunks = zip(golden["x"].split(3, dim=2), golden["clean"].split(3, dim=2), strict=True)
@@ -109,7 +110,8 @@ def test_golden(student, name, window):
 @torch.no_grad()
 def test_bidirectional_pass_equals_diffusers(student, reference, batch, frames, height, width):
     """Without cache and chunks the student is diffusers' Wan, for any shape and a timestep per
-    sample."""
+    sample.
+    """
     latents, text = inputs(frames, batch, height, width)
     timestep = torch.linspace(1000, 250, batch)
     expected = reference(latents, timestep, text).sample
@@ -135,7 +137,8 @@ def test_cached_pass_equals_block_causal_pass(student, frames, chunk, batch):
     """Chunk after chunk over a cache is one block-causal pass, also where a chunk is 128 tokens.
 
     The bug: padding to a multiple of 128 cut with ``[:, :, :-padding]`` leaves nothing when padding
-    is 0."""
+    is 0.
+    """
     latents, text = inputs(frames, batch)
     expected = student(latents, 500.0, text, chunk_frames=chunk).sample
     torch.testing.assert_close(
@@ -203,7 +206,8 @@ def test_teacher_forcing_gradient_reaches_clean_past_and_own_noise(student):
 @torch.no_grad()
 def test_joint_chunks_over_a_cache_equal_chunk_by_chunk(student):
     """Two chunks at different levels in one block-causal pass over a cache are two passes that
-    reuse keys."""
+    reuse keys.
+    """
     latents, text = inputs(9)
     timestep = torch.tensor([[300.0] * 3 + [800.0] * 3])
     cache = student.new_cache(1, HEIGHT, WIDTH)
@@ -221,7 +225,8 @@ def test_joint_chunks_over_a_cache_equal_chunk_by_chunk(student):
 @torch.no_grad()
 def test_joint_frames_see_each_other(student):
     """Without ``chunk_frames`` the frames given over a cache attend to each other, later ones
-    included."""
+    included.
+    """
     latents, text = inputs(6)
     cache = student.new_cache(1, HEIGHT, WIDTH)
     student.commit(latents[:, :, :3], 0.0, text, cache)
@@ -272,7 +277,8 @@ def test_no_gradient_crosses_chunks(student):
     the weights.
 
     The bug: keys written into a cache with their graph carry chunk 1's loss into chunk 0's noisy
-    pass."""
+    pass.
+    """
     latents, text = inputs(6)
     gradients = []
     for grad in (True, False):
@@ -290,7 +296,8 @@ def test_no_gradient_crosses_chunks(student):
 
 def test_text_kept_by_a_stream_is_not_read_under_gradient(student):
     """The bug: text keys filled by a pass without gradient and reused with gradient train no text
-    weights."""
+    weights.
+    """
     latents, text = inputs(3)
     cache = student.new_cache(1, HEIGHT, WIDTH)
     student.commit(latents, 0.0, text, cache)
@@ -338,7 +345,8 @@ def test_gradients_are_equal_with_checkpointing(student, window):
 @torch.no_grad()
 def test_endless_stream_keeps_memory_and_positions():
     """2,000 chunks: memory stays flat, positions stay in the trained range, the output stays
-    finite."""
+    finite.
+    """
     student = minimal_student()
     latents, text = torch.randn(1, 2, 1, 2, 2), torch.randn(1, 2, 32)
     cache = student.new_cache(
@@ -410,7 +418,8 @@ def public_config(model: torch.nn.Module) -> dict:
 @torch.no_grad()
 def test_folders_are_exchanged_with_diffusers(student, reference, tmp_path, to_diffusers):
     """A student's folder opens in diffusers and the reverse: every key, no warning, the same
-    output."""
+    output.
+    """
     source, target = (
         (student, WanTransformer3DModel)
         if to_diffusers
@@ -436,7 +445,8 @@ def test_folders_are_exchanged_with_diffusers(student, reference, tmp_path, to_d
 @torch.no_grad()
 def test_half_precision_load_equals_diffusers(student, tmp_path):
     """Loaded in bfloat16, norms, time embedder and modulation tables stay float32, as in
-    diffusers."""
+    diffusers.
+    """
     student.save_pretrained(tmp_path)
     ours, theirs = (
         model.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
@@ -464,7 +474,8 @@ def test_casting_a_model_rounds_no_positions(student):
 @torch.no_grad()
 def test_blocks_compile_without_a_graph_break(student):
     """``compile_repeated_blocks`` traces cached and block-causal passes whole, to the same
-    numbers."""
+    numbers.
+    """
     latents, text = inputs(6)
     cache = student.new_cache(1, HEIGHT, WIDTH)
     student.commit(latents[:, :, :3], 0.0, text, cache)

@@ -107,7 +107,8 @@ def assert_same_weights(one, other) -> None:
 )
 def test_names_of_the_published_sizes_go_there_and_back(config, parameters):
     """Diffusers' own classes at the real sizes: names as published, back to themselves, geometry
-    read from shapes alone."""
+    read from shapes alone.
+    """
     tensors = on_meta(**config).state_dict()
     assert sum(tensor.numel() for tensor in tensors.values()) == parameters
     original = original_state_dict(tensors)
@@ -436,7 +437,8 @@ def test_weights_that_see_an_image_are_called_so_by_their_channels(original, tmp
 
 def test_the_layout_of_diffusers_opens_as_it_is(tmp_path):
     """The whole folder, its transformer/ and its file; heads of 32 and another eps, which only
-    config.json tells."""
+    config.json tells.
+    """
     torch.manual_seed(1)
     model = CausalWanTransformer3DModel(
         **{**TINY, "num_attention_heads": 8, "attention_head_dim": 32, "eps": 1e-3}

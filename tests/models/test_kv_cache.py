@@ -1,5 +1,6 @@
 """Properties of the stream's memory. Legend: B batch, F frames, S tokens a frame, N heads, D head
-size."""
+size.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def seen(cache: StreamKVCache, num_frames: int) -> list[int]:
 @pytest.mark.parametrize("window, sink", [(None, 0), (6, 0), (6, 1), (7, 2)])
 def test_a_pass_sees_the_sink_and_the_most_recent_frames(chunk, window, sink):
     """The window counts the chunk; what the tensors hold is what ``visible_frames`` says, at every
-    chunk."""
+    chunk.
+    """
     cache = make_cache(window_frames=window, sink_frames=sink)
     for start in range(0, 8 * chunk, chunk):
         everything = list(range(start))
@@ -71,7 +73,8 @@ def test_window_positions_are_absolute_within_the_trained_length():
 @pytest.mark.parametrize("max_trained", [6, 12])
 def test_window_positions_of_a_long_stream(max_trained):
     """Recent distances are true, the sink is as far as was ever trained, nothing leaves the trained
-    range."""
+    range.
+    """
     cache = make_cache(
         window_frames=6, sink_frames=1, positions="window", max_trained_frames=max_trained
     )
@@ -106,7 +109,8 @@ def test_reset_forgets_everything():
 
 def test_text_is_found_by_identity():
     """Another prompt, an equal copy of it, or a prompt written to in place is not the kept
-    prompt."""
+    prompt.
+    """
     cache, prompt = make_cache(), torch.zeros(1, 2, 3)
     cache.keep_text(prompt, frames_of(0))
     assert cache.text_kv(prompt)
@@ -117,7 +121,8 @@ def test_text_is_found_by_identity():
 
 def test_context_made_in_inference_mode_serves_training():
     """The turned context is kept between passes; one made under inference_mode would break a
-    backward pass."""
+    backward pass.
+    """
     cache = make_cache()
     cache.append(frames_of(0))
     with torch.inference_mode():
@@ -147,7 +152,8 @@ def test_options_that_do_not_fit_are_refused(options, message):
 
 def test_passes_and_commits_that_do_not_fit_are_refused():
     """Batch, size, window, trained length and layers are checked, with the numbers in the
-    message."""
+    message.
+    """
     cache = make_cache(window_frames=4, sink_frames=2, max_trained_frames=5)
     cases = [
         ((2, 1, 4, 4), "holds 1 streams"),

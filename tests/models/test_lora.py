@@ -126,7 +126,8 @@ def gradients(checkpointing, disturb):
 
 def test_recomputation_sees_the_adapter_of_its_own_forward():
     """Bug: with one module whose adapter is switched, checkpointing recomputes with that of the
-    last call."""
+    last call.
+    """
     plain, recomputed = gradients(False, False), gradients(True, True)
     assert all(
         plain[name].abs().sum() > 0 and torch.equal(plain[name], recomputed[name]) for name in plain
@@ -149,7 +150,8 @@ def test_gradients_are_those_of_the_merged_matrix():
 
 def test_a_cached_rollout_of_the_student_uses_its_adapter():
     """`commit` and `new_cache` are methods of the network itself, which a wrapper of calls would
-    pass by."""
+    pass by.
+    """
     student, (x, t, cond) = moved(adapt(wan(), RANK_4)), inputs()
     values = []
     for network in (student, merged(student)):
@@ -161,7 +163,8 @@ def test_a_cached_rollout_of_the_student_uses_its_adapter():
 
 def test_a_deep_copy_has_its_own_adapter_on_the_same_weights():
     """What adversarial distillation does for its old policy and for the trunk of its
-    discriminator."""
+    discriminator.
+    """
     student = moved(adapt(wan(), RANK_4))
     twin, before = copy.deepcopy(student), velocity(student)
     assert torch.equal(velocity(twin), before) and addresses(twin) == addresses(student)
@@ -188,7 +191,8 @@ def test_bf16_weights_get_float32_adapters():
 
 def test_the_first_values_are_keyed():
     """Processes and resumed runs start alike, whatever was drawn before, and draw nothing from the
-    global generator."""
+    global generator.
+    """
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = adapt(wan(), RANK_4, 0, "student").state_dict()
@@ -296,7 +300,8 @@ def test_a_teacher_stands_on_the_students_weights():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A teacher's folder with a very small transformer, nothing of it zero, for the shipped codec
-    and texts."""
+    and texts.
+    """
     folder = tmp_path_factory.mktemp("teacher")
     shutil.copytree(TINY_TEACHER / "scheduler", folder / "scheduler")
     sizes = {

@@ -14,7 +14,8 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("head_size", [12, 24, 128])
 def test_table_equals_diffusers(head_size):
     """Frames 0, 1, 2 are turned as diffusers' Wan turns them, for head sizes that 6 divides and
-    not."""
+    not.
+    """
     frames, height, width = 3, 2, 5
     cos, sin = WanRotaryPosEmbed(head_size, (1, 2, 2), 64)(
         torch.empty(1, 1, frames, 2 * height, 2 * width)
@@ -34,7 +35,8 @@ def test_axes_fill_the_head():
 @pytest.mark.parametrize("shift", [1, 2.5, 5000])
 def test_attention_depends_on_distances_only(shift):
     """A shift of all temporal positions, far past any table and not only by integers, changes no
-    product."""
+    product.
+    """
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 4, 6, 1, 24).unbind(0)
     products = []
@@ -46,7 +48,8 @@ def test_attention_depends_on_distances_only(shift):
 
 def test_table_made_in_inference_mode_serves_training():
     """A table cached by a stream under inference_mode was an inference tensor, which autograd
-    refuses to save."""
+    refuses to save.
+    """
     with torch.inference_mode():
         table = rotary_table((0.125,), (1, 1), 24, CPU)
     x = torch.randn(1, 1, 1, 1, 24, requires_grad=True)

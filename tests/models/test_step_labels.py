@@ -1,5 +1,6 @@
 """Labels on the time embedding: nothing at first, a shift of its bias afterwards, and gone
-outside."""
+outside.
+"""
 
 import pytest
 import torch

@@ -61,7 +61,8 @@ def test_a_logit_for_the_clip_or_one_a_chunk():
 
 def test_a_logit_a_token_is_read_where_the_token_is():
     """The heads see the patch embedding alone here, so that only the moved patch's logit may
-    move."""
+    move.
+    """
     network = trunk()
     network.blocks[0] = Passed()
     disc, (x, cond) = VideoDiscriminator(network, layers=[0], per_token=True), inputs()

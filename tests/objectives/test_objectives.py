@@ -1,5 +1,6 @@
 """Every preset on images and on clips with small networks: it runs, and only those who may receive
-a gradient do."""
+a gradient do.
+"""
 
 import copy
 import math
@@ -114,7 +115,8 @@ def cases():
 @pytest.mark.parametrize("name, scale", cases())
 def test_a_phase_trains_its_own_network(name, scale, shape):
     """Its loss is finite, all its network's parameters that matter get a gradient, and nobody
-    else's do."""
+    else's do.
+    """
     preset = all_presets()[name](scale)
     if not preset.on_points and shape == IMAGE:
         return
@@ -139,7 +141,8 @@ def test_a_phase_trains_its_own_network(name, scale, shape):
 def test_who_could_get_a_gradient(name):
     """With every parameter listening, the student's loss reaches the fake score only where the
     method says that it passes through its input, and never the teacher's parameters except
-    there."""
+    there.
+    """
     preset = all_presets()[name](1.0)
     ctx = context(preset, IMAGE)
     preset.student(ctx).backward()

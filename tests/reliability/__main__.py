@@ -6,7 +6,8 @@
 
 Held is: exit status 0 with the right work; or 2 with one `error:` line as the last line, without a
 traceback, a raw escape sequence, or any code of the input run; in either case within the limits of
-time and memory."""
+time and memory.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +103,8 @@ def tried(cases: list[Case], jobs: int) -> tuple[list[str], float]:
 
 def make_in_a_fork(parts: Path) -> None:
     """The parent stays as it was imported, without threads of torch, which do not survive a
-    fork."""
+    fork.
+    """
     pid = os.fork()
     if not pid:
         devnull = os.open(os.devnull, os.O_WRONLY)

@@ -57,7 +57,8 @@ SIZES = dict(
 def make_parts(folder: Path) -> None:
     """teacher/, start/, student/ (complete), run.yaml, flow.yaml, latents.safetensors, done/ (a
     finished run), other/ (the same with another seed), prompts/ (a prompt cache), clips/ (two
-    captioned clips)."""
+    captioned clips).
+    """
     import torch
     from diffusers import WanTransformer3DModel
 

@@ -5,7 +5,8 @@ the tools that it runs, so that a case takes what its tool takes and not the sec
 The parent limits its time and its memory.
 
 A case holds if its function returns. `NotHeld` says what came instead; any other exception is a
-fault of the case and counts as not held too."""
+fault of the case and counts as not held too.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ class Stroke:
     matches.
 
     Events are "open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"; so no case need be in time
-    for anything."""
+    for anything.
+    """
 
     number: int
     event: str

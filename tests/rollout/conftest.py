@@ -1,5 +1,6 @@
 """The smallest student with a cache; elementwise, so that a batch of one is bitwise a part of a
-batch."""
+batch.
+"""
 
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import torch
 
 class FakeCache:
     """Committed frames, kept as they come: a graph that the loop forgets to cut would stay in
-    here."""
+    here.
+    """
 
     def __init__(self):
         self.frames = []

@@ -7,7 +7,8 @@ what the loop commits, detached. Distribution matching recovers a = rho / (1 - c
 ((1 - c)^2 + c^2) / (1 - c)^2 and s = 1, although no gradient flows through the context.
 
 Everything is linear in the Gaussian draws, so that a batch of their scaled unit vectors has second
-moments that are exactly the identity, and batch means are expectations."""
+moments that are exactly the identity, and batch means are expectations.
+"""
 
 from types import SimpleNamespace
 
@@ -40,7 +41,8 @@ class UnitNoise:
 
 class LinearStudent(torch.nn.Module):
     """x_{k+1} = a ctx_k + b z as a velocity at t = 1; its cache is a list of the committed
-    frames."""
+    frames.
+    """
 
     def __init__(self):
         super().__init__()

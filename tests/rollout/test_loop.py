@@ -1,5 +1,6 @@
 """The loop: gradients where they belong, context where it belongs, and schedules held to their
-word."""
+word.
+"""
 
 import itertools
 
@@ -70,7 +71,8 @@ def test_gradient_only_on_taps_and_none_across_chunks(student, prompts, commit):
 
     In the Self-Forcing lineage it leaks to earlier chunks, through keys that were written with
     their graph. The fake's cache keeps whatever graph it is given, and its ``key`` reaches an
-    output through it only."""
+    output through it only.
+    """
     noise = LeafNoise([3, 4])
     results = list(run(student, prompts, autoregressive(TIMES, 3), noise, commit=commit))
     for result in results:
@@ -85,7 +87,8 @@ def test_gradient_only_on_taps_and_none_across_chunks(student, prompts, commit):
 
 def test_untapped_steps_keep_no_graph(student, prompts):
     """Neither in memory, while they run, nor, with a stepper that carries the state on, in the
-    result."""
+    result.
+    """
     noise, modes = LeafNoise([3, 4]), []
     record = lambda chunk, t, x_t: modes.append(torch.is_grad_enabled()) or x_t
     results = list(
@@ -100,7 +103,8 @@ def test_untapped_steps_keep_no_graph(student, prompts):
 
 def test_gradient_of_a_chunk_is_that_of_its_last_step_alone(student, prompts):
     """The same numbers as one forward by hand, from the recorded state and over recomputed
-    context."""
+    context.
+    """
     states = {}
     record = lambda chunk, t, x_t: states.update({(chunk, t): x_t}) or x_t
     results = list(run(student, prompts, autoregressive(TIMES, 2), before_step=record))
@@ -117,7 +121,8 @@ def test_gradient_of_a_chunk_is_that_of_its_last_step_alone(student, prompts):
 
 def test_gradient_of_a_joint_forward_reaches_its_states_and_no_older_ones(student, prompts):
     """In a rolling window of 3 the finishing chunk is tapped, and depends on the noisier ones
-    beside it."""
+    beside it.
+    """
     noise = LeafNoise([3, 4])
     for result in run(student, prompts, rolling(TIMES, 4), noise):
         states = {(result.index, 2), (result.index + 1, 1), (result.index + 2, 0)}
@@ -178,7 +183,8 @@ def test_a_sample_does_not_depend_on_its_batch(student, prompts, schedule):
 
 def test_truncation_shows_the_predictions_of_the_full_rollout(student, prompts):
     """The exit's prediction is that of the same step of the whole rollout, given the same
-    context."""
+    context.
+    """
     seen = {}
     hook = {"after_x0": lambda chunk, t, x0: seen.update({(chunk, t): x0}) or x0}
     list(run(student, prompts, autoregressive(TIMES, 1), **hook))
@@ -219,7 +225,8 @@ def test_forwards_are_those_that_were_counted(student, prompts, order, commit, c
 @pytest.mark.parametrize("commit", ["clean", "reuse"])
 def test_commit_last_lets_a_stream_continue(student, prompts, commit):
     """A later rollout over the same cache, from the next chunk on, is the rest of one rollout,
-    bitwise."""
+    bitwise.
+    """
     cache = student.new_cache(2, 4, 4)
     list(
         run(
@@ -235,7 +242,8 @@ def test_commit_last_lets_a_stream_continue(student, prompts, commit):
 
 def test_context_is_clean_noised_or_that_of_the_last_pass(student, prompts):
     """Committed keys are those of x0 at 0, of noised x0 at its level, or of the state that was
-    denoised."""
+    denoised.
+    """
     noise = KeyedNoise([0, 1])
     where = ((3, FRAMES, 4, 4), torch.device("cpu"), torch.float32)
 

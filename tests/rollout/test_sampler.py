@@ -28,7 +28,8 @@ SHAPE = (3, 4, 4)
 
 class CountingCodec:
     """Repeats a latent frame 4 times, the first of a stream once; pixels tell how many came
-    before."""
+    before.
+    """
 
     latent_channels, temporal_ratio, spatial_ratio = 3, 4, 2
 
@@ -116,7 +117,8 @@ def test_a_stream_does_not_depend_on_its_batch(student, codec, prompts):
 
 def test_alone_and_in_a_batch_noise_is_equal_to_the_bit_and_a_sample_up_to_rounding(codec):
     """Matrix products of another size round otherwise; a draw or a time that depends on the batch
-    shows as 1e-2 and more."""
+    shows as 1e-2 and more.
+    """
     torch.manual_seed(0)
     student, prompts, seeds = tiny_wan(), torch.randn(5, 4, 3), [7, 1, 2, 9, 4]
 
@@ -231,7 +233,8 @@ def gaussian_predict(std):
 
 def test_teacher_sampling_converges_to_the_flow(prompts):
     """The flow of a Gaussian takes eps to mean + std eps; Euler's error falls like 1 / n, guidance
-    moves the mean."""
+    moves the mean.
+    """
     uncond, scale, std = prompts.flip(0), 3.0, 0.5
     model = GuidedModel(gaussian_predict(std), uncond, scale)
     noise = [

@@ -114,7 +114,8 @@ def test_a_moved_tap_changes_no_step():
 
 def test_costs_of_the_published_schedules():
     """Self-Forcing's clip has 7 (4 + 1) forwards less the useless last commit, diagonal 17 and no
-    commit."""
+    commit.
+    """
     self_forcing = autoregressive(step_times(4, 5.0), 7)
     assert cost_of(self_forcing, 3) == Cost(nfe=28, commits=6, latent_frames=34 * 3)
     assert cost_of(autoregressive(step_times(4, 5.0), 7), 3, commit_last=True).commits == 7

@@ -1,5 +1,6 @@
 """The laboratory's teachers are exact, its distance is fair, and a run from the command line leaves
-a whole report."""
+a whole report.
+"""
 
 import json
 import sys
@@ -93,7 +94,8 @@ def test_a_run_is_a_function_of_its_seed_and_leaves_the_start_alone(tmp_path):
 
 def test_distillation_brings_a_one_step_student_near():
     """Short of the report's effort, DMD takes one step from hundreds of times the floor to near
-    it."""
+    it.
+    """
     from streamvid.objectives import all_presets
 
     effort = Effort(student_updates=120, batch_size=256, start_steps=600, num_sets=3)

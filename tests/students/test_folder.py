@@ -1,5 +1,6 @@
 """Student folders: what is saved is what is loaded, parts are borrowed as a pair, and damage is one
-clear line."""
+clear line.
+"""
 
 import shutil
 

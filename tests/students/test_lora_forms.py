@@ -1,5 +1,6 @@
 """LoRA files in the forms that are published: each adds what it says, or is refused by name;
-nothing is dropped in silence."""
+nothing is dropped in silence.
+"""
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def pairs(student, modules, rank=RANK):
 
 def low_rank(name, a="lora_A", b="lora_B", alpha=None, bias=None, modules=MODULES, rank=RANK):
     """A file with names by ``name`` of the module, and what it adds: alpha / R B A, and the bias as
-    much."""
+    much.
+    """
 
     def form(student):
         tensors, sums = {}, {}

@@ -1,5 +1,6 @@
 """StreamVidPipeline: the stream's own clips through diffusers' interface, and folders that open on
-either side."""
+either side.
+"""
 
 import json
 import shutil
@@ -132,7 +133,8 @@ def test_a_stream_joined_is_the_clip(pipe):
 
 def test_a_pipeline_from_a_pipe_makes_its_clips_with_its_parts(pipe):
     """Also in bfloat16, which diffusers' own would silently widen in both, and with the schedule,
-    which it would lose."""
+    which it would lose.
+    """
     for dtype in (torch.float32, torch.bfloat16):
         expected = clip(pipe.to(dtype))
         second = StreamVidPipeline.from_pipe(pipe)
@@ -170,7 +172,8 @@ def test_output_types_show_the_same_clip(pipe):
 
 def test_a_video_depends_on_its_prompt_and_seed_alone(pipe):
     """Prompts come one after the other, each with its videos; a single seed counts on over all of
-    them."""
+    them.
+    """
     both = pipe(
         [PROMPT, "a blue square"], **SHORT, num_videos_per_prompt=2, generator=5, output_type="pt"
     ).frames

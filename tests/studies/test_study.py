@@ -1,5 +1,6 @@
 """A study trains, keeps, goes on and reports; its numbers are means over seeds of what runs have
-left."""
+left.
+"""
 
 import json
 from pathlib import Path

@@ -1,5 +1,6 @@
 """Checkpoint folders in the diffusers layout, with random weights, written by diffusers' own
-pipelines."""
+pipelines.
+"""
 
 import json
 import shutil

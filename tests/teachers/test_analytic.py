@@ -25,7 +25,8 @@ def teacher_of(**means):
 
 def test_the_prediction_is_the_regression_on_samples():
     """E[x_0 | x_t] is the least-squares fit from x_t to x_0; here the sample moments are those of
-    200000 draws."""
+    200000 draws.
+    """
     teacher, t = teacher_of(cat=0.5), 0.6
     x0 = (
         0.5

@@ -1,5 +1,6 @@
 """CogVideoX behind our interface: its border conversion is exact, and its sampler is our Euler
-loop."""
+loop.
+"""
 
 import copy
 import json
@@ -46,7 +47,8 @@ def native(clip):
 @pytest.mark.parametrize("step", [0, 1, 250, 700, 998, 999])
 def test_the_data_prediction_is_that_of_diffusers(cogvideox, kind, step):
     """The same noise level in both processes: x0 and eps are the same, the states differ by a
-    factor."""
+    factor.
+    """
     pipeline, teacher = pipeline_of(cogvideox(kind)), open_teacher(cogvideox(kind))
     scheduler, embeds = pipeline.scheduler, teacher.encode_prompt(PROMPTS)
     steps = torch.tensor([step, step])
@@ -233,7 +235,8 @@ def test_it_teaches_a_student_by_distribution_matching(cogvideox, kind, checkpoi
     diffusers.
 
     A copy of the teacher leaves the student where it is; once it follows the student's clips there
-    is a gradient, which at the clip is that of the two data predictions."""
+    is a gradient, which at the clip is that of the two data predictions.
+    """
     method, batch = dmd_of(cogvideox(kind))
     if checkpointing:
         method.fake_score.enable_gradient_checkpointing()

@@ -1,5 +1,6 @@
 """A diffusers pipeline as a black box gives what the pipeline gives, and teaches through a latent
-set."""
+set.
+"""
 
 import builtins
 import json

@@ -2,7 +2,8 @@
 what comes out streams.
 
 Changed are the sizes and the places; the student is updated from the first step on, so that two
-steps show it."""
+steps show it.
+"""
 
 import json
 import os
@@ -114,7 +115,8 @@ def test_there_is_a_recipe_for_each_method():
 )
 def test_recipe_trains_in_two_processes(name, places, wan, tmp_path, capsys):
     """Two steps in bf16 with checkpointing, joined; the export opens with diffusers, its weights
-    have moved, and it streams."""
+    have moved, and it streams.
+    """
     command = [*LAUNCH, str(ROOT / "tools" / "train.py"), "--config", str(RECIPES / f"{name}.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     settings = settings_of(name, places, wan)

@@ -1,5 +1,6 @@
 """A Wan teacher sampled through our rollout is diffusers' own pipeline, for every kind of the
-family."""
+family.
+"""
 
 import numpy as np
 import pytest
@@ -75,7 +76,8 @@ def from_rollout(teacher, times, embeds, with_image=lambda embeds: embeds, noise
 @pytest.mark.parametrize("kind", TEXT_KINDS)
 def test_text_to_video_equals_the_pipeline(wan, kind):
     """Prompts, negative prompts, times, experts and guidance at once; from the folder that the
-    pipeline wrote."""
+    pipeline wrote.
+    """
     pipeline, teacher = pipeline_of(wan(kind)), open_teacher(wan(kind), negative_prompt=NEGATIVE)
     expected = from_pipeline(pipeline)
     times = tuple(pipeline.scheduler.sigmas[:-1].tolist())
@@ -109,7 +111,8 @@ X, T_OF = keyed_normal((3, *SHAPE), "x"), [0.9, 0.2, 0.875]
 
 def test_each_sample_goes_to_the_expert_of_its_noise_level(experts, wan):
     """.875 itself is the first expert's, as in the pipeline; the batch keeps its order and its
-    gradients."""
+    gradients.
+    """
     t, embeds, x = torch.tensor(T_OF), keyed_normal((3, 6, 8), "cond"), X.clone().requires_grad_()
     velocity = experts.predict(x, t, embeds)
     for row, part in enumerate(("transformer", "transformer_2", "transformer")):
@@ -136,7 +139,8 @@ def test_frames_of_different_levels_go_to_the_expert_of_the_noisiest(experts):
 
 def test_offloading_keeps_one_expert_on_the_device(wan, experts):
     """The result is the same, and when an expert goes to the device the other one leaves it
-    first."""
+    first.
+    """
     teacher = open_teacher(wan("a14b"), load_text_encoder=False, offload=True)
     embeds = keyed_normal((3, 6, 8), "cond")
     with torch.no_grad():
@@ -172,7 +176,8 @@ def image_of(codec):
 @pytest.mark.parametrize("kind", IMAGE_KINDS)
 def test_image_to_video_equals_the_pipeline(wan, kind):
     """The mask, the latents of the image and of grey, CLIP, and the first frame's time, from one
-    image file."""
+    image file.
+    """
     pipeline, codec = pipeline_of(wan(kind)), open_codec(wan(kind))
     teacher = open_teacher(wan(kind), negative_prompt=NEGATIVE)
     image, noise = image_of(codec), KeyedNoise([3])

@@ -1,5 +1,6 @@
 """Mistakes on the command lines of tools without a file here: one line, before the work, and
-nothing written."""
+nothing written.
+"""
 
 import bench
 import evaluate

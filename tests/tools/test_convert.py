@@ -1,5 +1,6 @@
 """tools/convert.py as a user calls it: a student folder of a published file, and one line for each
-mistake."""
+mistake.
+"""
 
 import json
 
@@ -163,7 +164,8 @@ def test_the_cost_of_a_clip_of_81_frames_is_the_published_one(family, nfe, commi
 
 def test_kreas_frames_are_numbered_as_in_its_server(model):
     """The stream's first frame, the last two and the chunk, numbered 0 to 5, however long the
-    stream is."""
+    stream is.
+    """
     stream = stream_of("krea")
     cache = model.new_cache(
         1,

@@ -1,5 +1,6 @@
 """tools/sample.py as a user calls it: clips from the shipped student, and one line for each
-mistake."""
+mistake.
+"""
 
 import itertools
 import json
@@ -286,7 +287,8 @@ def test_sigterm_leaves_no_half_clip(tmp_path, capsys, monkeypatch, name):
 
 def test_what_the_command_line_overrides_counts_together(tmp_path, capsys):
     """A rolling order of 2 steps needs a window of 6: order, steps and window are checked as one
-    configuration."""
+    configuration.
+    """
     (tmp_path / "s.json").write_text(
         json.dumps({"num_steps": 2, "commit": "clean", "window_frames": 6})
     )

@@ -1,5 +1,6 @@
 """tools/train.py: refused at once or not at all, the same run from any place, and stopped without a
-traceback."""
+traceback.
+"""
 
 import errno
 import json
@@ -32,7 +33,8 @@ SMALL = [
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a run that has ended, and what it was started with; in a working folder that is
-    not the repository."""
+    not the repository.
+    """
     folder = tmp_path_factory.mktemp("work")
     arguments = ["--config", str(CONFIG), "train.output_dir=runs", *SMALL]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

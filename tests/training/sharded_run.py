@@ -36,7 +36,8 @@ class UntilStep:
 
 class Latents:
     """Teacher clips and prompts of noise; sample i of a joint batch depends on nothing but its
-    key."""
+    key.
+    """
 
     def batch(self, step, turn, micro, indices):
         keys = [1000 * step + 10 * len(turn) + i for i in indices]
@@ -52,7 +53,8 @@ class Latents:
 
 def config_of(method, output_dir, teacher, name, networks, accumulate, *more):
     """Three steps of four samples; two processes take one at a time, and one takes all
-    (`accumulate` 1)."""
+    (`accumulate` 1).
+    """
     return load_run(
         RUNS / f"tiny_{method}.yaml",
         [

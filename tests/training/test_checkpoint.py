@@ -69,7 +69,8 @@ def test_checkpoints_come_back_and_old_ones_go(tmp_path):
 
 def test_a_crash_while_writing_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     """A process that is killed cleans up nothing: its leftovers are no checkpoints, and are removed
-    later."""
+    later.
+    """
     previous = write_checkpoint(tmp_path, 1, snapshot(1), keep=1)
     monkeypatch.setattr("streamvid.files._remove", lambda path: None)  # as if killed
     # the last file
@@ -119,7 +120,8 @@ def test_tensors_of_another_network_are_refused(tmp_path, live, message):
 
 def test_damage_that_still_can_be_read_is_found_too(tmp_path):
     """A bit of a weight, of a process's state and of a counter; every one of them used to be
-    resumed from."""
+    resumed from.
+    """
     for name, place in [("net.safetensors", -1), ("rank-0.pt", None), ("trainer.json", None)]:
         path = write_checkpoint(tmp_path, 1, snapshot(1), keep=1)
         content = bytearray((path / name).read_bytes())
@@ -198,7 +200,8 @@ def test_a_number_that_is_none_is_not_resumed_from(tmp_path, number):
 
 def test_an_old_checkpoint_goes_at_once(tmp_path, monkeypatch):
     """Killed while it removes an old checkpoint, a run used to leave a gutted one that counted as
-    complete."""
+    complete.
+    """
     write_checkpoint(tmp_path, 1, snapshot(1), keep=1)
     monkeypatch.setattr("streamvid.files.shutil.rmtree", lambda path: 1 / 0)  # as if killed
     with pytest.raises(ZeroDivisionError):

@@ -63,7 +63,8 @@ def test_weight_decay_spares_vectors_unless_asked(decay_vectors):
 
 def test_muon_takes_hidden_matrices_and_kernels_only():
     """The update of a hidden matrix has the size of AdamW's (0.2 root mean square) whatever its
-    gradient's size."""
+    gradient's size.
+    """
     net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Linear(16, 16))
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     optimizer = build_optimizer(
@@ -145,7 +146,8 @@ def test_adamw_in_8_bits_is_given_and_keeps_what_it_needs(monkeypatch):
 
 def eight_bits(steps, seed=0):
     """A large matrix and a small vector after some updates in the direction of fixed noise, without
-    a compiler."""
+    a compiler.
+    """
     pytest.importorskip("torchao")
     torch.manual_seed(seed)
     net = nn.Linear(64, 64)

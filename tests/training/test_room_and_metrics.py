@@ -134,7 +134,8 @@ def test_a_damaged_line_of_metrics_is_dropped_alone(tmp_path):
 
 def test_a_maximum_is_one_over_steps_passes_and_processes_however_they_are_divided(monkeypatch):
     """Other numbers are means. The second process is a resumed one: its state went through a
-    file."""
+    file.
+    """
     values = [3.0, 9.0, 1.0, 2.0, 7.0, 2.0]
     for cut in range(len(values) + 1):
         one, two = RunningMeans(), RunningMeans()

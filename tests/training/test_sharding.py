@@ -96,7 +96,8 @@ def state_of(run_dir):
 @pytest.mark.parametrize("build", [dmd, afd])
 def test_sharded_equals_unsharded(two, teacher, tmp_path, build):
     """Losses, gradient norms, weights, moments, averages and the old policy, with accumulation and
-    checkpointing."""
+    checkpointing.
+    """
     one = build(tmp_path, teacher, build.__name__, 1)
     before = {
         name: {k: p.clone() for k, p in learner.parameters.items()}

@@ -1,5 +1,6 @@
 """The trainer: resume equals not stopping, accumulation and processes equal a larger batch, errors
-are clear."""
+are clear.
+"""
 
 import itertools
 import json
@@ -90,7 +91,8 @@ def test_resume_equals_not_having_stopped(tmp_path, at):
     generator.
 
     Checkpoints come every 4 steps and log lines every 5, so that a checkpoint falls between two
-    lines."""
+    lines.
+    """
     noisy = "knobs.global_noise=true"
     whole = train(tmp_path / "whole", noisy)
     crash(tmp_path / "parts", at, noisy)
@@ -154,7 +156,8 @@ def test_under_nohup_a_closed_terminal_stops_nothing(monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_stops_with_its_launcher_and_saves(tmp_path, number):
     """A killed `accelerate launch --cpu` used to leave its process to train on to the end,
-    unseen."""
+    unseen.
+    """
     slow = [*SLOW, "train.max_steps=1000"]
     process = start(tmp_path, *slow, launcher=[*ACCELERATE, "launch", "--cpu"])
     wait_for_steps(tmp_path, 2)
@@ -296,7 +299,8 @@ def test_counters_that_lack_a_network_are_one_line(tmp_path, change):
 
 def test_a_moved_checkout_and_a_moved_output_folder_are_the_same_run(tmp_path):
     """What ships with the package has another path there, in the saved configuration and in the
-    checkpoints."""
+    checkpoints.
+    """
     old, new = (
         "/home/a/streamvid/assets/start",
         "/opt/lib/python/site-packages/streamvid/assets/start",
@@ -333,7 +337,8 @@ def test_a_saved_configuration_that_is_none_is_one_line(tmp_path, text):
 
 def test_a_run_is_trained_by_one_process(tmp_path):
     """Two used to write into each other's metrics, and to remove each other's half-written
-    checkpoints."""
+    checkpoints.
+    """
     often = ["train.log_every=1"]
     # it waits for its end
     process = start(tmp_path, *often, variables={"SIGNAL_IN_STEP": f"{int(signal.SIGSTOP)} 3"})
@@ -548,7 +553,8 @@ def test_averaged_weights_for_the_export(tmp_path):
 
 def test_an_overflow_of_scaled_gradients_is_skipped_and_not_counted(tmp_path):
     """What fp16 does on a GPU: the scale halves until the gradient fits; clip, rate and average
-    don't notice."""
+    don't notice.
+    """
     trainer = make_trainer(tmp_path, "train.log_every=1")
     for learner in trainer.learners.values():
         learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
@@ -700,7 +706,8 @@ def test_the_default_configuration_is_valid():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate launches CUDA processes itself")
 def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
     """`accelerate launch --cpu --num_processes 2` used to start one process; decisions and weights
-    agree."""
+    agree.
+    """
     launcher = [*ACCELERATE, "launch", "--cpu", "--num_processes", "2"]
     command = [*launcher, str(SCRIPT), str(tmp_path / "two"), "train.batch_size=1"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)

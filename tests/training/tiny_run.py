@@ -40,7 +40,8 @@ class RunConfig:
 
 class TwoLinears:
     """A fake score that fits the student's output, and a student that is drawn to a target and the
-    fit."""
+    fit.
+    """
 
     needs = frozenset()
 
@@ -136,7 +137,8 @@ def everything(trainer):
 
 def signal_itself(method, number, step):
     """Sends the signal `number` to this process in the student's loss of a step, so that no test
-    need be in time for it."""
+    need be in time for it.
+    """
     loss = method.loss
 
     def signalling(turn, batch, at):

@@ -1,5 +1,6 @@
 """A finished run whose newest checkpoint, metrics or configuration is damaged, and which is to go
-on to step 6."""
+on to step 6.
+"""
 
 from __future__ import annotations
 

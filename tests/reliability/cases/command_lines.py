@@ -1,5 +1,6 @@
 """Command lines of the other tools: values out of range, places that can't be written, teachers
-that are none."""
+that are none.
+"""
 
 from __future__ import annotations
 

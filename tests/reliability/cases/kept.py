@@ -1,5 +1,6 @@
 """What runs keep beside checkpoints: prompt embeddings and latent sets, damaged or of other
-settings."""
+settings.
+"""
 
 from __future__ import annotations
 

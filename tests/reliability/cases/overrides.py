@@ -1,5 +1,6 @@
 """Every setting of a run with values that it should not have: empty, null, out of range, of another
-type, misspelt."""
+type, misspelt.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ AREA = "prompts and flags of sample.py"
 
 def sample(place: Place, **flags: Any) -> Outcome:
     """One small clip of the tiny student, with other flags; True is a flag without a value, None
-    leaves one out."""
+    leaves one out.
+    """
     given = {
         "student": place.parts / "student",
         "prompt": "a red circle",

@@ -1,5 +1,6 @@
 """Kills, signals and full disks in the midst of a training, and whether it goes on as if nothing
-had been."""
+had been.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def train(place: Place, folder: str = "runs", **options: object) -> Outcome:
 
 def same_run(place: Place, run: Path, undisturbed: Path) -> None:
     """The same metrics but for the clock, and the same bits in the last checkpoint and the
-    export."""
+    export.
+    """
     own, other = (
         [_without_clock(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
         for home in (run, undisturbed)
@@ -118,7 +120,8 @@ def signalled(place: Place, number: signal.Signals, moment: str) -> None:
 
 def disk_full(place: Place, largest_file: int) -> None:
     """No file can grow past a size: one line, nothing half-written, and with room again the run
-    goes on."""
+    goes on.
+    """
     first = train(place, largest_file=largest_file)
     refused(first)
     run = place.folder / "runs" / "run"

@@ -46,7 +46,8 @@ def stopped_at(place: Place, event: str, pattern: str) -> tuple[int, Path]:
 
 def second_is_refused(place: Place, event: str, pattern: str, *overrides: str) -> None:
     """While one run trains, another of its name is refused in a line; the first ends as if
-    alone."""
+    alone.
+    """
     first = stopped_at(place, event, pattern)
     try:
         second = place.run("train", *command(place, *overrides))

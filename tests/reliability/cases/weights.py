@@ -1,5 +1,6 @@
 """Weight files that are damaged, lie about themselves, or hold code; each is converted, and used as
-codec, adapter and student."""
+codec, adapter and student.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ Write = Callable[[Path, Place], None]
 
 def safetensors(header: object, body: bytes = b"", length: int | None = None) -> Write:
     """A file with this header, or with these bytes for one; `length` is what it says of the
-    header's size."""
+    header's size.
+    """
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     content = struct.pack("<Q", len(text) if length is None else length) + text + body
     return lambda file, place: file.write_bytes(content)
