@@ -14,6 +14,7 @@ disguise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,19 +80,19 @@ class GuidanceSpec:
             )
 
     def draw(
-        self, batch_size: int, generator: torch.Generator | None = None
+        self, batch_size: int, uniform: Callable[[], Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The scales of the teacher and of the compared fake score, ``[B]`` each; a fixed scale
-        draws nothing.
+        """The scales of the teacher and of the compared fake score, ``[B]`` each.
+
+        Args:
+            uniform: draws ``[B]`` in [0, 1) where the scale is a range; a fixed one draws nothing.
         """
         fake = torch.full((batch_size,), float(self.fake))
         if not isinstance(self.real, tuple):
             return torch.full((batch_size,), float(self.real)), fake
         low, high = self.real
-        device = generator.device if generator is not None else None
-        real = (
-            low + (high - low) * torch.rand(batch_size, generator=generator, device=device)
-        ).cpu()
+        u = torch.rand(batch_size) if uniform is None else uniform()
+        real = (low + (high - low) * u).cpu()
         return real, real.clone() if self.shared else fake
 
 

@@ -122,11 +122,11 @@ def choose_times(times: Sequence[float], n: int, generator: torch.Generator) -> 
 # ---- where a flow map lands: s for a pair (t, r), s <= r < t ------------------------------------------------
 
 
-def uniform_target(r: Tensor, generator: torch.Generator) -> Tensor:
-    """Anywhere below ``r`` ``[B]``, uniformly in [0, r) (CTM, arXiv 2310.02279; TCD, arXiv
-    2402.19159).
+def uniform_target(r: Tensor, u: Tensor) -> Tensor:
+    """Anywhere below ``r`` ``[B]``, by draws ``u`` ``[B]`` that are uniform in [0, 1) (CTM, arXiv
+    2310.02279; TCD, arXiv 2402.19159).
     """
-    return r * torch.rand(r.shape, generator=generator, device=r.device)
+    return r * u
 
 
 def phase_target(t: Tensor, edges: Sequence[float]) -> Tensor:
@@ -148,7 +148,7 @@ def phase_target(t: Tensor, edges: Sequence[float]) -> Tensor:
 
 
 def scheduled_target(
-    r: Tensor, targets: Sequence[float], window: float, shrink: float, generator: torch.Generator
+    r: Tensor, targets: Sequence[float], window: float, shrink: float, u: tuple[Tensor, Tensor]
 ) -> Tensor:
     """A time that a few-step sampler will stop at, or somewhat below (TDD, arXiv 2409.01347).
 
@@ -159,6 +159,7 @@ def scheduled_target(
     Args:
         r: ``[B]``.
         targets: the union of the schedules to be served, 0 among them.
+        u: two independent draws ``[B]``, uniform in [0, 1): which candidate, and how far below it.
 
     Raises:
         ValueError: if 0 is not among the targets, or ``window`` or ``shrink`` is out of [0, 1].
@@ -170,20 +171,20 @@ def scheduled_target(
     grid = torch.tensor(sorted(targets), dtype=r.dtype, device=r.device)
     last = torch.searchsorted(grid, r.contiguous(), right=True) - 1  # the largest <= r
     first = torch.searchsorted(grid, (grid[last] - window).contiguous())
-    draws = torch.rand((2, *r.shape), generator=generator, device=r.device, dtype=r.dtype)
-    chosen = first + (draws[0] * (last - first + 1)).long()
-    return grid[chosen] * (1 - shrink * draws[1])
+    chosen = first + (u[0] * (last - first + 1)).long()
+    return grid[chosen] * (1 - shrink * u[1])
 
 
 def mean_flow_pair(
-    t: Tensor, other: Tensor, equal_share: float, generator: torch.Generator
+    t: Tensor, other: Tensor, equal_share: float, u: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(t, r) with r <= t: the two draws in order, or r = t in ``equal_share`` of the cases
     (MeanFlow, arXiv 2505.13447).
 
     Args:
         t, other: two draws ``[B]`` of a time law.
+        u: a draw ``[B]``, uniform in [0, 1), of which cases these are.
     """
-    same = torch.rand(t.shape, generator=generator, device=t.device) < equal_share
+    same = u < equal_share
     later, earlier = torch.maximum(t, other), torch.minimum(t, other)
     return later, torch.where(same, later, earlier)

@@ -1,254 +1,377 @@
-"""What a preset is made of, and what its losses may use.
+"""What an objective is made of, and what its losses may use.
 
-A preset is data: one loss a phase, and how often the phases take turns. A loss is a function of a
-``Context``, which holds the networks as callables, this step's batch, and the only source of random
-numbers. Nothing here knows how large a sample is, so the same presets serve points, images ``[B, C,
-H, W]`` and clips ``[B, C, T, H, W]``.
+An *objective* is one published way to train a student, written once. It is a dataclass: its fields
+are its options, its methods are its losses, one for each network that it trains: ``student``, and
+where it has them ``fake_score`` (follows the student's samples), ``discriminator`` and others. A
+loss is a function of a ``Step``, which gives draws, samples, data and the networks' predictions.
+A *setting* makes steps: ``settings/plane.py`` over points, ``settings/video.py`` over images and
+clips that a causal student rolls out. Nothing here knows how large a sample is.
 
-Phases: "student", "critic" (the fake score), "disc" (heads on frozen features). In a phase only its
-own network's parameters require gradients; gradients through the *inputs* of the others reach the
-student where a loss asks for them.
+    class SiD(ScoreMatching):
+        alpha: float = 1.2
+
+        def student(self, step: Step) -> Tensor:
+            return sid_term(step, step.sample().x, self.alpha)
+
+In a turn only its own network's parameters require gradients; gradients through the *inputs* of the
+others reach the student where a loss asks for them.
+
+Shapes: B samples of a step, ``...`` one sample: ``C 1 1`` points, ``C T h w`` clips.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from streamvid.core.fitting import flow_matching_loss
 from streamvid.core.guidance import GuidanceSpec, guide
-from streamvid.core.process import add_noise, euler_step, renoise_step, x0_from_v
-from streamvid.core.times import sample_times, step_times
+from streamvid.core.process import add_noise, euler_step, x0_from_v
+from streamvid.core.times import TimeLaw
 
-Loss = Callable[["Context"], Tensor]
+NETWORKS = ("fake_score", "motion", "discriminator", "student")
+"""What objectives train, in the order of their turns."""
+
+Loss = Tensor | Iterator[Tensor]
+"""A scalar, or parts that add up to it, each differentiated before the next is made."""
 
 
-@dataclass(frozen=True)
-class Preset:
-    """One published objective."""
+@dataclass
+class Objective:
+    """One objective; a subclass has a loss ``name(step) -> Loss`` for each network that it trains.
 
-    paper: str
+    Facts are class attributes, options are fields.
+    """
+
+    name: ClassVar[str] = ""
+    """Its key: ``objective: name`` in a run file."""
+    paper: ClassVar[str] = ""
     """Its arXiv id."""
-    student: Loss
-    """The student's loss."""
-    critic: Loss | None = None
-    """The fake score's; None where there is none."""
-    disc: Loss | None = None
-    """The discriminator heads'; None where there are none."""
-    steps: int = 1
-    """Steps that the student is trained for, and sampled with."""
-    critic_updates: int = 2
-    """Updates of the fake score for each of the student."""
-    critic_knows_step: bool = True
-    """Of several steps, tell the fake score which one made a sample. Papers fit one to the mixture
-    of all steps' outputs, which can be right while every step is wrong."""
-    guidance: GuidanceSpec = field(default_factory=GuidanceSpec)
-    """Of teacher and fake score."""
-    heads: Literal["token", "film", "query"] = "token"
-    """Kind of the discriminator heads, see ``core.adversary.FeatureHeads``."""
-    num_logits: int = 1
-    """Logits of each head."""
-    rate: float = 1.0
-    """Of the student's learning rate, against that of the others."""
-    average: float | None = None
-    """Decay of the student's average, where a loss uses it as target."""
-    sampler: Literal["renoise", "jump", "euler"] = "renoise"
-    """From step to step: fresh noise on the data prediction, the flow map's own jump, or an Euler
-    step of its velocity."""
-    after_student: Callable[[Context], None] | None = None
-    """Called after each update of the student."""
-    role: Literal["complete", "add-on", "baseline"] = "complete"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What it asks of its setting: "score" and "features" of the teacher; "clips", real samples;
+    "pairs", stored (noise, teacher's sample); "jumps", a student that is told where to land;
+    "average", "lagged" and "start", copies of the student; "group", several samples per prompt;
+    "reward", a judge of samples."""
+    num_steps: ClassVar[int] = 1
+    """Steps that it is published for. The plane samples with them; a stream has its own."""
+    sampler: ClassVar[Literal["renoise", "jump", "euler"]] = "renoise"
+    """How its student goes from step to step: fresh noise on the data prediction, the flow map's
+    own jump, or an Euler step of its velocity."""
+    average_decay: ClassVar[float] = 0.95
+    """Of the moving average of the student, where a loss uses it as a target."""
+    lagged_decay: ClassVar[float] = 0.99
+    """Of the slower copy, an old policy."""
+    heads: ClassVar[Literal["token", "film", "query"]] = "token"
+    """Kind of the discriminator heads on points, see ``core.adversary.FeatureHeads``; clips have
+    registers ("query")."""
+    rate: ClassVar[float] = 1.0
+    """Of the student's learning rate in the plane, against that of the other networks."""
+    role: ClassVar[Literal["complete", "add-on", "baseline"]] = "complete"
     """An add-on is shown with a host; a baseline is known to fall short and is there to show it."""
-    covers: bool = False
+    covers: ClassVar[bool] = False
     """Whether it claims to cover modes that distribution matching alone drops."""
-    on_points: bool = True
+    on_points: ClassVar[bool] = True
     """Whether it makes sense on single points; motion does not."""
-    note: str = ""
-    """What a reader of the table should know."""
+
+    @property
+    def num_logits(self) -> int:
+        """Logits of each discriminator head."""
+        return 1
+
+    @property
+    def guidance(self) -> GuidanceSpec:
+        """Of teacher and fake score."""
+        return GuidanceSpec()
+
+    @property
+    def note(self) -> str:
+        """What a reader of a table should know."""
+        return ""
+
+    @classmethod
+    def networks(cls) -> tuple[str, ...]:
+        """The networks that it can train, in the order of their turns."""
+        return tuple(name for name in NETWORKS if hasattr(cls, name))
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        """Which networks a training step updates, in order; a function of its number only."""
+        return self.networks()
+
+    def choices(self, step: Step) -> Hashable:
+        """What of a turn's random choices its cost depends on."""
+        return step.choices()
+
+    def after_student(self, step: Step) -> None:
+        """Called after each update of the student."""
+
+    def student(self, step: Step) -> Loss:
+        """The student's loss."""
+        raise NotImplementedError
+
+
+@dataclass
+class Distillation(Objective):
+    """Objectives that learn from a teacher's velocity or samples."""
+
+    guidance_scale: float = 4.0
+    """Of the teacher, ``uncond + s (cond - uncond)``; 1 is none, 3 to 6 are usual."""
+    time_law: TimeLaw = "uniform"
+    """Law of the nominal time at which networks are compared and fitted."""
+    shift: float = 5.0
+    """Shift of that law; 1 is none."""
+    low: float = 0.02
+    """Least time, after the shift; in [0, 1)."""
+    high: float = 0.98
+    """Greatest time, after the shift; in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"low={self.low}, high={self.high}, expected 0 <= low < high <= 1")
+        if self.shift <= 0:
+            raise ValueError(f"shift={self.shift}, expected a positive number; 1 is no shift")
+
+    @property
+    def guidance(self) -> GuidanceSpec:
+        """A guided teacher, a plain fake score (DMD, arXiv 2405.14867)."""
+        return GuidanceSpec(real=self.guidance_scale)
+
+
+@dataclass
+class ScoreMatching(Distillation):
+    """Objectives with a fake score, the trainable score of the student's distribution."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"score"})
+
+    fake_updates_per_student: int = 2
+    """Updates of the fake score for each of the student; 1 to 10."""
+    student_start_step: int = 0
+    """Steps that warm up the fake score alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fake_updates_per_student < 1:
+            raise ValueError(
+                f"fake_updates_per_student={self.fake_updates_per_student}, expected at least 1"
+            )
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        """The fake score in every step; after it, in the last of each cycle, the others too."""
+        is_last = (step + 1) % self.fake_updates_per_student == 0
+        rest = [name for name in self.networks() if name != "fake_score"]
+        return ("fake_score", *rest) if is_last and self.has_begun(step) else ("fake_score",)
+
+    def has_begun(self, step: int) -> bool:
+        """Whether the student is trained already."""
+        return step >= self.student_start_step
+
+    def fake_score(self, step: Step) -> Loss:
+        """Flow matching to the student's samples."""
+        return fit_fake_score(step)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A student's sample and where its last prediction was made."""
+    """A student's sample and where the prediction that carries its gradient was made."""
 
-    x: Tensor
-    x_t: Tensor  # the state that it was predicted from
+    x: Tensor  # [B, ...]
+    x_t: Tensor | None  # the state that it was predicted from, where the setting keeps it
     t: Tensor  # [B], its time
     index: int  # of the step, 0 for the first
 
 
-class Networks(Protocol):
-    """The networks of a laboratory or a run, as callables of ``(x, t [B], ..., cond)``."""
+class Step(ABC):
+    """What a loss may use, in one turn of one training step.
 
-    # mean velocity from t to s
-    def student(self, x: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor: ...
-
-    # of the student's averaged weights
-    def average(self, x: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor: ...
-
-    # a slow copy: an old policy
-    def lagged(self, x: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor: ...
-
-    # the student before distillation
-    def start(self, x: Tensor, t: Tensor, s: Tensor, cond: Any) -> Tensor: ...
-
-    # velocity; cond None is unconditional
-    def teacher(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...
-
-    # made_at: of ``Sample.t``
-    def critic(self, x: Tensor, t: Tensor, cond: Any, made_at: Tensor) -> Tensor: ...
-
-    def logits(self, x: Tensor, t: Tensor, cond: Any) -> Tensor: ...  # [B, K]
-
-
-@dataclass
-class Context:
-    """This step: networks, batch, and random numbers.
-
-    Everything random comes from ``rng``, so that an option at its neutral value leaves the stream
-    of numbers alone.
+    Draws are named by their order: the first noise of a turn, the second, ... A setting that keys
+    them by sample gives the same numbers whatever the batch or the processes.
     """
 
-    networks: Networks
-    cond: Tensor  # [B], the prompts of the batch
-    shape: tuple[int, ...]  # of a sample, without the batch
-    rng: torch.Generator
-    preset: Preset
-    data: Callable[[Tensor], Tensor]  # prompts to real samples
-    # prompts to (noise, the guided teacher's sample of it)
-    pairs: Callable[[Tensor], tuple[Tensor, Tensor]]
-    reward: Callable[[Tensor, Tensor], Tensor] | None = None  # samples and prompts to [B]
-    progress: float = 0.0  # of the run, in [0, 1]
-    dtype: torch.dtype = torch.float32
-    # when the last sample was predicted, which the fake score is told
-    made_at: Tensor | None = None
+    objective: Objective
+    turn: str
+    progress: float = 0.0
+    """Of the run, in [0, 1]."""
+    num_steps: int
+    """Steps that the student is sampled with."""
+    group: Tensor
+    """``[B]``, which samples have one prompt."""
+    tangent: Literal["exact", "finite"] = "exact"
+    """How the student's derivative along a direction is had: forward mode, or a difference."""
 
-    @property
-    def batch_size(self) -> int:
-        return len(self.cond)
+    def __init__(self) -> None:
+        self.numbers: dict[str, Tensor] = {}
 
     # ---- draws
 
-    def noise(self) -> Tensor:
-        return torch.randn(self.batch_size, *self.shape, generator=self.rng, dtype=self.dtype)
+    @property
+    @abstractmethod
+    def batch_size(self) -> int:
+        """B."""
 
-    def uniform(self) -> Tensor:
-        return torch.rand(self.batch_size, generator=self.rng, dtype=self.dtype)
+    @abstractmethod
+    def noise(self, *name: str) -> Tensor:
+        """``[B, ...]`` normal."""
 
+    @abstractmethod
+    def uniform(self, *name: str) -> Tensor:
+        """``[B]`` in [0, 1)."""
+
+    @abstractmethod
     def times(
         self,
-        law: str = "uniform",
-        low: float = 0.02,
-        high: float = 0.98,
+        law: TimeLaw | None = None,
+        low: float | None = None,
+        high: float | None = None,
         mean: float = 0.0,
         std: float = 1.0,
     ) -> Tensor:
-        return sample_times(self.batch_size, law, 1.0, self.rng, low, high, mean, std).to(
-            self.dtype
-        )
+        """``[B]``; None is the objective's own law and bounds, the shift always is."""
+
+    @abstractmethod
+    def choose(self, count: int) -> int:
+        """One of ``count``, the same for all samples and all processes."""
+
+    @abstractmethod
+    def chance(self) -> float:
+        """In [0, 1), the same for all samples and all processes."""
+
+    def choices(self) -> Hashable:
+        """The shared draws on which the cost of the turn depends."""
+        return None
+
+    @abstractmethod
+    def full(self, value: float) -> Tensor:
+        """``[B]`` of one value, such as a time."""
 
     def noised(self, x: Tensor, t: Tensor) -> Tensor:
         """Detached ``x`` with fresh noise; use ``add_noise`` where gradients are to pass."""
         return add_noise(x.detach(), self.noise(), t)  # sg
 
+    # ---- samples
+
+    @abstractmethod
+    def sample(self, exit_index: int | None = None) -> Sample:
+        """The student's own samples, of which only the last step has gradients.
+
+        Args:
+            exit_index: the step that they end with; None leaves it to the setting.
+        """
+
+    @abstractmethod
+    def jump_through(self) -> Tensor:
+        """The student's samples by its own jumps ``t -> s``, with gradient through the last."""
+
+    @abstractmethod
+    def data(self) -> Tensor:
+        """Real samples of the prompts."""
+
+    @abstractmethod
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Stored noises, and the guided teacher's samples of them."""
+
+    @abstractmethod
+    def reward(self, x: Tensor) -> Tensor:
+        """``[B]``, how good samples are for their prompts."""
+
     # ---- networks
+
+    @abstractmethod
+    def mean_velocity(self, name: str, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """``u(x, t, s)`` of "student", "average", "lagged" or "start" with the prompts."""
+
+    @abstractmethod
+    def teacher_velocity(self, x_t: Tensor, t: Tensor, prompted: bool = True) -> Tensor:
+        """The teacher's velocity, without guidance."""
+
+    @abstractmethod
+    def fake_velocity(self, x_t: Tensor, t: Tensor, prompted: bool = True) -> Tensor:
+        """The fake score's velocity for what ``sample`` made last, without guidance."""
+
+    @abstractmethod
+    def logits(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """``[B, K]`` of the discriminator."""
+
+    @abstractmethod
+    def features(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """``[B, D]`` of a frozen network."""
+
+    def flow_map(self, name: str = "student") -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The mean velocity ``u(x, t, s)`` as a function, see ``mean_velocity``."""
+        return lambda x, t, s: self.mean_velocity(name, x, t, _expanded(s, t, x))
 
     def jump(self, x: Tensor, t: Tensor, s: Tensor | float = 0.0) -> Tensor:
         """Where the student lands at ``s``."""
-        s = torch.as_tensor(s, dtype=x.dtype).expand_as(t)
-        return euler_step(x, self.networks.student(x, t, s, self.cond), t, s)
-
-    def flow_map(self, name: str = "student") -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The mean velocity ``u(x, t, s)`` of "student", "average", "lagged" or "start"."""
-        network = getattr(self.networks, name)
-        return lambda x, t, s: network(
-            x, t, torch.as_tensor(s, dtype=x.dtype).expand_as(t), self.cond
-        )
-
-    def sample(self, exit_index: int | None = None) -> Sample:
-        """A sample by the student's own steps, of which only the last has gradients (backward
-        simulation, DMD2).
-
-        Args:
-            exit_index: the step that it ends with; None draws one for the batch.
-        """
-        times = step_times(self.preset.steps, 1.0)
-        if exit_index is None:
-            exit_index = (
-                int(torch.randint(len(times), (), generator=self.rng)) if len(times) > 1 else 0
-            )
-        x_t = self.noise()
-        for i, time in enumerate(times[: exit_index + 1]):
-            t = torch.full((self.batch_size,), time, dtype=self.dtype)
-            with nullcontext() if i == exit_index else torch.no_grad():
-                x = self.jump(x_t, t)
-            if i < exit_index:
-                x_t = renoise_step(x, self.noise(), times[i + 1])
-        self.made_at = t if self.preset.critic_knows_step else torch.ones_like(t)
-        return Sample(x, x_t, t, exit_index)
+        s = _expanded(s, t, x)
+        return euler_step(x, self.mean_velocity("student", x, t, s), t, s)
 
     def scales(self) -> tuple[Tensor, Tensor]:
-        """This step's guidance scales of the teacher and of the fake score, ``[B]``."""
-        return self.preset.guidance.draw(self.batch_size, self.rng)
+        """This turn's guidance scales of the teacher and of the fake score, ``[B]``."""
+        return self.objective.guidance.draw(self.batch_size, self.uniform)
 
     def real(self, x_t: Tensor, t: Tensor, scale: Tensor | float | None = None) -> Tensor:
-        """The teacher's velocity, guided; None is the preset's scale."""
-        return self._guided(
-            self.networks.teacher, x_t, t, self.scales()[0] if scale is None else scale
-        )
+        """The teacher's velocity, guided; None is the objective's scale."""
+        return _guided(self.teacher_velocity, x_t, t, self.scales()[0] if scale is None else scale)
 
     def fake(self, x_t: Tensor, t: Tensor, scale: Tensor | float | None = None) -> Tensor:
-        """The fake score's velocity for what ``sample`` made last, guided; None is the preset's
-        scale where it is compared.
-        """
-        return self._guided(self.critic, x_t, t, self.scales()[1] if scale is None else scale)
-
-    def critic(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
-        """The fake score's own velocity for what ``sample`` made last."""
-        return self.networks.critic(
-            x_t, t, cond, torch.ones_like(t) if self.made_at is None else self.made_at
-        )
-
-    def _guided(self, network: Any, x_t: Tensor, t: Tensor, scale: Tensor | float) -> Tensor:
-        cond = network(x_t, t, self.cond)
-        if bool((torch.as_tensor(scale) == 1).all()):
-            return cond
-        return guide(cond, network(x_t, t, None), torch.as_tensor(scale, dtype=x_t.dtype))
+        """The fake score's velocity, guided; None is the objective's scale where it is compared."""
+        return _guided(self.fake_velocity, x_t, t, self.scales()[1] if scale is None else scale)
 
     def predictions(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The data predictions of fake score and teacher at one point, with this step's scales."""
+        """The data predictions of fake score and teacher at one point, with this turn's scales."""
         real_scale, fake_scale = self.scales()
-        return x0_from_v(x_t, self.fake(x_t, t, fake_scale), t), x0_from_v(
-            x_t, self.real(x_t, t, real_scale), t
-        )
+        fake = x0_from_v(x_t, self.fake(x_t, t, fake_scale), t)
+        return fake, x0_from_v(x_t, self.real(x_t, t, real_scale), t)
 
-    def logits(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.networks.logits(x_t, t, self.cond)
+    # ---- what an update leaves behind
+
+    def refresh_heads(self, share: float) -> None:
+        """Make a share of the discriminator's heads anew (NitroFusion)."""
+        raise NotImplementedError(f"{type(self).__name__} can't make heads anew")
+
+    def pull_fake_score(self, keep: float) -> None:
+        """Move the fake score's weights towards the student's (Flash-DMD)."""
+        raise NotImplementedError(f"{type(self).__name__} can't move the fake score's weights")
+
+    def record(self, **numbers: Tensor) -> None:
+        """Numbers worth logging."""
+        self.numbers.update({name: value.detach() for name, value in numbers.items()})
 
 
-def fit_critic(law: str = "uniform", weight: Callable[[Tensor], Tensor] | None = None) -> Loss:
-    """Flow matching of the fake score to the student's samples, in the preset's ``fake_train``
+def fit_fake_score(
+    step: Step,
+    law: TimeLaw | None = None,
+    weight: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Flow matching of the fake score to the student's samples, in the guidance's ``fake_train``
     combination.
 
     Where that is guided, or the fake score is compared without the prompt, one batch in five has no
     prompt.
     """
+    with torch.no_grad():
+        x = step.sample().x
+    t, eps = step.times(law), step.noise()
+    spec = step.objective.guidance
+    sees_no_prompt = spec != GuidanceSpec(real=spec.real) and step.chance() < 0.2
+    x_t = add_noise(x, eps, t)
+    if sees_no_prompt:
+        v = step.fake_velocity(x_t, t, prompted=False)
+    else:
+        v = step.fake(x_t, t, spec.fake_train)
+    return flow_matching_loss(v, x, eps, None if weight is None else weight(t))
 
-    def loss(ctx: Context) -> Tensor:
-        with torch.no_grad():
-            x = ctx.sample().x
-        t, eps = ctx.times(law), ctx.noise()
-        spec = ctx.preset.guidance
-        unconditional = (
-            spec != GuidanceSpec(real=spec.real) and float(torch.rand((), generator=ctx.rng)) < 0.2
-        )
-        x_t = add_noise(x, eps, t)
-        v = ctx.critic(x_t, t, None) if unconditional else ctx.fake(x_t, t, spec.fake_train)
-        return flow_matching_loss(v, x, eps, None if weight is None else weight(t))
 
-    return loss
+def _guided(network: Any, x_t: Tensor, t: Tensor, scale: Tensor | float) -> Tensor:
+    prompted = network(x_t, t)
+    if bool((torch.as_tensor(scale) == 1).all()):
+        return prompted
+    scale = torch.as_tensor(scale, dtype=x_t.dtype, device=x_t.device)
+    return guide(prompted, network(x_t, t, prompted=False), scale)
+
+
+def _expanded(s: Tensor | float, t: Tensor, x: Tensor) -> Tensor:
+    return torch.as_tensor(s, dtype=x.dtype, device=x.device).expand_as(t)
