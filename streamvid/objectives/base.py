@@ -21,6 +21,7 @@ Shapes: B samples of a step, ``...`` one sample: ``C 1 1`` points, ``C T h w`` c
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Objective:
     """What it asks of its setting: "score" and "features" of the teacher; "clips", real samples;
     "pairs", stored (noise, teacher's sample); "jumps", a student that is told where to land;
     "average", "lagged" and "start", copies of the student; "group", several samples per prompt;
-    "reward", a judge of samples."""
+    "reward", a judge of samples; "second", another fake score."""
     num_steps: ClassVar[int] = 1
     """Steps that it is published for. The plane samples with them; a stream has its own."""
     sampler: ClassVar[Literal["renoise", "jump", "euler"]] = "renoise"
@@ -277,6 +278,10 @@ class Step(ABC):
     def reward(self, x: Tensor) -> Tensor:
         """``[B]``, how good samples are for their prompts."""
 
+    @abstractmethod
+    def step_time(self, index: int) -> float:
+        """When the student's step ``index`` begins: 1 for the first, 0 after the last."""
+
     # ---- networks
 
     @abstractmethod
@@ -290,6 +295,10 @@ class Step(ABC):
     @abstractmethod
     def fake_velocity(self, x_t: Tensor, t: Tensor, prompted: bool = True) -> Tensor:
         """The fake score's velocity for what ``sample`` made last, without guidance."""
+
+    def second_velocity(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The velocity of another fake score, trained in the same turn (Distillation-DPO)."""
+        raise NotImplementedError(f"{type(self).__name__} has one fake score, expected two")
 
     @abstractmethod
     def logits(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -339,6 +348,19 @@ class Step(ABC):
     def record(self, **numbers: Tensor) -> None:
         """Numbers worth logging."""
         self.numbers.update({name: value.detach() for name, value in numbers.items()})
+
+
+def require(objective: Objective, **bounds: tuple[float, float]) -> None:
+    """Check options against the bounds ``name=(least, greatest)``, which are allowed themselves.
+
+    Raises:
+        ValueError: on the first option out of its bounds.
+    """
+    for name, (least, greatest) in bounds.items():
+        value = getattr(objective, name)
+        if not least <= value <= greatest:
+            expected = f"at least {least}" if greatest == math.inf else f"{least} to {greatest}"
+            raise ValueError(f"{objective.name}: {name}={value}, expected {expected}")
 
 
 def fit_fake_score(
