@@ -225,10 +225,12 @@ class TADSR(Distillation):
 
     gan: float = 0.3
     """Weight of the game, at least 0."""
+    regression: float = 0.5
+    """Weight of the squared distance from the teacher's sample of the same noise, at least 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, gan=(0, math.inf))
+        require(self, gan=(0, math.inf), regression=(0, math.inf))
 
     def student(self, step: Step) -> Loss:
         noise, real = step.pairs()
@@ -238,7 +240,7 @@ class TADSR(Distillation):
         with torch.no_grad():
             direction = teacher_change(step, x, eps, t) - teacher_change(step, real, eps, t)
         high_frequency = surrogate(x, direction)
-        regression = 0.5 * distance(x, real).mean()
+        regression = self.regression * distance(x, real).mean()
 
         t = step.times()
         game = gan_term(step, step.sample().x, t=t)

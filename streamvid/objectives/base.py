@@ -200,8 +200,8 @@ class Step(ABC):
     """Steps that the student is sampled with."""
     group: Tensor
     """``[B]``, which samples have one prompt."""
-    tangent: Literal["exact", "finite"] = "exact"
-    """How the student's derivative along a direction is had: forward mode, or a difference."""
+    tangent: Literal["jvp", "fd"] = "jvp"
+    """How the student's derivative is had, see ``core.flowmap.total_derivative``."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, Tensor] = {}

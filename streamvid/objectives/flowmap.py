@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -423,8 +422,7 @@ def tangent_term(
     x_t = add_noise(x0, step.noise(), t)
     with torch.no_grad():
         v = step.real(x_t, t)
-    mode: Literal["jvp", "fd"] = "jvp" if step.tangent == "exact" else "fd"
-    mean, slope = total_derivative(u, x_t, t, s, v, mode)
+    mean, slope = total_derivative(u, x_t, t, s, v, step.tangent)
     target = mean_velocity_target(v, slope, t, s, share)
     predicted = u(x_t, t, s)
     if c is not None:
