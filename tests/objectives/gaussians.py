@@ -132,13 +132,13 @@ class GaussianLab:
 class GaussianStep(PlaneStep):
     """A step over exact networks, in float64; for one prompt."""
 
-    def __init__(self, lab, objective, seed=0, count=512, progress=0.7):
+    def __init__(self, lab, objective, seed=0, count=256, progress=0.7):
         cond = torch.zeros(count, dtype=torch.long)
         rng = torch.Generator().manual_seed(seed)
         super().__init__(lab, objective, "student", cond, rng, progress, torch.float64)
 
 
-def gradients(objective, lab, law, turn="student", number=8, progress=0.7, count=512):
+def gradients(objective, lab, law, turn="student", number=8, progress=0.7, count=256):
     """Of a turn's loss, at ``law``: ``[number, ...]``, one for each of so many batches."""
     found = []
     for seed in range(number):

@@ -47,8 +47,9 @@ class Case:
 
 EULER = {
     "lcm": 0.5,  # its distance is linear, so a small error weighs more
-    **dict.fromkeys(("cd", "ctm", "tcd", "pcm", "tdd", "scott", "slam"), 0.25),
-    **dict.fromkeys(("boot", "traflow", "arcflow", "accvideo"), 0.25),
+    **dict.fromkeys(("cd", "tcd", "tdd", "slam"), 0.25),
+    **dict.fromkeys(("accvideo", "arcflow"), 0.2),
+    **dict.fromkeys(("pcm", "scott"), 0.1),
 }
 """The teacher's Euler steps stop a little short, and a flow map of them is a little narrow."""
 
@@ -59,7 +60,8 @@ SPECIAL = [
     # of all samples the denser ones win
     Case("pso", width="falls a little", settles=0.5),
     Case("pso", {"preference": 0.0}),
-    # random features of batches of samples are compared, at weights that let them be seen
+    # features of sets are noisy, and outweigh the rest at the published weight
+    Case("embedding_loss", {"num_nets": 1}),
     Case("embedding_loss", {"weight": 0.001}),
     # losers are drawn as winners are: who wins is no question of direction
     Case("distillation_dpo", {"stop": 0.0}),
@@ -70,6 +72,10 @@ SPECIAL = [
     Case("rdd", settles=0.25, number=64),
     Case("rdd", {"relation": 5.0}, settles=0.25, number=64),
     Case("rcm", {"matching": 20.0}),
+    Case("boot", settles=0.2),
+    Case("boot", {"boundary": 20.0}, settles=0.2),
+    Case("twinflow"),
+    Case("twinflow", {"short_step": 0.1}),
     Case("uni_dad", {"source": 0.0}),
     Case("uni_dad", {"target": 0.0}),
     Case("msd", progress=0.0),
@@ -183,7 +189,10 @@ def test_the_fake_score_follows_the_student(case):
 IDENTITY = {"sid", "sid_lsg", "few_step_sid", "sida", "rcm"}
 
 
-@pytest.mark.parametrize("case", [c for c in MATCHING if c.name not in IDENTITY], ids=str)
+BY_DIFFERENCE = [c for c in MATCHING if c.name not in IDENTITY and "num_nets" not in c.options]
+
+
+@pytest.mark.parametrize("case", BY_DIFFERENCE, ids=str)
 def test_the_student_leaves_where_the_fake_score_sees_too_much_of_it(case):
     """The student is right, its fake score is off by ``MEAN``: the student moves the other way.
 
@@ -224,6 +233,9 @@ def test_where_a_guided_objective_settles(case):
     lab = GaussianLab(objective, aim, fake)
     lab.unprompted = torch.tensor([0.0, 0.0, float(TEACHER[2])], dtype=torch.float64)
     step, error = measure(case, lab, lab.student_law, guidance_scale=scale)
+    if issubclass(KINDS[case.name], ScoreMatching):
+        fit, fit_error = measure(case, lab, lab.fake_law, "fake_score", scale)
+        assert (fit.abs() < SURE * fit_error)[:2].all()
 
     off = aim + MEAN
     lab_off = GaussianLab(objective, off, off / factor if case.name == "sid_lsg" else off)
@@ -260,18 +272,28 @@ def test_twinflow_moves_its_jump_from_the_fake_flow_to_the_real_one():
         assert step @ away > SURE * (error @ away.abs())
         twin, twin_error = measure(case, lab, lab.twin_law, guidance_scale=scale)
         assert twin @ away > SURE * (twin_error @ away.abs())
+        lab.twin_law = TEACHER.clone().requires_grad_()
+        twin, twin_error = measure(case, lab, lab.twin_law, guidance_scale=scale)
+        assert (twin.abs() < SURE * twin_error).all()
 
 
 def test_twinflows_secant_moves_the_jump_to_the_real_flow():
-    """Jump and fake flow are off alike, so that the rectification says nothing of the jump's own
-    error; what is left of it, the real flow against the fake one, is held at zero, too.
+    """Real and fake flow are the teacher's: only the secant speaks, and where the jump is the
+    teacher's, too, its mean rests.
     """
-    case = Case("twinflow")
-    lab = GaussianLab(case.make(), TEACHER + MEAN)
-    lab.velocity_law = lab.twin_law = TEACHER.clone()
-    step, error = measure(case, lab, lab.student_law)
+    case = Case("twinflow", {"short_step": 0.1}, number=96)
+
+    def step_of(law):
+        lab = GaussianLab(case.make(), law)
+        lab.velocity_law = TEACHER.clone()
+        lab.twin_law = TEACHER.clone()
+        return measure(case, lab, lab.student_law)
+
+    off, error = step_of(TEACHER + MEAN)
     towards = -MEAN / MEAN.norm()
-    assert step @ towards > SURE * (error @ towards.abs())
+    assert off @ towards > SURE * (error @ towards.abs())
+    rest, error = step_of(TEACHER)
+    assert (rest.abs() < SURE * error)[:2].all()
 
 
 class Asked(GaussianStep):
@@ -318,8 +340,7 @@ def test_swiftbrushs_weights_are_those_of_variance_preserving_noise():
     sigma^2 (eps_real - eps_fake), and the fake score's loss alpha^2 |eps_fake - eps|^2.
     """
     objective = SwiftBrush(guidance_scale=1.0, shift=1.0)
-    lab = GaussianLab(objective, TEACHER + MEAN, fake=TEACHER)
-    step = Asked(lab, objective)
+    step = Asked(GaussianLab(objective, TEACHER + MEAN), objective)
     x = step.sample().x.detach().requires_grad_()
     sample = step.sample()
     step.sample = lambda: replace(sample, x=x)
@@ -329,6 +350,7 @@ def test_swiftbrushs_weights_are_those_of_variance_preserving_noise():
     eps_gap = (step.fake_said - step.real_said) * (1 - t) / t  # eps = (x_t - (1 - t) x0) / t
     torch.testing.assert_close(slope * x.numel(), t**2 / square * eps_gap)
 
+    lab = GaussianLab(objective, TEACHER + MEAN, fake=TEACHER)
     loss = objective.fake_score(GaussianStep(lab, objective, seed=3))
     again = GaussianStep(lab, objective, seed=3)
     x = again.sample().x.detach()
@@ -359,3 +381,16 @@ def test_emd_with_one_step_and_a_held_z_is_dmd():
         found.append(-slope)
     dmd = torch.stack(found).mean(0)
     torch.testing.assert_close(emd[:2], dmd[:2], rtol=0.05, atol=0)
+
+
+def test_emds_langevin_steps_carry_z_to_the_teacher():
+    """Where they end, the student's samples are nearer to the teacher's than where they begin."""
+    objective = EMD(guidance_scale=1.0, shift=1.0, num_langevin=8, gamma=0.3)
+    step = GaussianStep(GaussianLab(objective, TEACHER + MEAN), objective, count=32768)
+    jumped = []
+    jump = step.jump
+    step.jump = lambda *args: jumped.append(jump(*args)) or jumped[-1]
+    objective.student(step)
+    first, last = (jumped[i].detach().flatten(1).mean(0) for i in (0, -1))
+    moved = (last - first) @ -MEAN[:2] / MEAN.norm()
+    assert moved > 0.02
