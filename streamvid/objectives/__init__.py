@@ -1,25 +1,42 @@
-"""Published distillation objectives as compositions of the loss core, one short function each.
+"""Published distillation objectives, each written once; ``objectives/base.py`` says what one is.
 
-``all_presets()`` maps a name to a function of a guidance scale that returns a ``Preset``; see
-``objectives/base.py`` for what one is, and ``streamvid/settings/plane.py`` for the laboratory in
-which all of them distil the same small teachers.
+``all_objectives()`` maps names to classes, family after family; ``settings/plane.py`` trains them
+on points, ``settings/video.py`` on images and clips.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from streamvid.objectives.base import Preset
+    from streamvid.objectives.base import Objective
+
+FAMILIES = ("dmd", "diagonal", "asd", "afd", "flow_matching", "trajectory")
+"""The modules that hold objectives."""
 
 
-def all_presets() -> dict[str, Callable[[float], Preset]]:
-    """Name to preset function, family after family."""
-    from streamvid.objectives import adversarial, flowmap, preferences, score
-
+def all_objectives() -> dict[str, type[Objective]]:
+    """Name to class, family after family, in the order of the files."""
+    modules = [importlib.import_module(f"streamvid.objectives.{family}") for family in FAMILIES]
     return {
-        name: getattr(family, name)
-        for family in (score, adversarial, flowmap, preferences)
-        for name in family.__all__
+        part.name: part
+        for module in modules
+        for part in vars(module).values()
+        if getattr(part, "__module__", None) == module.__name__ and getattr(part, "paper", "")
     }
+
+
+def find_objective(name: str) -> type[Objective]:
+    """The class of a name.
+
+    Raises:
+        ValueError: one line with the nearest name, if there is none such.
+    """
+    known = all_objectives()
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"objective={name} is not one of {', '.join(known)}{hint}")
