@@ -245,7 +245,8 @@ class AFD(Objective):
         policy = "student" if self.policy == "gan" else "lagged"
         with torch.no_grad():
             fake = step.policy_samples(policy, at_random_exit=self.policy == "gan")
-        real_logits, fake_logits = self._logits(step, torch.cat([real, fake])).chunk(2)
+        both = torch.stack([real, fake], dim=1).flatten(0, 1)  # two of each prompt
+        real_logits, fake_logits = self._logits(step, both).unflatten(0, (-1, 2)).unbind(1)
         adversarial = discriminator_loss("paired", fake_logits, real_logits)
         penalty = torch.zeros_like(adversarial)
         sides = ((self.r1_weight, real, real_logits), (self.r2_weight, fake, fake_logits))
