@@ -213,7 +213,7 @@ def merged(network: nn.Module) -> nn.Module:
     return plain
 
 
-# ---- adapters on disk ---------------------------------------------------------------------------------
+# ---- adapters on disk ----------------------------------------------------------------------------
 
 
 def save_adapter(network: nn.Module, folder: str | Path) -> None:
@@ -268,7 +268,7 @@ def load_adapter(network: nn.Module, path: str | Path) -> None:
         parameter.copy_(tensors[name])
 
 
-# ---- parts --------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------
 
 
 def _import_peft() -> Any:

@@ -52,7 +52,7 @@ class Denoise:
     tap: tuple[bool, ...]
 
 
-# ---- orders -------------------------------------------------------------------------------------------
+# ---- orders --------------------------------------------------------------------------------------
 
 
 def autoregressive(
@@ -141,7 +141,7 @@ def _check_times(times: Times) -> None:
         )
 
 
-# ---- what can be done to a schedule -------------------------------------------------------------------
+# ---- what can be done to a schedule --------------------------------------------------------------
 
 
 def truncate(
@@ -243,7 +243,7 @@ def cost_of(
     return Cost(nfe, commits, frames + commits * chunk_frames)
 
 
-# ---- how a student wants to be streamed ---------------------------------------------------------------
+# ---- how a student wants to be streamed ----------------------------------------------------------
 
 _CHOICES = {
     "commit": ("clean", "reuse", "none"),

@@ -65,21 +65,22 @@ def mean_velocity(student, target=None, timestep=T, **options):
     return student(latents, timestep, text, **told, **options).sample
 
 
-# ---- what it says -------------------------------------------------------------------------------------
+# ---- what it says --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", [0.0, S, S[:, None].expand(2, FRAMES), T])
+@pytest.mark.parametrize(
+    "timestep, target",
+    [(T, 0.0), (T, S), (T, T), (T[:, None].expand(2, FRAMES), S[:, None].expand(2, FRAMES))],
+    ids=["number", "samples", "no span", "frames"],
+)
 @pytest.mark.parametrize("options", [{}, {"chunk_frames": 2}])
 @torch.no_grad()
-def test_an_added_embedding_changes_no_bit(target, options):
+def test_an_added_embedding_changes_no_bit(timestep, target, options):
     """u(x, t, s) = v(x, t) for every s before it is trained."""
+    expected = mean_velocity(plain_student(), None, timestep, **options)
     student = told_student(trained=False)
-    for timestep in (T, T[:, None].expand(2, FRAMES)):
-        options["timestep"] = timestep
-        expected = mean_velocity(plain_student(), **options)
-        assert torch.equal(mean_velocity(student, **options), expected)
-        if isinstance(target, float) or target.ndim <= timestep.ndim:  # products of equal shapes
-            assert torch.equal(mean_velocity(student, target, **options), expected)
+    assert torch.equal(mean_velocity(student, None, timestep, **options), expected)
+    assert torch.equal(mean_velocity(student, target, timestep, **options), expected)
 
 
 @torch.no_grad()
@@ -91,6 +92,18 @@ def test_a_jump_of_no_span_is_the_velocity_whatever_was_trained():
     assert torch.equal(mean_velocity(student, T), untold)
     for target in (0.0, S, T - 1):
         assert (mean_velocity(student, target) - untold).abs().amax() > 1e-4
+
+
+@torch.no_grad()
+def test_a_target_is_a_shift_of_the_time_embedding():
+    """By the vector of t - s, for a sample at a time, whose shift a plain network has as a bias."""
+    student = told_student()
+    told = mean_velocity(student, S)
+    for i, span in enumerate((T - S).tolist()):
+        plain = plain_student()
+        vector = embedding_of(student)(torch.tensor([[span]]))[0, 0]
+        plain.condition_embedder.time_embedder.linear_2.bias += vector
+        torch.testing.assert_close(told[i], mean_velocity(plain)[i])
 
 
 @torch.no_grad()
@@ -136,7 +149,7 @@ def test_the_span_turns_slowly():
     torch.testing.assert_close(seen["waves"][0, :, 8], 1 - phase.cos(), atol=1e-5, rtol=0)
 
 
-# ---- passes -------------------------------------------------------------------------------------------
+# ---- passes --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -180,7 +193,7 @@ def test_kept_keys_equal_the_block_causal_pass():
     torch.testing.assert_close(actual, torch.cat(expected, dim=2), atol=1e-5, rtol=0)
 
 
-# ---- training -----------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def test_the_first_step_moves_it():
@@ -274,7 +287,7 @@ def test_what_cannot_be_told_is_refused():
         mean_velocity(told_student(), torch.zeros(3))
 
 
-# ---- folders ------------------------------------------------------------------------------------------
+# ---- folders -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -318,7 +331,7 @@ def test_a_folder_without_it_does_not_name_it(tmp_path):
     assert not load_strictly(CausalWanTransformer3DModel, tmp_path).takes_target
 
 
-# ---- derivatives by time ------------------------------------------------------------------------------
+# ---- derivatives by time -------------------------------------------------------------------------
 
 
 def flow_map(student, text, **options):
