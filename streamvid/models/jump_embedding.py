@@ -41,8 +41,10 @@ class JumpEmbedding(nn.Module):
             self.linear_1 = nn.Linear(2 * self.num_waves, dim, bias=False)
             self.linear_2 = nn.Linear(dim, dim, bias=False)
         shape = tuple(self.linear_1.weight.shape)
-        with torch.no_grad():  # keyed: the same in every process
-            self.linear_1.weight.copy_(keyed_normal(shape, "jump embedding") / shape[1] ** 0.5)
+        with torch.device("cpu"):  # whatever device is the default here
+            values = keyed_normal(shape, "jump embedding")  # the same in every process
+        with torch.no_grad():
+            self.linear_1.weight.copy_(values / shape[1] ** 0.5)
             self.linear_2.weight.zero_()
 
     def forward(self, span: Tensor) -> Tensor:

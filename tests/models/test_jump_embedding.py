@@ -251,6 +251,27 @@ def test_every_process_begins_with_the_same_values():
     assert torch.equal(a, b) and a.std() > 0.1
 
 
+def test_it_is_made_where_the_network_is():
+    """Also without numbers, as shards are put together and costs are counted."""
+    student = plain_student().to("meta")
+    add_jump_embedding(student)
+    with torch.device("meta"):
+        made = CausalWanTransformer3DModel.from_config(student.config)
+    assert {p.device.type for model in (student, made) for p in model.parameters()} == {"meta"}
+    made.load_state_dict(told_student().state_dict(), assign=True)
+    with torch.no_grad():
+        assert torch.equal(mean_velocity(made, S), mean_velocity(told_student(), S))
+
+
+@torch.no_grad()
+def test_in_half_precision_it_changes_no_bit_either():
+    student = plain_student().bfloat16()
+    before = mean_velocity(student)
+    add_jump_embedding(student)
+    assert embedding_of(student).linear_1.weight.dtype == torch.float32
+    assert torch.equal(mean_velocity(student, S), before)
+
+
 def test_one_that_is_there_stays():
     student = told_student()
     embedding = embedding_of(student)
