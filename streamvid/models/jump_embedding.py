@@ -85,6 +85,6 @@ def add_jump_embedding(network: nn.Module) -> None:
     device = network.scale_shift_table.device
     with torch.device(device):
         network.condition_embedder.jump_embedder = JumpEmbedding(config.freq_dim, dim).float()
-    # ``from_config`` leaves out what a network was made with by default
-    defaults = [name for name in config["_use_default_values"] if name != "jump_embedding"]
+    # diffusers' list of what was not given, which ``from_config`` leaves out; absent if all was
+    defaults = [n for n in config.get("_use_default_values", ()) if n != "jump_embedding"]
     network.register_to_config(jump_embedding=True, _use_default_values=defaults)

@@ -272,6 +272,15 @@ def test_in_half_precision_it_changes_no_bit_either():
     assert torch.equal(mean_velocity(student, S), before)
 
 
+def test_a_network_made_with_every_argument_gets_one():
+    """The bug: diffusers' list of arguments left at their defaults is absent where none was."""
+    values = {name: x for name, x in plain_student().config.items() if not name.startswith("_")}
+    student = CausalWanTransformer3DModel(**values)
+    assert "_use_default_values" not in student.config
+    add_jump_embedding(student)
+    assert student.takes_target and student.config.jump_embedding
+
+
 def test_one_that_is_there_stays():
     student = told_student()
     embedding = embedding_of(student)
