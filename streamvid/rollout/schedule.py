@@ -33,7 +33,7 @@ from streamvid.weights import parse_json
 
 Times = Sequence[float]
 Commit = Literal["clean", "reuse", "none"]
-Stepper = Literal["renoise", "euler"]
+Stepper = Literal["renoise", "euler", "jump"]
 
 STREAM_CONFIG_FILE = "stream_config.json"  # beside a student's weights
 
@@ -52,7 +52,7 @@ class Denoise:
     tap: tuple[bool, ...]
 
 
-# ---- orders -------------------------------------------------------------------------------------------
+# ---- orders --------------------------------------------------------------------------------------
 
 
 def autoregressive(
@@ -141,7 +141,7 @@ def _check_times(times: Times) -> None:
         )
 
 
-# ---- what can be done to a schedule -------------------------------------------------------------------
+# ---- what can be done to a schedule --------------------------------------------------------------
 
 
 def truncate(
@@ -243,11 +243,11 @@ def cost_of(
     return Cost(nfe, commits, frames + commits * chunk_frames)
 
 
-# ---- how a student wants to be streamed ---------------------------------------------------------------
+# ---- how a student wants to be streamed ----------------------------------------------------------
 
 _CHOICES = {
     "commit": ("clean", "reuse", "none"),
-    "stepper": ("renoise", "euler"),
+    "stepper": ("renoise", "euler", "jump"),
     "positions": ("absolute", "window"),
     "order": ("autoregressive", "rolling", "full_sequence"),
 }
@@ -301,7 +301,8 @@ class StreamConfig:
     """"clean" runs an extra pass over the finished chunk, "reuse" keeps the keys of its last step,
     "none" has no context."""
     stepper: Stepper = "renoise"
-    """From step to step: fresh noise on the data prediction, or an Euler step of the flow."""
+    """From step to step: fresh noise on the data prediction, an Euler step of the flow, or a jump
+    of a student that is told where to land; one that can't be told takes Euler steps."""
     positions: Literal["absolute", "window"] = "absolute"
     """The cache's position policy; "window" for streams past the training length."""
     max_trained_frames: int | None = None
