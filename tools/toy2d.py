@@ -1,4 +1,4 @@
-"""Distil small analytic teachers in the plane with every preset of the loss core, and compare them.
+"""Distil small analytic teachers in the plane with every objective, and compare them.
 
     python tools/toy2d.py
     python tools/toy2d.py --only dmd,sid --targets ring,moons --seeds 0,1,2 --out runs/few.json
@@ -20,7 +20,7 @@ from streamvid.command_line import Parser, run_tool, tell
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--only", help="presets, comma-separated; by default all")
+    parser.add_argument("--only", help="objectives, comma-separated; by default all")
     parser.add_argument("--targets", help="ring, moons or prompts, comma-separated; by default all")
     parser.add_argument("--seeds", default="0", help="training seeds, comma-separated (default 0)")
     parser.add_argument(
@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help="a few updates only: proves the wiring"
     )
     parser.add_argument(
-        "--list", action="store_true", help="print all presets with their papers, and stop"
+        "--list", action="store_true", help="print all objectives with their papers, and stop"
     )
     return parser.parse_args(argv)
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace) -> None:
-    from streamvid.objectives import all_presets
+    from streamvid.objectives import all_objectives
     from streamvid.settings.targets import COVERAGE, TARGETS
     from streamvid.studies import plane_report as report
     from streamvid.studies.plane import (
@@ -56,20 +56,20 @@ def compare(args: argparse.Namespace) -> None:
         Effort,
         baselines,
         load_start,
+        plane_objectives,
         read_result,
         result_file,
         run_job,
     )
     from streamvid.video import ensure_place
 
-    known = all_presets()
     if args.list:
-        for name, preset in known.items():
-            print(f"{name:18} {preset(1.0).paper}  {(preset.__doc__ or '').splitlines()[0]}")
+        for name, kind in all_objectives().items():
+            print(f"{name:18} {kind.paper}  {(kind.__doc__ or '').splitlines()[0]}")
         return
-    points = [name for name, preset in known.items() if preset(1.0).on_points]
+    known = plane_objectives()
     names, targets = (
-        chosen("--only", args.only, points),
+        chosen("--only", args.only, list(known)),
         chosen("--targets", args.targets, list(TARGETS)),
     )
     if not all(seed.strip().isdecimal() for seed in args.seeds.split(",")) or args.jobs < 1:
@@ -90,10 +90,7 @@ def compare(args: argparse.Namespace) -> None:
     seeds = [int(seed) for seed in args.seeds.split(",")]
     pairs = [(name, target) for name in names for target in targets]
     pairs += [
-        (name, target)
-        for name in names
-        for target in extra
-        if name == "dmd" or known[name](1.0).covers
+        (name, target) for name in names for target in extra if name == "dmd" or known[name].covers
     ]
     jobs = [(name, target, seed, folder, effort) for name, target in pairs for seed in seeds]
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
@@ -104,7 +101,7 @@ def compare(args: argparse.Namespace) -> None:
     ]
     files = [result_file(folder, *job[:3]) for job in jobs]
     results += [read_result(file) for file in files if file.exists()]
-    made = {name: known[name](1.0) for name in names}
+    made = {name: known[name](guidance_scale=1.0) for name in names}
     print(report.write_report(Path(args.out), results, made))
 
 

@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from streamvid.objectives.base import Objective
 
-FAMILIES = ("dmd", "diagonal", "asd", "afd", "flow_matching", "trajectory")
+FAMILIES = (
+    "dmd",
+    "score",
+    "diagonal",
+    "asd",
+    "adversarial",
+    "afd",
+    "flowmap",
+    "preferences",
+    "flow_matching",
+    "trajectory",
+)
 """The modules that hold objectives."""
 
 
@@ -21,10 +32,10 @@ def all_objectives() -> dict[str, type[Objective]]:
     """Name to class, family after family, in the order of the files."""
     modules = [importlib.import_module(f"streamvid.objectives.{family}") for family in FAMILIES]
     return {
-        part.name: part
+        kind.name: kind
         for module in modules
-        for part in vars(module).values()
-        if getattr(part, "__module__", None) == module.__name__ and getattr(part, "paper", "")
+        for kind in vars(module).values()
+        if getattr(kind, "__module__", "") == module.__name__ and getattr(kind, "paper", "")
     }
 
 

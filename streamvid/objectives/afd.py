@@ -74,6 +74,7 @@ class AFD(Objective):
     paper: ClassVar[str] = "2605.26105"
     num_steps: ClassVar[int] = 4
     sampler: ClassVar[Literal["renoise", "jump", "euler"]] = "euler"
+    heads: ClassVar[Literal["token", "film", "query"]] = "film"
     rate: ClassVar[float] = 0.2
 
     policy: Literal["nft", "gan"] = "nft"

@@ -58,8 +58,8 @@ class ASD(DMD):
     name: ClassVar[str] = "asd"
     paper: ClassVar[str] = "2511.01419"
     num_steps: ClassVar[int] = 2
-    heads: ClassVar[str] = "film"
-    trunk: ClassVar[str] = "fake_score"
+    heads: ClassVar[Literal["token", "film", "query"]] = "film"
+    trunk: ClassVar[Literal["teacher", "fake_score"]] = "fake_score"
 
     asd_weight: float = 1.0
     """alpha, of the adversarial term in the student's loss; 0 leaves DMD at all numbers of steps.

@@ -59,7 +59,7 @@ class Objective:
     """What it asks of its setting: "score" and "features" of the teacher; "clips", real samples;
     "pairs", stored (noise, teacher's sample); "jumps", a student that is told where to land;
     "average", "lagged" and "start", copies of the student; "group", several samples per prompt;
-    "reward", a judge of samples."""
+    "reward", a judge of samples; "second", another fake score."""
     num_steps: ClassVar[int] = 1
     """Steps that it is published for. The plane samples with them; a stream has its own."""
     sampler: ClassVar[Literal["renoise", "jump", "euler"]] = "renoise"
@@ -266,6 +266,9 @@ class Step(ABC):
     """``[B]``, which samples have one prompt."""
     tangent: Literal["jvp", "fd"] = "jvp"
     """How the student's derivative is had, see ``core.flowmap.total_derivative``."""
+    difference: float = 2e-4
+    """Of time, where it is a difference: the fastest wave of Wan's time embedding turns by one
+    radian in .001."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, Tensor] = {}
@@ -297,11 +300,11 @@ class Step(ABC):
         """``[B]``; None is the objective's own law and bounds, the shift always is."""
 
     @abstractmethod
-    def choose(self, count: int) -> int:
+    def choose(self, count: int, name: str = "choice") -> int:
         """One of ``count``, the same for all samples and all processes."""
 
     @abstractmethod
-    def chance(self) -> float:
+    def chance(self, name: str = "chance") -> float:
         """In [0, 1), the same for all samples and all processes."""
 
     def choices(self) -> Hashable:
@@ -421,6 +424,10 @@ class Step(ABC):
     def reward(self, x: Tensor) -> Tensor:
         """``[B]``, how good samples are for their prompts."""
 
+    @abstractmethod
+    def step_time(self, index: int) -> float:
+        """When the student's step ``index`` begins: 1 for the first, 0 after the last."""
+
     # ---- networks
 
     @abstractmethod
@@ -434,6 +441,10 @@ class Step(ABC):
     @abstractmethod
     def fake_velocity(self, x_t: Tensor, t: Tensor, prompted: bool = True) -> Tensor:
         """The fake score's velocity for what ``sample`` made last, without guidance."""
+
+    def second_velocity(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The velocity of another fake score, trained in the same turn (Distillation-DPO)."""
+        raise NotImplementedError(f"{type(self).__name__} has one fake score, expected two")
 
     @abstractmethod
     def logits(self, x_t: Tensor, t: Tensor, num_parts: int = 1) -> Tensor:
@@ -523,6 +534,19 @@ class ClipStep(Protocol):
             clean_context: a noisy chunk sees these before it, ``[B, C, T, h, w]``.
         """
         ...
+
+
+def require(objective: Objective, **bounds: tuple[float, float]) -> None:
+    """Check options against the bounds ``name=(least, greatest)``, which are allowed themselves.
+
+    Raises:
+        ValueError: on the first option out of its bounds.
+    """
+    for name, (least, greatest) in bounds.items():
+        value = getattr(objective, name)
+        if not least <= value <= greatest:
+            expected = f"at least {least}" if greatest == math.inf else f"{least} to {greatest}"
+            raise ValueError(f"{objective.name}: {name}={value}, expected {expected}")
 
 
 def fit_fake_score(

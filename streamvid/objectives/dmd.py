@@ -24,7 +24,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from streamvid.core.inject import dmd_gradient, surrogate
+from streamvid.core.inject import Normalizer, dmd_gradient, surrogate
 from streamvid.objectives.base import ScoreMatching, Step
 
 
@@ -56,10 +56,26 @@ class MatchingTerms:
     real: Tensor
 
 
+@torch.no_grad()
+def compare(
+    step: Step, x: Tensor, t: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noise samples, and ask fake score and teacher what they were.
+
+    Returns:
+        ``x_t``, ``t`` and the data predictions of fake score and teacher.
+    """
+    if t is None:
+        t = step.times()
+    x_t = step.noised(x, t)
+    fake, real = step.predictions(x_t, t)
+    return x_t, t, fake, real
+
+
 def matching_terms(
     step: Step,
     x: Tensor,
-    normalizer: str = "sample",
+    normalizer: Normalizer = "sample",
     weight: Tensor | float = 1.0,
     t: Tensor | None = None,
 ) -> MatchingTerms:
@@ -70,11 +86,10 @@ def matching_terms(
         weight: of a sample, ``[B]``.
         t: times ``[B]``; None draws them.
     """
+    _, _, fake, real = compare(step, x, t)
+    group = step.group if normalizer == "group" else None
     with torch.no_grad():
-        t = step.times() if t is None else t
-        x_t = step.noised(x, t)
-        fake, real = step.predictions(x_t, t)
-        g = dmd_gradient(x, fake, real, normalizer)
+        g = dmd_gradient(x, fake, real, normalizer, group)
         step.record(
             gradient_rms=g.square().mean().sqrt(),
             fake_real_gap=(fake - real).abs().mean(),

@@ -5,294 +5,334 @@ what is near them.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from streamvid.core import guidance as specs
-from streamvid.core.adversary import approximate_penalty, discriminator_loss, generator_loss
-from streamvid.core.fitting import couple, loss_weight
+from streamvid.core.adversary import (
+    AdversaryKind,
+    approximate_penalty,
+    discriminator_loss,
+    generator_loss,
+)
+from streamvid.core.fitting import loss_weight
 from streamvid.core.flowmap import distance
 from streamvid.core.guidance import GuidanceSpec
-from streamvid.core.inject import dmd_gradient, f_weight, residual_gradient, sid_loss, surrogate
+from streamvid.core.inject import (
+    Divergence,
+    Normalizer,
+    dmd_gradient,
+    f_weight,
+    residual_gradient,
+    sid_loss,
+    surrogate,
+)
 from streamvid.core.process import add_noise, euler_step, expand_time, velocity, x0_from_v
-from streamvid.objectives.base import Context, Loss, Preset, fit_critic
+from streamvid.objectives.base import (
+    Distillation,
+    Loss,
+    ScoreMatching,
+    Step,
+    fit_fake_score,
+    require,
+)
+from streamvid.objectives.dmd import compare, matching_terms
 
-__all__ = [
-    "sds",
-    "dmd",
-    "dmd2",
-    "f_distill",
-    "swiftbrush",
-    "snoopi",
-    "sid",
-    "sid_lsg",
-    "few_step_sid",
-    "sida",
-    "uni_dad",
-    "flash_dmd",
-    "gndm",
-    "emd",
-    "add",
-    "msd",
-    "twinflow",
-    "tdm",
-    "flow_dmd",
-]
-
-
-# ---- pieces -------------------------------------------------------------------------------------------
+# ---- pieces --------------------------------------------------------------------------------------
 
 
 def dmd_term(
-    ctx: Context,
+    step: Step,
     x: Tensor,
     weight: Tensor | float = 1.0,
-    normalizer: str = "sample",
+    normalizer: Normalizer = "sample",
     t: Tensor | None = None,
 ) -> Tensor:
     """DMD's surrogate at a fresh noising of ``x``."""
+    return matching_terms(step, x, normalizer, weight, t).loss
+
+
+def residual_term(step: Step, x: Tensor, weigh: bool = False) -> Tensor:
+    """Score distillation's surrogate; with ``weigh``, 1 - t times it."""
     with torch.no_grad():
-        t = ctx.times() if t is None else t
-        x_t = ctx.noised(x, t)
-        fake, real = ctx.predictions(x_t, t)
-    return surrogate(x, dmd_gradient(x, fake, real, normalizer), weight=weight)
+        t = step.times()
+        x_t = step.noised(x, t)
+        residual = residual_gradient(x, x0_from_v(x_t, step.real(x_t, t), t))
+    return surrogate(x, residual, weight=1 - t if weigh else 1.0)
 
 
-def gan_term(
-    ctx: Context, x: Tensor, kind: str = "ns", low: float = 0.02, high: float = 0.98
-) -> Tensor:
-    """The student's side of a game on noised samples."""
-    t = ctx.times(low=low, high=high)
-    return generator_loss(kind, ctx.logits(add_noise(x, ctx.noise(), t), t))
-
-
-def play(
-    kind: str = "ns",
-    shared: bool = False,
-    low: float = 0.02,
-    high: float = 0.98,
-    exit_index: int | None = None,
-) -> Loss:
-    """The discriminator's side: student samples against data, each with its own noise and time, or
-    with the same ones.
-    """
-
-    def loss(ctx: Context) -> Tensor:
-        with torch.no_grad():
-            fake = ctx.sample(exit_index).x
-        real, t, eps = ctx.data(ctx.cond), ctx.times(low=low, high=high), ctx.noise()
-        t_real, eps_real = (t, eps) if shared else (ctx.times(low=low, high=high), ctx.noise())
-        fake, real = add_noise(fake, eps, t), add_noise(real, eps_real, t_real)
-        return discriminator_loss(kind, ctx.logits(fake, t), ctx.logits(real, t_real))
-
-    return loss
-
-
-def with_penalty(disc: Loss, weight: float, sigma: float, points: str) -> Loss:
-    """A discriminator's loss with an approximate gradient penalty on clean ``points``, "data" or
-    "both" (R1, R1 + R2).
-    """
-
-    def loss(ctx: Context) -> Tensor:
-        t = torch.full((ctx.batch_size,), 0.02, dtype=ctx.dtype)
-        logits = lambda x: ctx.logits(x, t)
-        total = disc(ctx) + weight / sigma**2 * approximate_penalty(
-            logits, ctx.data(ctx.cond), ctx.noise(), sigma
-        )
-        if points == "both":
-            with torch.no_grad():
-                x = ctx.sample().x
-            total = total + weight / sigma**2 * approximate_penalty(logits, x, ctx.noise(), sigma)
-        return total
-
-    return loss
-
-
-def sid_term(
-    ctx: Context, x: Tensor, alpha: float, low: float = 0.02, high: float = 0.96
-) -> Tensor:
+def sid_term(step: Step, x: Tensor, alpha: float) -> Tensor:
     """SiD's loss, gradients through both scores' inputs included."""
-    t = ctx.times(low=low, high=high)
-    fake, real = ctx.predictions(add_noise(x, ctx.noise(), t), t)
+    t = step.times(high=0.96)
+    x_t = add_noise(x, step.noise(), t)
+    fake, real = step.predictions(x_t, t)
     return sid_loss(x, fake, real, alpha)
 
 
-# ---- distribution matching ----------------------------------------------------------------------------
+def gan_term(step: Step, x: Tensor, kind: AdversaryKind = "ns", t: Tensor | None = None) -> Tensor:
+    """The student's side of a game on noised samples."""
+    if t is None:
+        t = step.times()
+    x_t = add_noise(x, step.noise(), t)
+    return generator_loss(kind, step.logits(x_t, t))
 
 
-def sds(scale: float = 1.0) -> Preset:
+def play(
+    step: Step,
+    kind: AdversaryKind = "ns",
+    shared: bool = False,
+    high: float | None = None,
+    exit_index: int | None = None,
+) -> Tensor:
+    """The discriminator's side: student samples against data.
+
+    Args:
+        shared: give both the same noise and time.
+        high: the greatest time; None is the objective's own.
+        exit_index: the step that the samples end with, see ``Step.sample``.
+    """
+    with torch.no_grad():
+        fake = step.sample(exit_index).x
+    real = step.data()
+    t = step.times(high=high)
+    eps = step.noise()
+    t_real = t if shared else step.times(high=high)
+    eps_real = eps if shared else step.noise()
+    fake_logits = step.logits(add_noise(fake, eps, t), t)
+    real_logits = step.logits(add_noise(real, eps_real, t_real), t_real)
+    return discriminator_loss(kind, fake_logits, real_logits)
+
+
+def penalty(step: Step, x: Tensor, weight: float, sigma: float) -> Tensor:
+    """An approximate gradient penalty of the discriminator on clean points: R1 on data, R2 on
+    samples.
+    """
+    t = step.full(0.02)
+    change = approximate_penalty(lambda x: step.logits(x, t), x.detach(), step.noise(), sigma)
+    return weight / sigma**2 * change
+
+
+# ---- distribution matching -----------------------------------------------------------------------
+
+
+@dataclass
+class SDS(Distillation):
     """Score distillation sampling: the residual alone. It collapses to modes, whatever its
     weight.
     """
 
-    def student(ctx: Context) -> Tensor:
-        x = ctx.sample().x
-        with torch.no_grad():
-            t = ctx.times()
-            x_t = ctx.noised(x, t)
-            g = residual_gradient(x, x0_from_v(x_t, ctx.real(x_t, t), t))
-        return surrogate(x, g)
+    name = "sds"
+    paper = "2209.14988"
+    needs = frozenset({"score"})
+    role = "baseline"
 
-    return Preset(
-        "2209.14988",
-        student,
-        guidance=specs.dmd(scale),
-        role="baseline",
-        note="no fake score: spread collapses",
-    )
+    @property
+    def note(self) -> str:
+        return "no fake score: spread collapses"
+
+    def student(self, step: Step) -> Loss:
+        return residual_term(step, step.sample().x)
 
 
-def dmd(scale: float = 1.0) -> Preset:
-    """DMD without its regression: the score difference over |x - x0_real|, one step."""
-    return Preset(
-        "2311.18828",
-        lambda ctx: dmd_term(ctx, ctx.sample().x),
-        fit_critic(),
-        guidance=specs.dmd(scale),
-    )
-
-
-def dmd2(scale: float = 1.0, gan: float = 0.03) -> Preset:
+@dataclass
+class DMD2(ScoreMatching):
     """DMD2: DMD and a non-saturating game on noised samples against data, two steps by backward
     simulation.
     """
 
-    def student(ctx: Context) -> Tensor:
-        x = ctx.sample().x
-        return dmd_term(ctx, x) + gan * gan_term(ctx, x)
+    name = "dmd2"
+    paper = "2405.14867"
+    needs = frozenset({"score", "features", "clips"})
+    num_steps = 2
+    covers = True
 
-    return Preset(
-        "2405.14867", student, fit_critic(), play(), steps=2, guidance=specs.dmd(scale), covers=True
-    )
+    gan: float = 0.03
+    """Weight of the game, at least 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, gan=(0, math.inf))
+
+    def student(self, step: Step) -> Loss:
+        x = step.sample().x
+        return dmd_term(step, x) + self.gan * gan_term(step, x)
+
+    def discriminator(self, step: Step) -> Loss:
+        """Student samples against data."""
+        return play(step)
 
 
-def f_distill(scale: float = 1.0, gan: float = 0.03, divergence: str = "js") -> Preset:
-    """f-distill: DMD2's direction times h(r), r from the discriminator's logit; Jensen-Shannon by
-    default.
-    """
+@dataclass
+class FDistill(ScoreMatching):
+    """f-distill: DMD2's direction times h(r), r from the discriminator's logit."""
 
-    def student(ctx: Context) -> Tensor:
-        x = ctx.sample().x
+    name = "f_distill"
+    paper = "2502.15681"
+    needs = frozenset({"score", "features", "clips"})
+
+    gan: float = 0.03
+    """Weight of the game, at least 0."""
+    divergence: Divergence = "js"
+    """Between teacher and student, see ``core.inject.f_weight``; "rkl" is DMD2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, gan=(0, math.inf))
+        f_weight(torch.zeros(1), self.divergence)  # refuses an unknown one
+
+    def student(self, step: Step) -> Loss:
+        x = step.sample().x
+        x_t, t, fake, real = compare(step, x)
         with torch.no_grad():
-            t = ctx.times()
-            x_t = ctx.noised(x, t)
-            h = f_weight(ctx.logits(x_t, t).mean(1), divergence)
-            fake, real = ctx.predictions(x_t, t)
-        term = surrogate(x, dmd_gradient(x, fake, real), weight=h / h.mean())
-        return term + gan * gan_term(ctx, x)
+            h = f_weight(step.logits(x_t, t).mean(1), self.divergence)
+        matching = surrogate(x, dmd_gradient(x, fake, real), weight=h / h.mean())
+        return matching + self.gan * gan_term(step, x)
 
-    return Preset("2502.15681", student, fit_critic(), play(), guidance=specs.dmd(scale))
+    def discriminator(self, step: Step) -> Loss:
+        """Student samples against data."""
+        return play(step)
 
 
-def swiftbrush(scale: float = 1.0) -> Preset:
+@dataclass
+class SwiftBrush(ScoreMatching):
     """SwiftBrush: no normaliser, the weight of variance-preserving noise, one guidance for both
     scores.
     """
 
-    def student(ctx: Context) -> Tensor:
-        t = ctx.times()
+    name = "swiftbrush"
+    paper = "2312.05239"
+
+    @property
+    def guidance(self) -> GuidanceSpec:
+        return specs.vsd(self.guidance_scale)
+
+    @property
+    def note(self) -> str:
+        return "guides both scores: settles at the plain prompt"
+
+    def student(self, step: Step) -> Loss:
+        t = step.times()
+        x = step.sample().x
         weight = t * (1 - t) / (t**2 + (1 - t) ** 2)
-        return dmd_term(ctx, ctx.sample().x, weight, "none", t)
+        return dmd_term(step, x, weight, "none", t)
 
-    critic = fit_critic(weight=lambda t: loss_weight("swiftbrush", t))
-    return Preset(
-        "2312.05239",
-        student,
-        critic,
-        guidance=specs.vsd(scale),
-        note="guides both scores: settles at the plain prompt",
-    )
+    def fake_score(self, step: Step) -> Loss:
+        """Flow matching with SwiftBrush's weight."""
+        return fit_fake_score(step, weight=lambda t: loss_weight("swiftbrush", t))
 
 
-def snoopi(scale: float = 1.0) -> Preset:
-    """SNOOPI's PG-SB: a random scale a sample, the same for both scores. (Its NASA is a hook in
+@dataclass
+class SNOOPI(SwiftBrush):
+    """SNOOPI's PG-SB: a random scale per sample, the same for both scores. (Its NASA is a hook in
     attention.)
     """
-    spec = specs.random_scale(0.5, max(scale, 0.5) * 2)
-    base = swiftbrush(scale)
-    return Preset(
-        "2412.02687",
-        base.student,
-        base.critic,
-        guidance=spec,
-        note="guides both scores: settles at the plain prompt",
-    )
+
+    name = "snoopi"
+    paper = "2412.02687"
+
+    @property
+    def guidance(self) -> GuidanceSpec:
+        return specs.random_scale(0.5, max(self.guidance_scale, 0.5) * 2)
 
 
-def uni_dad(
-    scale: float = 1.0, source: float = 0.5, target: float = 0.5, gan: float = 0.03
-) -> Preset:
+@dataclass
+class UniDAD(ScoreMatching):
     """Uni-DAD: two teachers, one fake score, one game. Here the target's teacher is the unguided
     one.
     """
 
-    def student(ctx: Context) -> Tensor:
-        x = ctx.sample().x
+    name = "uni_dad"
+    paper = "2511.18281"
+    needs = frozenset({"score", "features", "clips"})
+    num_steps = 2
+
+    source: float = 0.5
+    """Weight of the guided teacher, at least 0."""
+    target: float = 0.5
+    """Weight of the unguided teacher, at least 0."""
+    gan: float = 0.03
+    """Weight of the game, at least 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, source=(0, math.inf), target=(0, math.inf), gan=(0, math.inf))
+
+    @property
+    def note(self) -> str:
+        return "between the two teachers' laws" if self.guidance_scale != 1 else ""
+
+    def student(self, step: Step) -> Loss:
+        x = step.sample().x
+        x_t, t, fake, real = compare(step, x)
         with torch.no_grad():
-            t = ctx.times()
-            x_t = ctx.noised(x, t)
-            fake, real = ctx.predictions(x_t, t)
-            plain = x0_from_v(x_t, ctx.real(x_t, t, 1.0), t)
-            g = source * dmd_gradient(x, fake, real) + target * dmd_gradient(x, fake, plain)
-        return surrogate(x, g) + gan * gan_term(ctx, x)
+            plain = x0_from_v(x_t, step.real(x_t, t, 1.0), t)
+            to_source = dmd_gradient(x, fake, real)
+            to_target = dmd_gradient(x, fake, plain)
+        matching = surrogate(x, self.source * to_source + self.target * to_target)
+        return matching + self.gan * gan_term(step, x)
 
-    note = "between the two teachers' laws" if scale != 1 else ""
-    return Preset(
-        "2511.18281", student, fit_critic(), play(), steps=2, guidance=specs.dmd(scale), note=note
-    )
+    def discriminator(self, step: Step) -> Loss:
+        """Student samples against data."""
+        return play(step)
 
 
-def flash_dmd(scale: float = 1.0, gan: float = 0.3, keep: float = 0.97) -> Preset:
-    """Flash-DMD: the high-noise step learns from DMD, the low-noise step from the game; the fake
-    score is pulled along (IDA).
+@dataclass
+class FlashDMD(ScoreMatching):
+    """Flash-DMD: the high-noise steps learn from DMD, the last one from the game; the fake score is
+    pulled along (IDA).
     """
 
-    def student(ctx: Context) -> Tensor:
-        sample = ctx.sample()
-        if sample.index == 0:
-            return dmd_term(ctx, sample.x)
-        return dmd_term(ctx, ctx.sample(0).x) + gan * gan_term(ctx, sample.x, high=0.5)
+    name = "flash_dmd"
+    paper = "2511.20549"
+    needs = frozenset({"score", "features", "clips"})
+    num_steps = 2
 
-    def follow(ctx: Context) -> None:
-        networks = ctx.networks
-        couple(networks.critic_parameters(), networks.student_parameters(), keep)
+    gan: float = 0.3
+    """Weight of the game, at least 0."""
+    keep: float = 0.97
+    """What the fake score keeps of itself after each update of the student, 0 to 1."""
 
-    return Preset(
-        "2511.20549",
-        student,
-        fit_critic(),
-        play(high=0.5, exit_index=1),
-        steps=2,
-        critic_updates=2,
-        guidance=specs.dmd(scale),
-        after_student=follow,
-    )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, gan=(0, math.inf), keep=(0, 1))
+
+    def student(self, step: Step) -> Loss:
+        sample = step.sample()
+        if sample.index < step.num_steps - 1:
+            return dmd_term(step, sample.x)
+        matching = dmd_term(step, step.sample(0).x)
+        return matching + self.gan * gan_term(step, sample.x, t=step.times(high=0.5))
+
+    def discriminator(self, step: Step) -> Loss:
+        """What the last step makes, against data, at low noise."""
+        return play(step, high=0.5, exit_index=step.num_steps - 1)
+
+    def after_student(self, step: Step) -> None:
+        step.pull_fake_score(self.keep)
 
 
-def gndm(scale: float = 1.0) -> Preset:
+@dataclass
+class GNDM(ScoreMatching):
     """GNDM: the normaliser is the mean over the samples of a prompt, so that their proportions in t
     stay.
     """
 
-    def student(ctx: Context) -> Tensor:
-        x = ctx.sample().x
-        with torch.no_grad():
-            t = ctx.times()
-            x_t = ctx.noised(x, t)
-            g = dmd_gradient(x, *ctx.predictions(x_t, t), "group", ctx.cond)
-        return surrogate(x, g)
+    name = "gndm"
+    paper = "2603.28460"
+    needs = frozenset({"score", "group"})
 
-    return Preset(
-        "2603.28460",
-        student,
-        fit_critic(),
-        guidance=specs.dmd(scale),
-        note="the group form is our reading of an abstract",
-    )
+    @property
+    def note(self) -> str:
+        return "the group form is our reading of an abstract"
+
+    def student(self, step: Step) -> Loss:
+        return dmd_term(step, step.sample().x, normalizer="group")
 
 
-def emd(scale: float = 1.0, num_langevin: int = 4, gamma: float = 0.1) -> Preset:
+@dataclass
+class EMD(ScoreMatching):
     """EM distillation: Langevin steps on (eps, z) towards the teacher's posterior, then regression
     to where they led.
 
@@ -300,218 +340,291 @@ def emd(scale: float = 1.0, num_langevin: int = 4, gamma: float = 0.1) -> Preset
     such that one step with z held would be DMD's direction, times (1 - t)^2.
     """
 
-    def student(ctx: Context) -> Tensor:
-        t = ctx.times(low=0.05, high=0.95)
-        one, z, eps = torch.ones_like(t), ctx.noise(), ctx.noise()
-        a, b = 1 - expand_time(t, z), expand_time(t, z)
+    name = "emd"
+    paper = "2405.16852"
+    covers = True
+
+    num_langevin: int = 4
+    """Langevin steps, at least 1; the paper takes up to 16."""
+    gamma: float = 0.1
+    """Size of a Langevin step, 0.001 to 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, num_langevin=(1, math.inf), gamma=(0.001, 1))
+
+    def student(self, step: Step) -> Loss:
+        t = step.times(low=0.05, high=0.95)
+        one = torch.ones_like(t)
+        z = step.noise()
+        eps = step.noise()
+        a = 1 - expand_time(t, z)
+        b = expand_time(t, z)
+        gamma = self.gamma
         gamma_z = gamma * b**2  # the pull on z grows as 1 / t^2
         led = torch.zeros_like(eps)
-        for _ in range(num_langevin):
+
+        for _ in range(self.num_langevin):
             with torch.enable_grad():
                 z = z.detach().requires_grad_()
-                x = ctx.jump(z, one)
+                x = step.jump(z, one)
             with torch.no_grad():
                 x_t = a * x + b * eps
-                fake, real = ctx.predictions(x_t, t)
+                fake, real = step.predictions(x_t, t)
                 d = a / b**2 * (real - fake)  # the teacher's score less the fake one
             (pull,) = torch.autograd.grad(x, z, a * d)
             with torch.no_grad():
                 led = (1 - gamma) * led + gamma * b * d
-                eps = (1 - gamma) * eps + gamma * b * d + math.sqrt(2 * gamma) * ctx.noise()
-                z = (1 - gamma_z) * z + gamma_z * pull + (2 * gamma_z).sqrt() * ctx.noise()
-        g = -b / a * led / (gamma * num_langevin)
-        return surrogate(ctx.jump(z, one), g, weight=(1 - t) ** 2, form="dot")
+                eps = (1 - gamma) * eps + gamma * b * d + math.sqrt(2 * gamma) * step.noise()
+                z = (1 - gamma_z) * z + gamma_z * pull + (2 * gamma_z) ** 0.5 * step.noise()
 
-    return Preset("2405.16852", student, fit_critic(), guidance=specs.dmd(scale), covers=True)
+        direction = -b / a * led / (gamma * self.num_langevin)
+        return surrogate(step.jump(z, one), direction, weight=(1 - t) ** 2, form="dot")
 
 
-def add(scale: float = 1.0, residual: float = 0.02) -> Preset:
+@dataclass
+class ADD(Distillation):
     """ADD: a hinge game and the teacher's residual, which would collapse without the game."""
 
-    def student(ctx: Context) -> Tensor:
-        x = ctx.sample().x
+    name = "add"
+    paper = "2311.17042"
+    needs = frozenset({"score", "features", "clips"})
+    rate = 0.3
+
+    residual: float = 0.02
+    """Weight of the residual, at least 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, residual=(0, math.inf))
+
+    @property
+    def note(self) -> str:
+        return "the residual narrows the modes"
+
+    def student(self, step: Step) -> Loss:
+        x = step.sample().x
+        residual = residual_term(step, x, weigh=True)
+        game = gan_term(step, x, "hinge", step.times(high=0.5))
+        return game + self.residual * residual
+
+    def discriminator(self, step: Step) -> Loss:
+        """Student samples against data, with R1 and R2."""
+        game = play(step, "hinge", high=0.5)
+        r1 = penalty(step, step.data(), 0.01, 0.1)
         with torch.no_grad():
-            t = ctx.times()
-            x_t = ctx.noised(x, t)
-            g = residual_gradient(x, x0_from_v(x_t, ctx.real(x_t, t), t))
-        return gan_term(ctx, x, "hinge", high=0.5) + residual * surrogate(x, g, weight=1 - t)
-
-    return Preset(
-        "2311.17042",
-        student,
-        disc=with_penalty(play("hinge", high=0.5), 0.01, 0.1, "both"),
-        guidance=specs.dmd(scale),
-        rate=0.3,
-        note="the residual narrows the modes",
-    )
+            x = step.sample().x
+        return game + r1 + penalty(step, x, 0.01, 0.1)
 
 
-def msd(scale: float = 1.0, warm_up: float = 0.2, gan: float = 0.03) -> Preset:
+@dataclass
+class MSD(DMD2):
     """MSD: DMD2 for each part of the prompts' space, after a warm-up on the teacher's velocity
     (TSM). Here one part.
     """
-    base = dmd2(scale, gan)
 
-    def student(ctx: Context) -> Tensor:
-        if ctx.progress >= warm_up:
-            return base.student(ctx)
-        x, t, eps = ctx.data(ctx.cond), ctx.times(), ctx.noise()
-        x_t = add_noise(x, eps, t)
-        return distance(ctx.flow_map()(x_t, t, t), ctx.real(x_t, t).detach()).mean()  # sg
+    name = "msd"
+    paper = "2410.23274"
+    needs = frozenset({"score", "features", "clips", "jumps"})
+    num_steps = 1
+    covers = False
 
-    return Preset("2410.23274", student, base.critic, base.disc, steps=1, guidance=base.guidance)
+    warm_up: float = 0.2
+    """Share of the run that the student spends on the teacher's velocity, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, warm_up=(0, 1))
+
+    def student(self, step: Step) -> Loss:
+        if step.progress >= self.warm_up:
+            return super().student(step)
+        x = step.data()
+        t = step.times()
+        x_t = add_noise(x, step.noise(), t)
+        v = step.real(x_t, t).detach()  # sg
+        return distance(step.flow_map()(x_t, t, t), v).mean()
 
 
-def tdm(scale: float = 1.0) -> Preset:
+@dataclass
+class TDM(ScoreMatching):
     """TDM: DMD on the noise levels between this step of the student and the next, in the sign-like
     Huber form.
     """
 
-    def student(ctx: Context) -> Tensor:
-        sample = ctx.sample()
-        low = max(1 - (sample.index + 1) / ctx.preset.steps, 0.02)
-        with torch.no_grad():
-            t = low + (sample.t.clamp(max=0.98) - low) * ctx.uniform()
-            x_t = ctx.noised(sample.x, t)
-            g = dmd_gradient(sample.x, *ctx.predictions(x_t, t))
-        return surrogate(sample.x, g, form="huber", huber_width=0.5)
+    name = "tdm"
+    paper = "2503.06674"
+    num_steps = 4
 
-    note = "each of four steps gets a quarter of the updates"
-    return Preset(
-        "2503.06674", student, fit_critic(), steps=4, guidance=specs.dmd(scale), note=note
-    )
+    @property
+    def note(self) -> str:
+        return "each of four steps gets a quarter of the updates"
 
-
-def flow_dmd(scale: float = 1.0, motion: float = 0.2) -> Preset:
-    """DiagDistill's flow distribution matching: DMD, and DMD on what moves. For clips."""
-    from streamvid.core.inject import temporal_difference as moves
-
-    def student(ctx: Context) -> Tensor:
-        x = ctx.sample().x
-        with torch.no_grad():
-            t = ctx.times()
-            fake, real = ctx.predictions(ctx.noised(x, t), t)
-            g = dmd_gradient(x, fake, real)
-            g_motion = dmd_gradient(moves(x), moves(fake), moves(real))
-        return surrogate(x, g) + motion * surrogate(moves(x), g_motion)
-
-    return Preset(
-        "2603.09488",
-        student,
-        fit_critic(),
-        guidance=specs.dmd(scale),
-        role="add-on",
-        on_points=False,
-        note="needs clips",
-    )
+    def student(self, step: Step) -> Loss:
+        sample = step.sample()
+        low = max(step.step_time(sample.index + 1), self.low)
+        high = sample.t.clamp(max=self.high)
+        t = low + (high - low) * step.uniform()
+        _, _, fake, real = compare(step, sample.x, t)
+        direction = dmd_gradient(sample.x, fake, real)
+        return surrogate(sample.x, direction, form="huber", huber_width=0.5)
 
 
-# ---- score identity -----------------------------------------------------------------------------------
+# ---- score identity ------------------------------------------------------------------------------
 
 
-def sid(scale: float = 1.0, alpha: float = 1.2) -> Preset:
+@dataclass
+class SiD(ScoreMatching):
     """SiD: one step, gradients through teacher and fake score, updates one to one."""
-    return Preset(
-        "2404.04057",
-        lambda ctx: sid_term(ctx, ctx.sample().x, alpha),
-        fit_critic(),
-        critic_updates=1,
-        guidance=specs.dmd(scale),
-        note="alpha above 1 keeps it moving: 1.8 and 2.5 at half the updates",
-    )
+
+    name = "sid"
+    paper = "2404.04057"
+
+    alpha: float = 1.2
+    """1/2 is the Fisher divergence's gradient, 1 to 1.2 trains well; 0 to 2."""
+    fake_updates_per_student: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, alpha=(0, 2))
+
+    @property
+    def note(self) -> str:
+        return "alpha above 1 keeps it moving: 1.8 and 2.5 at half the updates"
+
+    def student(self, step: Step) -> Loss:
+        return sid_term(step, step.sample().x, self.alpha)
 
 
-def sid_lsg(scale: float = 1.0) -> Preset:
+@dataclass
+class SiDLSG(ScoreMatching):
     """SiD-LSG: alpha 1 and one guidance for the teacher, for the fake score and for its fit."""
-    return Preset(
-        "2406.01561",
-        lambda ctx: sid_term(ctx, ctx.sample().x, 1.0),
-        fit_critic(),
-        critic_updates=1,
-        guidance=specs.long_short(scale),
-    )
+
+    name = "sid_lsg"
+    paper = "2406.01561"
+
+    fake_updates_per_student: int = 1
+
+    @property
+    def guidance(self) -> GuidanceSpec:
+        return specs.long_short(self.guidance_scale)
+
+    def student(self, step: Step) -> Loss:
+        return sid_term(step, step.sample().x, alpha=1.0)
 
 
-def few_step_sid(scale: float = 1.0) -> Preset:
+@dataclass
+class FewStepSiD(ScoreMatching):
     """Few-step SiD: every step of the student by its own, one fake score for their mixture;
     Zero-CFG where guided.
     """
-    spec = GuidanceSpec() if scale == 1 else specs.zero_guidance()
-    return Preset(
-        "2505.12674",
-        lambda ctx: sid_term(ctx, ctx.sample().x, 1.0),
-        fit_critic(),
-        steps=4,
-        critic_updates=1,
-        guidance=spec,
-        note="each of four steps gets a quarter of the updates",
-    )
+
+    name = "few_step_sid"
+    paper = "2505.12674"
+    num_steps = 4
+
+    fake_updates_per_student: int = 1
+
+    @property
+    def guidance(self) -> GuidanceSpec:
+        return GuidanceSpec() if self.guidance_scale == 1 else specs.zero_guidance()
+
+    @property
+    def note(self) -> str:
+        return "each of four steps gets a quarter of the updates"
+
+    def student(self, step: Step) -> Loss:
+        return sid_term(step, step.sample().x, alpha=1.0)
 
 
-def sida(scale: float = 1.0, gan: float = 0.03) -> Preset:
+@dataclass
+class SiDA(ScoreMatching):
     """SiDA: SiD and a game in which real and fake share time and noise."""
 
-    def student(ctx: Context) -> Tensor:
-        x = ctx.sample().x
-        return 0.5 * (sid_term(ctx, x, 1.0) + gan * gan_term(ctx, x))
+    name = "sida"
+    paper = "2410.14919"
+    needs = frozenset({"score", "features", "clips"})
+    covers = True
 
-    return Preset(
-        "2410.14919",
-        student,
-        fit_critic(),
-        play(shared=True),
-        critic_updates=1,
-        guidance=specs.dmd(scale),
-        covers=True,
-    )
+    gan: float = 0.03
+    """Weight of the game, at least 0."""
+    fake_updates_per_student: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, gan=(0, math.inf))
+
+    def student(self, step: Step) -> Loss:
+        x = step.sample().x
+        identity = sid_term(step, x, alpha=1.0)
+        return 0.5 * (identity + self.gan * gan_term(step, x))
+
+    def discriminator(self, step: Step) -> Loss:
+        """Student samples against data, at one time and noise."""
+        return play(step, shared=True)
 
 
-# ---- one network for all ------------------------------------------------------------------------------
+# ---- one network for all -------------------------------------------------------------------------
 
 
-def twinflow(scale: float = 1.0, step: float = 0.01) -> Preset:
+@dataclass
+class TwinFlow(Distillation):
     """TwinFlow: the student is its own fake score at negative times. Four equal parts of a batch
     each have their loss.
     """
 
-    def student(ctx: Context) -> Tensor:
-        u, t, eps, data = (
-            ctx.flow_map(),
-            ctx.times(low=0.05, high=1.0),
-            ctx.noise(),
-            ctx.data(ctx.cond),
-        )
-        one, zero = torch.ones_like(t), torch.zeros_like(t)
+    name = "twinflow"
+    paper = "2512.05150"
+    needs = frozenset({"score", "clips", "jumps"})
+
+    short_step: float = 0.01
+    """Of the teacher, at the beginning of a secant, in time; 0.001 to 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, short_step=(0.001, 1))
+
+    @property
+    def note(self) -> str:
+        return "one network; no teacher's score where unguided"
+
+    def student(self, step: Step) -> Loss:
+        u = step.flow_map()
+        t = step.times(low=0.05, high=1.0)
+        eps = step.noise()
+        data = step.data()
         x_t = add_noise(data, eps, t)
-        v = ctx.real(x_t, t).detach() if scale != 1 else velocity(data, eps)  # sg
+        if self.guidance_scale == 1:
+            v = velocity(data, eps)
+        else:
+            v = step.real(x_t, t).detach()  # sg
         matching = distance(u(x_t, t, t), v).mean()
-        # a secant to s, from the teacher's short step and the student's own rest
-        s = t * (1 - ctx.uniform())
+        secant = self._secant(step, x_t, t, v)
+
+        # the fake flow, at (-t, -t), against the real one, at (t, t)
+        z = step.noise()
+        one = torch.ones_like(t)
+        zero = torch.zeros_like(t)
+        v_one = u(z, one, zero)
+        x = euler_step(z, v_one, one, zero)
         with torch.no_grad():
-            short = torch.minimum(torch.full_like(t, step), t - s)
-            near = euler_step(x_t, v, t, t - short)
-            rest = expand_time(t - short - s, x_t) * u(near, t - short, s)
-            target = (expand_time(short, x_t) * v + rest) / expand_time(
-                (t - s).clamp_min(1e-4), x_t
-            )
-        secant = distance(u(x_t, t, s), target).mean()
-        z = ctx.noise()
-        velocity_one = u(z, one, zero)
-        x = euler_step(z, velocity_one, one, zero)
-        with torch.no_grad():  # the fake flow at (-t, -t) against the real at (t, t)
-            x_n = ctx.noised(x, t)
-            gap = (u(x_n, -t, -t) - u(x_n, t, t)).clamp(-1, 1)
-        rectification = surrogate(velocity_one, gap)
-        fake_eps = ctx.noise()
-        # sg, sg
-        fake = distance(
-            u(add_noise(x.detach(), fake_eps, t), -t, -t), velocity(x.detach(), fake_eps)
-        ).mean()
+            x_t = step.noised(x, t)
+            gap = (u(x_t, -t, -t) - u(x_t, t, t)).clamp(-1, 1)
+        rectification = surrogate(v_one, gap)
+
+        x = x.detach()  # sg
+        eps = step.noise()
+        fake = distance(u(add_noise(x, eps, t), -t, -t), velocity(x, eps)).mean()
         return matching + secant + rectification + fake
 
-    return Preset(
-        "2512.05150",
-        student,
-        guidance=specs.dmd(scale),
-        note="one network; no teacher's score where unguided",
-    )
+    def _secant(self, step: Step, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """To s, from the teacher's short step and the student's own rest."""
+        u = step.flow_map()
+        s = t * (1 - step.uniform())
+        with torch.no_grad():
+            short = torch.minimum(torch.full_like(t, self.short_step), t - s)
+            near = euler_step(x_t, v, t, t - short)
+            rest = expand_time(t - short - s, x_t) * u(near, t - short, s)
+            whole = expand_time(short, x_t) * v + rest
+            target = whole / expand_time((t - s).clamp_min(1e-4), x_t)
+        return distance(u(x_t, t, s), target).mean()

@@ -1,9 +1,11 @@
-"""Distil one target with one preset: a run of some seconds, a function of its seed."""
+"""Distil one target with one objective: a run of some seconds, a function of its seed."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ from streamvid.core.fitting import couple, flow_matching_loss
 from streamvid.core.process import add_noise, euler_step, renoise_step
 from streamvid.core.times import euler_times
 from streamvid.files import atomic_file
-from streamvid.objectives import all_presets
-from streamvid.objectives.base import Context, Preset
-from streamvid.settings.plane import Laboratory, PointNet
+from streamvid.objectives import all_objectives
+from streamvid.objectives.base import Distillation, Objective
+from streamvid.settings.plane import Laboratory, PlaneStep, PointNet
 from streamvid.settings.targets import COVERAGE, TARGETS, Target
 from streamvid.studies.plane_metrics import NUM_POINTS, median_distance, modes_covered
 
@@ -26,7 +28,7 @@ from streamvid.studies.plane_metrics import NUM_POINTS, median_distance, modes_c
 class Effort:
     """How long a run is."""
 
-    student_updates: int = 1000  # times the preset's ``LENGTHS``
+    student_updates: int = 1000  # times the objective's ``LENGTHS``
     batch_size: int = 512
     start_steps: int = 3000  # of the network that every run begins with
     num_sets: int = 9  # sets of points that are compared
@@ -44,7 +46,7 @@ LENGTHS = {
         2,
     ),
 }
-"""Presets that take more updates than ``Effort`` says: of cheap ones many, of several steps each
+"""Objectives that take more updates than ``Effort`` says: of cheap ones many, of several steps each
 gets a part of all."""
 
 
@@ -80,8 +82,28 @@ def load_start(target: Target, effort: Effort, folder: Path) -> PointNet:
     return net.requires_grad_(False)
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "asd": {"asd_weight": 0.3, "discriminator_updates_per_cycle": 1, "r1_weight": 40.0}
+    | {"r2_weight": 40.0},
+    "afd": {"time_law": "uniform", "beta": 0.5, "lam_prior": 1e-3, "old_decay": 0.99}
+    | {"self_normalized": False, "r1_weight": 20.0, "r2_weight": 0.0, "discriminator_t": 0.02},
+}
+"""Options of objectives whose own defaults are for clips."""
+
+
+def plane_objectives() -> dict[str, type[Objective]]:
+    """Those that make sense on points, by name."""
+    return {name: kind for name, kind in all_objectives().items() if kind.on_points}
+
+
+def for_target(kind: type[Objective], target: Target) -> Objective:
+    """An objective with the plane's unshifted times and the target's guidance."""
+    guidance = {"guidance_scale": target.scale} if issubclass(kind, Distillation) else {}
+    return kind(shift=1.0, **guidance, **OPTIONS.get(kind.name, {}))
+
+
 def distil(
-    preset: Preset,
+    objective: Objective,
     target: Target,
     start: PointNet,
     effort: Effort,
@@ -90,96 +112,67 @@ def distil(
 ) -> Laboratory:
     """Train for so many updates of the student, by default the effort's; it is then the average of
     its last weights.
+
+    Raises:
+        ValueError: if a loss is not finite.
     """
     updates = effort.student_updates if updates is None else updates
     torch.manual_seed(seed)
-    lab, rng = Laboratory(target, start, preset), torch.Generator().manual_seed(seed + 1)
-    bank = _bank(target, effort, seed + 2)
-    phases = [
-        name
-        for name, loss in (("critic", preset.critic), ("disc", preset.disc))
-        if loss is not None
-    ]
-    rates = {"student": effort.rate / 2 * preset.rate, "critic": effort.rate, "disc": effort.rate}
-    betas = (0.5, 0.99) if phases else (0.9, 0.99)
+    num_pairs = max(min(16384, effort.batch_size * 32), 64)
+    lab = Laboratory(target, start, objective, num_pairs, seed + 2)
+    rng = torch.Generator().manual_seed(seed + 1)
+    networks = objective.networks()
+    rates = dict.fromkeys(networks, effort.rate)
+    rates["student"] = effort.rate / 2 * objective.rate
+    betas = (0.5, 0.99) if len(networks) > 1 else (0.9, 0.99)
     optimizers = {
-        name: torch.optim.Adam(lab.parameters(name), rates[name], betas=betas)
-        for name in [*phases, "student"]
+        name: torch.optim.Adam(lab.parameters(name), rates[name], betas=betas) for name in networks
     }
-    final = [p.detach().clone() for p in lab.student_parameters()]
-    for step in range(updates):
-        progress = step / updates
-        for phase in [
-            p for p in phases for _ in range(preset.critic_updates if p == "critic" else 1)
-        ] + ["student"]:
-            ctx = _context(lab, preset, target, effort, rng, bank, progress)
-            optimizers[phase].param_groups[0]["lr"] = rates[phase] * min(
-                1.0, 2 * (1 - progress), 0.05 + progress / 0.05
-            )
-            _update(getattr(preset, phase), ctx, lab, phase, optimizers[phase])
-        if preset.average is not None:
-            couple(lab.average_net.parameters(), lab.student_parameters(), preset.average)
-        couple(lab.lagged_net.parameters(), lab.student_parameters(), 0.99)
-        couple(final, lab.student_parameters(), 0.99 if progress > 0.2 else 0.0)
-        if preset.after_student is not None:
-            preset.after_student(ctx)
-    couple(lab.student_parameters(), final, 0.0)
+    final = [p.detach().clone() for p in lab.parameters("student")]
+    done = 0
+    for number in itertools.count():
+        if done == updates:
+            break
+        progress = done / updates
+        for turn in objective.turns(number):
+            cond = torch.randint(target.num_prompts, (effort.batch_size,), generator=rng)
+            step = PlaneStep(lab, objective, turn, cond, rng, progress)
+            ramp = min(1.0, 2 * (1 - progress), 0.05 + progress / 0.05)
+            optimizers[turn].param_groups[0]["lr"] = rates[turn] * ramp
+            _update(step, optimizers[turn])
+            if turn == "student":
+                _follow(lab, objective)
+                couple(final, lab.parameters("student"), 0.99 if progress > 0.2 else 0.0)
+                objective.after_student(step)
+                done += 1
+    couple(lab.parameters("student"), final, 0.0)
     return lab
 
 
-def _update(
-    loss: Any, ctx: Context, lab: Laboratory, phase: str, optimizer: torch.optim.Optimizer
-) -> None:
+def _update(step: PlaneStep, optimizer: torch.optim.Optimizer) -> None:
+    """One turn: only its own network's parameters require gradients."""
+    lab = step.lab
     for name in lab.trained:
         for parameter in lab.parameters(name):
-            parameter.requires_grad_(name == phase)
-    value = loss(ctx)
-    if not torch.isfinite(value):
-        raise ValueError(f"the loss of {phase} is {float(value)}; the run has diverged")
+            parameter.requires_grad_(name == step.turn)
+    loss = getattr(step.objective, step.turn)(step)
     optimizer.zero_grad()
-    value.backward()
-    torch.nn.utils.clip_grad_norm_(lab.parameters(phase), 5.0)
+    for part in [loss] if isinstance(loss, Tensor) else loss:
+        if not torch.isfinite(part):
+            raise ValueError(f"the loss of {step.turn} is {float(part)}; the run has diverged")
+        part.backward()
+    torch.nn.utils.clip_grad_norm_(lab.parameters(step.turn), 5.0)
     optimizer.step()
 
 
-def _bank(
-    target: Target, effort: Effort, seed: int, size: int = 16384
-) -> list[tuple[Tensor, Tensor]]:
-    """Stored pairs (noise, the guided teacher's sample) of each prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    size = max(min(size, effort.batch_size * 32), 64)
-    noises = [torch.randn(size, 2, 1, 1, generator=generator) for _ in range(target.num_prompts)]
-    return [(noise, target.flow(noise, torch.full((size,), p))) for p, noise in enumerate(noises)]
+def _follow(lab: Laboratory, objective: Objective) -> None:
+    """Move the copies of the student that the objective uses."""
+    decays = {"average": objective.average_decay, "lagged": objective.lagged_decay}
+    for name in decays.keys() & objective.needs:
+        couple(lab.copies[name].parameters(), lab.parameters("student"), decays[name])
 
 
-def _context(
-    lab: Laboratory,
-    preset: Preset,
-    target: Target,
-    effort: Effort,
-    rng: torch.Generator,
-    bank: list,
-    progress: float,
-) -> Context:
-    def pairs(cond: Tensor) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(len(bank[0][0]), (len(cond),), generator=rng)
-        noise, sample = (torch.stack([bank[p][i] for p in range(len(bank))]) for i in range(2))
-        return noise[cond, rows], sample[cond, rows]
-
-    return Context(
-        networks=lab,
-        cond=torch.randint(target.num_prompts, (effort.batch_size,), generator=rng),
-        shape=(2, 1, 1),
-        rng=rng,
-        preset=preset,
-        data=lambda cond: target.sample(cond, rng),
-        pairs=pairs,
-        reward=target.log_density,
-        progress=progress,
-    )
-
-
-# ---- sampling and measuring ---------------------------------------------------------------------------
+# ---- sampling and measuring ----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -213,7 +206,7 @@ def reference(target: Target, effort: Effort, seed: int = 1000) -> tuple[Tensor,
     return cond, target.flow(noise, cond)
 
 
-def measure(points: Tensor, target: Target, effort: Effort) -> dict[str, float]:
+def measure(points: Tensor, target: Target, effort: Effort) -> dict[str, float | None]:
     """Energy distance to the teacher, over its sampling floor, and modes covered."""
     _, truth = reference(target, effort)
     _, again = reference(target, effort, seed=2000)
@@ -223,25 +216,25 @@ def measure(points: Tensor, target: Target, effort: Effort) -> dict[str, float]:
 
 
 def run(
-    name: str, preset: Preset, target: Target, start: PointNet, effort: Effort, seed: int = 0
+    objective: Distillation, target: Target, start: PointNet, effort: Effort, seed: int = 0
 ) -> dict[str, Any]:
     """Distil, sample and measure; some points go with the result, for the picture."""
     began = time.process_time()  # of one core, whatever else the machine does
-    updates = effort.student_updates * LENGTHS.get(name, 1)
-    lab = distil(preset, target, start, effort, seed, updates)
+    updates = effort.student_updates * LENGTHS.get(objective.name, 1)
+    lab = distil(objective, target, start, effort, seed, updates)
     seconds = time.process_time() - began
     cond, _ = reference(target, effort)
-    points = sample(
-        lab.student, cond, preset.steps, preset.sampler, torch.Generator().manual_seed(seed + 7)
-    )
+    generator = torch.Generator().manual_seed(seed + 7)
+    student = lab.trained["student"]
+    points = sample(student, cond, objective.num_steps, objective.sampler, generator)
     return {
-        "preset": name,
+        "objective": objective.name,
         "target": target.name,
         "seed": seed,
-        "steps": preset.steps,
+        "steps": objective.num_steps,
         "seconds": seconds,
         "updates": updates,
-        "networks": 1 + sum(loss is not None for loss in (preset.critic, preset.disc)),
+        "networks": len(objective.networks()),
         **measure(points, target, effort),
         "points": points[:600].flatten(1).tolist(),
     }
@@ -250,7 +243,7 @@ def run(
 def baselines(target: Target, effort: Effort, folder: Path) -> list[dict[str, Any]]:
     """The start, and the teacher, sampled with few Euler steps: what distillation has to beat."""
     start, (cond, _) = load_start(target, effort, folder), reference(target, effort)
-    networks = {
+    networks: dict[str, Callable[..., Tensor]] = {
         "start": lambda x, t, s, c: start(x, t, t, c),
         "teacher": lambda x, t, s, c: target.guided(x, t, c),
     }
@@ -259,7 +252,7 @@ def baselines(target: Target, effort: Effort, folder: Path) -> list[dict[str, An
         points = sample(networks[label], cond, steps, "euler", torch.Generator().manual_seed(7))
         rows.append(
             {
-                "preset": f"{label}, {steps} steps",
+                "objective": f"{label}, {steps} steps",
                 "target": target.name,
                 "seed": 0,
                 "steps": steps,
@@ -273,10 +266,10 @@ def baselines(target: Target, effort: Effort, folder: Path) -> list[dict[str, An
     return rows
 
 
-# ---- runs kept in files -------------------------------------------------------------------------------
+# ---- runs kept in files --------------------------------------------------------------------------
 
 Job = tuple[str, str, int, Path, Effort]
-"""A preset, a target, a seed, the folder of finished runs, and the effort."""
+"""An objective, a target, a seed, the folder of finished runs, and the effort."""
 
 
 def result_file(folder: Path, name: str, target: str, seed: int) -> Path:
@@ -302,21 +295,13 @@ def run_job(job: Job) -> str:
     """
     name, target_name, seed, folder, effort = job
     torch.set_num_threads(1)
-    file, target = (
-        result_file(folder, name, target_name, seed),
-        {**TARGETS, **COVERAGE}[target_name](),
-    )
+    file = result_file(folder, name, target_name, seed)
     if file.exists():
         return f"{name} on {target_name}: done before"
+    target = {**TARGETS, **COVERAGE}[target_name]()
+    objective = for_target(plane_objectives()[name], target)
     try:
-        result = run(
-            name,
-            all_presets()[name](target.scale),
-            target,
-            load_start(target, effort, folder),
-            effort,
-            seed,
-        )
+        result = run(objective, target, load_start(target, effort, folder), effort, seed)
     except ValueError as error:
         return f"{name} on {target_name}: {error}"
     with atomic_file(file) as temporary:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from streamvid.evaluation.report import environment, markdown
 from streamvid.files import atomic_file
-from streamvid.objectives.base import Preset
+from streamvid.objectives.base import Objective
 from streamvid.settings.targets import TARGETS
 
 BAR = 2.0  # a complete objective reaches this multiple of the floor on two of the three targets
@@ -23,15 +23,15 @@ SPAN = 3.2  # of the plane, from the middle of a panel to its edge
 
 
 def table(
-    results: Sequence[dict[str, Any]], presets: dict[str, Preset], notes: dict[str, str]
+    results: Sequence[dict[str, Any]], objectives: dict[str, Objective], notes: dict[str, str]
 ) -> str:
-    """A Markdown row a preset: ratio to the floor on each target (mean over seeds, and half the
-    spread), and what it costs.
+    """A Markdown row per objective: ratio to the floor on each target (mean over seeds, and half
+    the spread), and what it costs.
     """
-    names = list(dict.fromkeys(result["preset"] for result in results))
+    names = list(dict.fromkeys(result["objective"] for result in results))
     lines = [
         [
-            "preset",
+            "objective",
             "paper",
             "steps",
             *TARGETS,
@@ -45,19 +45,19 @@ def table(
         ]
     ]
     for name in names:
-        own = [result for result in results if result["preset"] == name]
+        own = [result for result in results if result["objective"] == name]
         ratios = {target: [r["ratio"] for r in own if r["target"] == target] for target in TARGETS}
         modes = [
             [r["modes"] for r in own if r["target"] == target] for target in ("ring", "narrow")
         ]
         reached = sum(statistics.mean(values) <= BAR for values in ratios.values() if values)
-        preset = presets.get(name)
-        note = notes.get(name) or (preset.note if preset else "")
-        role = f"{preset.role}. " if preset and preset.role != "complete" else ""
+        objective = objectives.get(name)
+        note = notes.get(name) or (objective.note if objective else "")
+        role = f"{objective.role}. " if objective and objective.role != "complete" else ""
         lines.append(
             [
                 name,
-                preset.paper if preset else "-",
+                objective.paper if objective else "-",
                 str(own[0]["steps"]),
                 *(_mean_and_half_spread(values) for values in ratios.values()),
                 *(" ".join(map(str, each)) or "-" for each in modes),
@@ -85,13 +85,13 @@ def _mean_and_half_spread(values: Sequence[float]) -> str:
 def write_report(
     path: Path,
     results: Sequence[dict[str, Any]],
-    presets: dict[str, Preset],
+    objectives: dict[str, Objective],
     notes: dict[str, str] | None = None,
 ) -> str:
     """Write ``path`` (.json), and the table (.md) and the picture (.png) beside it; returns the
     table.
     """
-    text, about = table(results, presets, notes or {}), environment()
+    text, about = table(results, objectives, notes or {}), environment()
     head = (
         "Energy distance to the guided teacher's points over its sampling floor, at 1,024 points a"
         " set (median of 9 sets; 1 is as near as two sets of the teacher's own). The start is the"
@@ -110,16 +110,16 @@ def write_report(
     return text
 
 
-# ---- the picture --------------------------------------------------------------------------------------
+# ---- the picture ---------------------------------------------------------------------------------
 
 
 def picture(results: Sequence[dict[str, Any]], per_row: int = 10) -> Image.Image:
-    """A panel a preset: its points of each target, side by side, over the teacher's components in
-    grey.
+    """A panel per objective: its points of each target, side by side, over the teacher's components
+    in grey.
     """
-    names = list(dict.fromkeys(result["preset"] for result in results))
+    names = list(dict.fromkeys(result["objective"] for result in results))
     shown = [
-        [r for t in TARGETS for r in results if r["preset"] == name and r["target"] == t][:3]
+        [r for t in TARGETS for r in results if r["objective"] == name and r["target"] == t][:3]
         for name in names
     ]
     panels = [_panel(name, _first_seeds(rows)) for name, rows in zip(names, shown)]

@@ -132,23 +132,37 @@ def test_scheduled_targets_reduce():
     is PCM's phases.
     """
     r = torch.linspace(0.05, 1, 200)
-    assert scheduled_target(r, (0.0,), 1.0, 0.0, generator()).abs().max() == 0
+    draws = lambda count: tuple(torch.rand(2, count, generator=generator()))
+    assert scheduled_target(r, (0.0,), 1.0, 0.0, draws(200)).abs().max() == 0
     edges = (0.0, 0.25, 0.5, 0.75)
     between = r[(r % 0.25).abs() > 1e-3]
     assert torch.equal(
-        scheduled_target(between, edges, 0.0, 0.0, generator()), phase_target(between, edges)
+        scheduled_target(between, edges, 0.0, 0.0, draws(len(between))),
+        phase_target(between, edges),
     )
-    s = scheduled_target(torch.full((4000,), 0.8), edges, 0.3, 0.0, generator())
+    s = scheduled_target(torch.full((4000,), 0.8), edges, 0.3, 0.0, draws(4000))
     assert sorted(set(s.tolist())) == [0.5, 0.75]
     assert float((s == 0.5).float().mean()) == pytest.approx(0.5, abs=0.03)
-    shrunk = scheduled_target(torch.full((4000,), 0.8), edges, 0.0, 0.3, generator())
+    shrunk = scheduled_target(torch.full((4000,), 0.8), edges, 0.0, 0.3, draws(4000))
     assert 0.75 * 0.7 <= float(shrunk.min()) and float(shrunk.max()) <= 0.75
+
+
+def test_a_scheduled_target_uses_each_of_its_draws_once():
+    """The first chooses among candidates, the second lowers what was chosen."""
+    r = torch.full((3,), 0.8)
+    u = torch.tensor([0.0, 0.4, 0.99])
+    zero = torch.zeros(3)
+    chosen = scheduled_target(r, (0.0, 0.25, 0.5, 0.75), 0.5, 0.3, (u, zero))
+    assert chosen.tolist() == [0.25, 0.5, 0.75]
+    lowered = scheduled_target(r, (0.0, 0.25, 0.5, 0.75), 0.5, 0.3, (zero, u))
+    torch.testing.assert_close(lowered, 0.25 * (1 - 0.3 * u))
 
 
 def test_pairs_are_in_order():
     t = torch.rand(2000, generator=generator())
-    s = uniform_target(t, generator(1))
+    draw = lambda seed: torch.rand(2000, generator=generator(seed))
+    s = uniform_target(t, draw(1))
     assert (s < t).all() and float((s / t).mean()) == pytest.approx(0.5, abs=0.02)
-    later, earlier = mean_flow_pair(t, torch.rand(2000, generator=generator(2)), 0.75, generator(3))
+    later, earlier = mean_flow_pair(t, draw(2), 0.75, draw(3))
     assert (earlier <= later).all()
     assert float((earlier == later).float().mean()) == pytest.approx(0.75, abs=0.03)

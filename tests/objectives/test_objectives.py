@@ -1,8 +1,9 @@
-"""Every preset on images and on clips with small networks: it runs, and only those who may receive
-a gradient do.
+"""Every objective on images and on clips with small networks: it runs, it asks for what it says,
+and only those who may receive a gradient do.
 """
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -10,15 +11,18 @@ import torch
 from torch import nn
 
 from streamvid.core.adversary import FeatureHeads, generator_loss
-from streamvid.core.process import add_noise, expand_time
-from streamvid.objectives import all_presets
-from streamvid.objectives.base import Context
-from streamvid.objectives.preferences import distillation_dpo, teacher_refinement
+from streamvid.core.process import add_noise
+from streamvid.objectives import all_objectives, find_objective
+from streamvid.objectives.base import NETWORKS
+from streamvid.objectives.preferences import DistillationDPO
+from streamvid.objectives.score import DMD, DMD2, FDistill, FlashDMD, UniDAD
+from streamvid.settings.plane import PlaneStep
 
-IMAGE, CLIP = (4, 6, 6), (4, 3, 4, 4)
+IMAGE = (4, 6, 6)
+CLIP = (4, 3, 4, 4)
 # gradients pass the inputs of fake score and teacher
 THROUGH_BOTH = {"sid", "sid_lsg", "few_step_sid", "sida"}
-THROUGH_CRITIC = THROUGH_BOTH | {"adm", "dmdx"}  # of the fake score
+THROUGH_FAKE_SCORE = THROUGH_BOTH | {"adm", "dmdx"}
 
 
 class Net(nn.Module):
@@ -26,13 +30,11 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.prompt, self.time = (
-            nn.Conv2d(4, 4, 3, padding=1),
-            nn.Embedding(3, 4),
-            nn.Linear(2, 4),
-        )
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.prompt = nn.Embedding(3, 4)
+        self.time = nn.Linear(2, 4)
 
-    def features(self, x, t, s, cond):
+    def forward(self, x, t, s, cond):
         index = torch.full((len(x),), 2) if cond is None else cond
         shift = self.prompt(index) + self.time(torch.stack([t, s], 1))
         shift = shift.reshape(len(x), 4, *[1] * (x.ndim - 2))
@@ -42,225 +44,356 @@ class Net(nn.Module):
             mixed = mixed.unflatten(0, (len(x), -1)).transpose(1, 2)
         return torch.tanh(mixed + shift)
 
-    def forward(self, x, t, s, cond):
-        return self.features(x, t, s, cond)
 
+class ConvLab:
+    """As ``settings.plane.Laboratory``, for samples of any shape."""
 
-class Networks:
-    """As ``objectives.base.Networks``."""
-
-    def __init__(self, preset):
+    def __init__(self, objective, shape):
         torch.manual_seed(0)
-        nets = {
-            name: Net()
-            for name in (
-                "student",
-                "average",
-                "lagged",
-                "start",
-                "teacher",
-                "critic",
-                "second_critic",
-            )
-        }
-        self.nets = nets
-        self.heads = FeatureHeads([4], preset.heads, preset.num_logits, hidden=8)
-        for name in ("student", "average", "lagged", "start"):
-            setattr(self, name, nets[name])
-        for name in ("teacher", "second_critic"):
-            setattr(self, name, lambda x, t, cond, net=nets[name]: net(x, t, t, cond))
-        self.critic = lambda x, t, cond, made_at: nets["critic"](x, t, made_at, cond)
+        self.shape = shape
+        names = ("student", "average", "lagged", "start", "teacher", "fake_score", "second")
+        self.nets = {name: Net() for name in names}
+        self.heads = FeatureHeads([4], objective.heads, objective.num_logits, hidden=8)
+
+    @property
+    def trained(self):
+        return {**self.nets, "discriminator": self.heads}
+
+    def mean_velocity(self, name, x, t, s, cond):
+        return self.nets[name](x, t, s, cond)
+
+    def teacher(self, x, t, cond):
+        return self.nets["teacher"](x, t, t, cond)
+
+    def fake_score(self, x, t, cond, made_at):
+        return self.nets["fake_score"](x, t, made_at, cond)
+
+    def second_fake_score(self, x, t, cond):
+        return self.nets["second"](x, t, t, cond)
 
     def features(self, x, t, cond):
-        return self.nets["start"].features(x, t, t, cond).flatten(2).mean(2)
+        return self.nets["start"](x, t, t, cond).flatten(2).mean(2)
 
     def logits(self, x, t, cond):
-        return self.heads([self.nets["start"].features(x, t, t, cond)], t)
+        return self.heads([self.nets["start"](x, t, t, cond)], t)
 
-    def parameters(self, phase):
-        """What the phase trains."""
-        own = {"student": ["student"], "critic": ["critic", "second_critic"], "disc": []}[phase]
-        return [p for name in own for p in self.nets[name].parameters()] + (
-            list(self.heads.parameters()) if phase == "disc" else []
-        )
+    def data(self, cond, rng):
+        return torch.randn(len(cond), *self.shape, generator=rng)
+
+    def pairs(self, cond, rng):
+        return self.data(cond, rng), self.data(cond, rng)
+
+    def reward(self, x, cond):
+        return x.flatten(1).mean(1)
+
+    def parameters(self, name):
+        own = [self.trained[name]] + ([self.nets["second"]] if name == "fake_score" else [])
+        return [p for net in own for p in net.parameters()]
 
     def everything(self):
-        return [
-            *(p for net in self.nets.values() for p in net.parameters()),
-            *self.heads.parameters(),
-        ]
+        return [p for net in self.trained.values() for p in net.parameters()]
 
 
-def context(preset, shape, progress=0.7, seed=0):
+def make(name, scale):
+    return find_objective(name)(guidance_scale=scale, shift=1.0)
+
+
+def new_step(objective, shape, progress=0.7, seed=0, kind=PlaneStep):
     rng = torch.Generator().manual_seed(seed)
-    draw = lambda cond: torch.randn(len(cond), *shape, generator=rng)
-    return Context(
-        networks=Networks(preset),
-        cond=torch.tensor([0, 1, 0, 1]),
-        shape=shape,
-        rng=rng,
-        preset=preset,
-        data=draw,
-        pairs=lambda cond: (draw(cond), draw(cond)),
-        reward=lambda x, cond: x.flatten(1).mean(1),
-        progress=progress,
-    )
+    cond = torch.tensor([0, 1, 0, 1])
+    return kind(ConvLab(objective, shape), objective, "student", cond, rng, progress)
 
 
 def cases():
-    return [(name, scale) for name in all_presets() for scale in (1.0, 2.0)]
+    shapes = {"image": IMAGE, "clip": CLIP}
+    return [
+        pytest.param(name, scale, shape, id=f"{name}-{scale}-{label}")
+        for name, kind in all_objectives().items()
+        for scale in (1.0, 2.0)
+        for label, shape in shapes.items()
+        if kind.on_points or label == "clip"
+    ]
 
 
-@pytest.mark.parametrize("shape", [IMAGE, CLIP], ids=["image", "clip"])
-@pytest.mark.parametrize("name, scale", cases())
-def test_a_phase_trains_its_own_network(name, scale, shape):
-    """Its loss is finite, all its network's parameters that matter get a gradient, and nobody
-    else's do.
-    """
-    preset = all_presets()[name](scale)
-    if not preset.on_points and shape == IMAGE:
-        return
-    for phase in ("student", "critic", "disc"):
-        loss = getattr(preset, phase)
-        if loss is None:
-            continue
+POINTS = [name for name, kind in all_objectives().items() if kind.on_points]
+
+
+@pytest.mark.parametrize("name, scale, shape", cases())
+def test_a_turn_trains_its_own_network(name, scale, shape):
+    """Its loss is finite, its network gets a gradient, and nobody else does."""
+    objective = make(name, scale)
+    for network in objective.networks():
         for seed in range(3):  # whatever step or branch is drawn
-            ctx = context(preset, shape, seed=seed)
-            own = {id(p) for p in ctx.networks.parameters(phase)}
-            for p in ctx.networks.everything():
+            step = new_step(objective, shape, seed=seed)
+            own = {id(p) for p in step.lab.parameters(network)}
+            for p in step.lab.everything():
                 p.requires_grad_(id(p) in own)
-            value = loss(ctx)
-            assert value.ndim == 0 and torch.isfinite(value)
-            value.backward()
-            touched = [p for p in ctx.networks.everything() if p.grad is not None]
+            loss = getattr(objective, network)(step)
+            assert loss.ndim == 0 and torch.isfinite(loss)
+            loss.backward()
+            touched = [p for p in step.lab.everything() if p.grad is not None]
             assert touched and all(id(p) in own for p in touched)
             assert any(p.grad.abs().sum() > 0 for p in touched)
 
 
-@pytest.mark.parametrize("name", sorted(set(all_presets()) - {"flow_dmd"}))
+@pytest.mark.parametrize("name", POINTS)
 def test_who_could_get_a_gradient(name):
     """With every parameter listening, the student's loss reaches the fake score only where the
-    method says that it passes through its input, and never the teacher's parameters except
-    there.
+    method says that it passes through its input, and never the teacher's parameters except there.
     """
-    preset = all_presets()[name](1.0)
-    ctx = context(preset, IMAGE)
-    preset.student(ctx).backward()
-    heard = lambda net: any(
-        p.grad is not None and p.grad.abs().sum() > 0 for p in ctx.networks.nets[net].parameters()
-    )
+    objective = make(name, 1.0)
+    step = new_step(objective, IMAGE)
+    objective.student(step).backward()
+
+    def heard(network):
+        return any(
+            p.grad is not None and p.grad.abs().sum() > 0
+            for p in step.lab.nets[network].parameters()
+        )
+
     assert heard("student")
-    assert heard("critic") == (name in THROUGH_CRITIC)
+    assert heard("fake_score") == (name in THROUGH_FAKE_SCORE)
     assert heard("teacher") == (name in THROUGH_BOTH)
     assert not heard("average") or name == "ctm"  # CTM's way from s to 0
-    assert not heard("lagged") and not heard("second_critic")
+    assert not heard("lagged") and not heard("second")
+
+
+class NotingStep(PlaneStep):
+    """Notes what is asked of it, in the words of ``Objective.needs``."""
+
+    def __init__(self, *args):
+        self.asked = set()
+        self.landings = set()
+        super().__init__(*args)
+
+    @property
+    def group(self):
+        self.asked.add("group")
+        return self.cond
+
+    @group.setter
+    def group(self, value):
+        pass
+
+    def data(self):
+        self.asked.add("clips")
+        return super().data()
+
+    def pairs(self):
+        self.asked.add("pairs")
+        return super().pairs()
+
+    def reward(self, x):
+        self.asked.add("reward")
+        return super().reward(x)
+
+    def mean_velocity(self, name, x, t, s):
+        if name != "student":
+            self.asked.add(name)
+        if bool((s == 0).all()):
+            self.landings.add("data")
+        else:
+            self.landings.add("here" if torch.equal(s, t) else "between")
+        return super().mean_velocity(name, x, t, s)
+
+    def teacher_velocity(self, x_t, t, prompted=True):
+        self.asked.add("score")
+        return super().teacher_velocity(x_t, t, prompted)
+
+    def second_velocity(self, x_t, t):
+        self.asked.add("second")
+        return super().second_velocity(x_t, t)
+
+    def logits(self, x_t, t):
+        self.asked.add("features")
+        return super().logits(x_t, t)
+
+    def features(self, x_t, t):
+        self.asked.add("features")
+        return super().features(x_t, t)
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_it_needs_exactly_what_it_asks_for(name):
+    """Told more, a setting would make copies, stores and heads for nobody; told less, it fails on
+    the way.
+    """
+    objective = make(name, 2.0)
+    asked, landings = set(), set()
+    for progress in (0.0, 0.7):
+        for seed in range(4):
+            step = new_step(objective, IMAGE, progress, seed, NotingStep)
+            for network in objective.networks():
+                getattr(objective, network)(step)
+            asked |= step.asked
+            landings |= step.landings
+    if "between" in landings or len(landings) > 1:
+        asked.add("jumps")
+    assert asked == objective.needs
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_every_objective_takes_all_its_turns(name):
+    """Each network within a cycle, the fake score as often as its option says, in one order."""
+    objective = make(name, 1.0)
+    count = getattr(objective, "fake_updates_per_student", 1)
+    turns = [objective.turns(step) for step in range(2 * count)]
+    every = [turn for each in turns for turn in each]
+    networks = objective.networks()
+    assert set(every) == set(networks) and networks[-1] == "student"
+    assert every.count("student") == (2 if "fake_score" in networks else 2 * count)
+    if "fake_score" in networks:
+        assert every.count("fake_score") == 2 * count
+    assert all(list(each) == [n for n in NETWORKS if n in each] for each in turns)
+
+
+def test_a_warm_up_is_the_fake_scores_alone():
+    objective = DMD2(student_start_step=4, fake_updates_per_student=1)
+    assert [objective.turns(step) for step in (0, 3)] == [("fake_score",)] * 2
+    assert objective.turns(4) == ("fake_score", "discriminator", "student")
 
 
 def test_an_unguided_batch_draws_no_scale():
     """Guidance 1 runs no second pass and leaves the noise stream alone."""
-    preset = all_presets()["dmd"](1.0)
-    ctx = context(preset, IMAGE)
+    step = new_step(make("dmd", 1.0), IMAGE)
     calls = []
-    teacher = ctx.networks.teacher
-    ctx.networks.teacher = lambda x, t, cond: calls.append(cond) or teacher(x, t, cond)
-    before = ctx.rng.get_state()
-    x = torch.randn(4, *IMAGE)
-    ctx.real(x, torch.full((4,), 0.5))
-    assert len(calls) == 1 and torch.equal(ctx.rng.get_state(), before)
+    teacher = step.lab.teacher
+    step.lab.teacher = lambda x, t, cond: calls.append(cond) or teacher(x, t, cond)
+    before = step.rng.get_state()
+    step.real(torch.randn(4, *IMAGE), step.full(0.5))
+    assert len(calls) == 1 and torch.equal(step.rng.get_state(), before)
 
 
 def test_f_distill_with_the_reverse_divergence_is_dmd_and_its_game():
     """h = 1: the direction of DMD2, bit for bit."""
-    from streamvid.objectives import score
-
-    one, two = score.f_distill(1.0, divergence="rkl"), score.dmd2(1.0)
-    losses = []
-    for preset in (one, two):
-        ctx = context(score.dmd2(1.0) if preset is two else preset, IMAGE)
-        ctx.preset = one  # one step for both
-        losses.append(preset.student(ctx))
-    assert torch.equal(*losses)
-
-
-def test_uni_dad_without_its_second_teacher_is_dmd2():
-    from streamvid.objectives import score
-
-    preset = score.uni_dad(2.0, source=1.0, target=0.0)
-    ours, theirs = (p.student(context(p, IMAGE)) for p in (preset, score.dmd2(2.0)))
+    one = FDistill(divergence="rkl", shift=1.0)
+    ours = one.student(new_step(one, IMAGE))
+    theirs = DMD2(shift=1.0).student(new_step(one, IMAGE))  # one step for both
     assert torch.equal(ours, theirs)
 
 
+def test_uni_dad_without_its_second_teacher_is_dmd2():
+    one, two = UniDAD(source=1.0, target=0.0), DMD2()
+    assert torch.equal(one.student(new_step(one, IMAGE)), two.student(new_step(two, IMAGE)))
+
+
 def test_backward_simulation_ends_anywhere_with_gradient_on_the_last_step_only():
-    preset = all_presets()["tdm"](1.0)
-    ctx = context(preset, IMAGE)
-    found = {ctx.sample().index for _ in range(40)}
-    assert found == {0, 1, 2, 3}
-    sample = ctx.sample(2)
+    step = new_step(make("tdm", 1.0), IMAGE)
+    assert {step.sample().index for _ in range(40)} == {0, 1, 2, 3}
+    sample = step.sample(2)
     assert sample.x.requires_grad and not sample.x_t.requires_grad
     assert sample.t.tolist() == [0.5] * 4
 
 
-def test_distillation_plus_plus_at_weight_zero_asks_nobody():
-    ctx = context(all_presets()["dmd"](1.0), IMAGE)
-    ctx.networks.teacher = None
-    before, x0 = ctx.rng.get_state(), torch.randn(4, *IMAGE)
-    assert teacher_refinement(ctx, x0, torch.full((4,), 0.5), 0.0) is x0
-    assert torch.equal(ctx.rng.get_state(), before)
-    ctx = context(all_presets()["dmd"](1.0), IMAGE)
-    # a teacher that is sure of 7
-    ctx.networks.teacher = lambda x, t, cond: (x - 7.0) / expand_time(t, x)
-    mixed = teacher_refinement(ctx, x0, torch.full((4,), 0.5), 0.25)
-    torch.testing.assert_close(mixed, 0.75 * x0 + 0.25 * 7.0, rtol=1e-5, atol=1e-5)
+def test_backward_simulation_renoises_to_the_next_steps_level():
+    """With a student whose data prediction is 0, the state that a step predicts from is noise of
+    that step's level.
+    """
+    step = new_step(make("tdm", 1.0), IMAGE)
+    step.mean_velocity = lambda name, x, t, s: x / t.reshape(-1, 1, 1, 1)
+    for index, level in enumerate((1.0, 0.75, 0.5, 0.25)):
+        states = torch.stack([step.sample(index).x_t for _ in range(20)])
+        assert float(states.std()) == pytest.approx(level, rel=0.05)
+        assert step.sample(index).t.tolist() == [level] * 4
 
 
-def test_every_row_of_the_table_is_there_and_documented():
-    presets = all_presets()
-    assert len(presets) >= 45
-    for name, make in presets.items():
-        assert make.__doc__, name
-        assert make(1.0).paper.count(".") == 1 and 1 <= make(2.0).steps <= 4
+def test_every_objective_is_documented():
+    """It has a name, a paper and a line about itself, and so has each of its options."""
+    for name, kind in all_objectives().items():
+        assert (
+            kind.name == name and kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(")
+        )
+        assert kind.paper.count(".") == 1 and 1 <= kind.num_steps <= 4
+        assert kind().note == kind().note.strip()
+
+
+def test_an_unknown_objective_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="'menflow' is unknown, did you mean 'meanflow'"):
+        find_objective("menflow")
+    with pytest.raises(ValueError, match="did you mean"):
+        find_objective("")
+
+
+@pytest.mark.parametrize(
+    "name, options, said",
+    [
+        ("dmd2", {"gan": -1.0}, "dmd2: gan=-1.0, expected at least 0"),
+        ("sid", {"alpha": 3.0}, "sid: alpha=3.0, expected 0 to 2"),
+        ("dmd", {"normalizer": "batch"}, "normalizer='batch', expected 'sample' or 'none'"),
+        ("f_distill", {"divergence": "tv"}, "tv"),
+        ("scott", {"eta": 1.5}, "scott: eta=1.5, expected 0 to 1"),
+        ("cd", {"low": 0.5, "high": 0.2}, "expected 0 <= low < high <= 1"),
+        ("cd", {"shift": 0.0}, "shift=0.0, expected a positive number"),
+        ("dmd", {"fake_updates_per_student": 0}, "expected at least 1"),
+    ],
+)
+def test_an_option_out_of_its_range_is_refused(name, options, said):
+    with pytest.raises(ValueError) as error:
+        find_objective(name)(**options)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def numeric_options():
+    own = {field.name for field in dataclasses.fields(DMD)}
+    return [
+        (name, field.name)
+        for name, kind in all_objectives().items()
+        for field in dataclasses.fields(kind)
+        if field.name not in own and field.type in ("float", "int")
+    ]
+
+
+@pytest.mark.parametrize("name, option", numeric_options())
+def test_every_number_has_bounds(name, option):
+    with pytest.raises(ValueError, match=option):
+        find_objective(name)(**{option: -1})
 
 
 def test_the_student_learns_from_the_heads_it_is_shown():
     """A game on features alone moves a sample to what the heads call real."""
-    preset = all_presets()["ladd"](1.0)
-    ctx = context(preset, IMAGE)
+    step = new_step(make("ladd", 1.0), IMAGE)
     x = torch.randn(4, *IMAGE, requires_grad=True)
-    t = torch.full((4,), 0.3)
+    t = step.full(0.3)
     noised = lambda x: add_noise(x, torch.zeros_like(x), t)
-    before = generator_loss("hinge", ctx.logits(noised(x), t))
+    before = generator_loss("hinge", step.logits(noised(x), t))
     (slope,) = torch.autograd.grad(before, x)
-    after = generator_loss("hinge", ctx.logits(noised(copy.copy(x.detach()) - 50 * slope), t))
+    after = generator_loss("hinge", step.logits(noised(copy.copy(x.detach()) - 50 * slope), t))
     assert after < before
 
 
 def test_the_fake_score_is_told_which_step_made_a_sample():
     """One fit to the mixture of all steps' outputs can be right while every step is wrong."""
-    from dataclasses import replace
+    objective = make("tdm", 1.0)
+    told = set()
+    for seed in range(30):
+        step = new_step(objective, IMAGE, seed=seed)
+        fake_score = step.lab.fake_score
+        step.lab.fake_score = lambda x, t, cond, made_at, net=fake_score: (
+            told.update(made_at.tolist()) or net(x, t, cond, made_at)
+        )
+        objective.fake_score(step)
+        objective.student(step)
+    assert told == {1.0, 0.75, 0.5, 0.25}
 
-    for knows, seen in ((True, {1.0, 0.75, 0.5, 0.25}), (False, {1.0})):
-        preset = replace(all_presets()["tdm"](1.0), critic_knows_step=knows)
-        told = set()
-        for seed in range(30):
-            ctx = context(preset, IMAGE, seed=seed)
-            critic = ctx.networks.critic
-            ctx.networks.critic = lambda x, t, cond, made_at, net=critic: (
-                told.update(made_at.tolist()) or net(x, t, cond, made_at)
-            )
-            preset.critic(ctx)
-            preset.student(ctx)
-        assert told == seen
+
+def test_flash_dmd_pulls_its_fake_score_after_the_student():
+    objective = FlashDMD(keep=0.75)
+    step = new_step(objective, IMAGE)
+    fake, student = step.lab.nets["fake_score"].conv.weight, step.lab.nets["student"].conv.weight
+    expected = 0.75 * fake.detach().clone() + 0.25 * student.detach()
+    objective.after_student(step)
+    torch.testing.assert_close(fake.detach(), expected)
 
 
 def test_a_loser_that_is_far_is_drawn_back_and_one_that_is_near_pushed_off():
     """Pushed whatever the distance, half of the samples had no end to go to: the row diverged."""
 
     def gradient(eta, stop):
-        preset = distillation_dpo(eta=eta, stop=stop)
-        ctx = context(preset, IMAGE)
-        preset.student(ctx).backward()
+        objective = DistillationDPO(guidance_scale=1.0, eta=eta, stop=stop)
+        step = new_step(objective, IMAGE)
+        objective.student(step).backward()
         return torch.cat(
-            [p.grad.flatten() for p in ctx.networks.parameters("student") if p.grad is not None]
+            [p.grad.flatten() for p in step.lab.parameters("student") if p.grad is not None]
         )
 
     winners = gradient(0.0, math.inf)
