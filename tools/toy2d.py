@@ -56,6 +56,7 @@ def compare(args: argparse.Namespace) -> None:
         Effort,
         baselines,
         load_start,
+        for_target,
         plane_objectives,
         read_result,
         result_file,
@@ -101,7 +102,7 @@ def compare(args: argparse.Namespace) -> None:
     ]
     files = [result_file(folder, *job[:3]) for job in jobs]
     results += [read_result(file) for file in files if file.exists()]
-    made = {name: known[name](guidance_scale=1.0) for name in names}
+    made = {name: for_target(known[name], TARGETS["ring"]()) for name in names}
     print(report.write_report(Path(args.out), results, made))
 
 

@@ -4,7 +4,7 @@ clips are known.
 AFD, arXiv 2605.26105; its engine is DiffusionNFT, arXiv 2509.16117. For a prompt y with the
 teacher's clip x^T, a lagged copy of the student, the *old policy*, streams a clip x of its own, and
 
-    discriminator:  minimise -log sigmoid(D(x^T, y) - D(x, y))     Bradley-Terry, clean clips, R1, R2
+    discriminator:  minimise -log sigmoid(D(x^T, y) - D(x, y))    Bradley-Terry, clean clips, R1, R2
     student:        A = D(x, y) - baseline,  r = clip(A / 2c, -1/2, 1/2) + 1/2,
                     then on x_t = (1 - t) x + t eps
                     minimise c/b E[r |v+ - v*|^2 + (1 - r) |v- - v*|^2] + lam |v - v_ref|^2,

@@ -75,7 +75,8 @@ class Objective:
     rate: ClassVar[float] = 1.0
     """Of the student's learning rate in the plane, against that of the other networks."""
     role: ClassVar[Literal["complete", "add-on", "baseline", "start"]] = "complete"
-    """A start makes the network that others distil; an add-on is shown with a host; a baseline is known to fall short and is there to show it."""
+    """A start makes the network that others distil; an add-on is shown with a host; a baseline is
+    known to fall short and is there to show it."""
     covers: ClassVar[bool] = False
     """Whether it claims to cover modes that distribution matching alone drops."""
     on_points: ClassVar[bool] = True
@@ -354,7 +355,7 @@ class Step(ABC):
         raise NotImplementedError
 
     def has_longer_first(self, num_steps: int) -> bool:
-        """Whether a sample of so many steps has a first chunk with a list and an exit of its own."""
+        """Whether a sample of so many steps has a first chunk whose list and exit are its own."""
         return False
 
     def policy_samples(

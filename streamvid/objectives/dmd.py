@@ -1,4 +1,4 @@
-"""Distribution matching distillation: the student's samples move along the difference of two scores.
+"""Distribution matching distillation: samples move along the difference of two scores.
 
 DMD, arXiv 2311.18828, and DMD2, arXiv 2405.14867; on self-forced rollouts Self-Forcing, arXiv
 2506.08009. With a sample x of the student, noised to x_t = (1 - t) x + t eps,

@@ -135,7 +135,7 @@ def select_states(states: Tensor, levels: Tensor, chunk_frames: int) -> Tensor:
     return rearrange(chunks[b, n, levels], "b n c f h w -> b c (n f) h w")
 
 
-# ---- making the trajectories --------------------------------------------------------------------------
+# ---- making the trajectories ---------------------------------------------------------------------
 
 
 def grid_through(times: Sequence[float], grid: Sequence[float]) -> tuple[float, ...]:
