@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(minutes: float, num_prompts: int, output_dir: Path) -> None:
-    from streamvid.experiment.build import build_trainer, load_run
+    from streamvid.experiment.build import build_trainer
+    from streamvid.experiment.config import load_run
 
     if num_prompts < 1:
         raise ValueError(f"--prompts={num_prompts}, expected at least 1")

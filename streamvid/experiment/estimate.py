@@ -35,17 +35,13 @@ from torch.utils.flop_counter import flop_registry
 
 from streamvid.codecs.base import latent_frames_of
 from streamvid.experiment.build import (
-    DTYPES,
-    Geometry,
-    RunConfig,
-    StudentConfig,
     build_fake_score,
     build_method,
     build_student,
     needs_teacher,
     stands_on_teacher,
-    with_shipped,
 )
+from streamvid.experiment.config import DTYPES, Geometry, RunConfig, StudentConfig, with_shipped
 from streamvid.hub import HUB_NAME
 from streamvid.methods.trajectory import chunk_times
 from streamvid.models.causal_wan import CausalWanTransformer3DModel

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from streamvid.experiment.build import RunConfig, with_shipped
+from streamvid.experiment.config import RunConfig, with_shipped
 from streamvid.experiment.estimate import GIB, UnknownSizes, build_on_meta
 from streamvid.students.folder import COMPONENTS
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from streamvid.codecs.load import open_codec
-from streamvid.experiment.build import build_method, load_run
+from streamvid.experiment.build import build_method
+from streamvid.experiment.config import load_run
 from streamvid.gpu_check.check import ROOT
 from streamvid.gpu_check.measure import (
     Report,

@@ -15,14 +15,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from streamvid.experiment.build import (
-    DTYPES,
-    RunConfig,
-    build_fake_score,
-    build_method,
-    load_run,
-    share_teacher,
-)
+from streamvid.experiment.build import build_fake_score, build_method, share_teacher
+from streamvid.experiment.config import DTYPES, RunConfig, load_run
 from streamvid.experiment.estimate import GIB, estimate, sizes_of, text_tokens_of
 from streamvid.gpu_check.check import ROOT
 from streamvid.gpu_check.measure import (

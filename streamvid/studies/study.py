@@ -29,7 +29,8 @@ from streamvid.evaluation import runs
 from streamvid.evaluation.judge import win_rate
 from streamvid.evaluation.report import machine
 from streamvid.evaluation.world_score import mean_scores
-from streamvid.experiment.build import build_trainer, load_run
+from streamvid.experiment.build import build_trainer
+from streamvid.experiment.config import load_run
 from streamvid.files import atomic_file
 from streamvid.rollout.sampler import generate_latents
 from streamvid.rollout.schedule import StreamConfig, build_schedule, cost_of

@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -18,9 +18,7 @@ from accelerate.utils import LoggerType
 from torch.nn import Module, Parameter
 
 from streamvid.config import flat_defaults, flatten, to_plain
-
-if TYPE_CHECKING:
-    from streamvid.training.trainer import TrainConfig
+from streamvid.training.config import TrainConfig
 
 # What may change between the start of a run and its continuation.
 CHANGEABLE = {

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import shutil
 import signal
 import sys
@@ -26,9 +25,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accelerate.utils import gather_object, send_to_device, set_seed
 from safetensors import SafetensorError
@@ -40,12 +38,12 @@ from streamvid.config import flatten, save_config, to_plain
 from streamvid.files import disk_full, remove_leftovers
 from streamvid.training import checkpoint as ckpt
 from streamvid.training.checks import check_names, check_same_run, check_trackers, fingerprint
-from streamvid.training.ema import EMAConfig
+from streamvid.training.config import TrainConfig
 from streamvid.training.launch import RunLock, check_launcher
 from streamvid.training.learner import Learner
 from streamvid.training.method import BatchSource, Method, loss_parts
 from streamvid.training.metrics import RunningMeans, append_metrics, trim_metrics
-from streamvid.training.optimizers import OptimizerConfig, load_optimizer_tensors, optimizer_tensors
+from streamvid.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from streamvid.training.processes import (
     StopSignals,
     agree_on_largest,
@@ -67,61 +65,12 @@ from streamvid.weights import not_finite
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-# names reach terminals, cards and shells
-RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-MAX_SEED = 2**31 - 1  # so that each process may add its rank
 
 
 class TrainingError(RuntimeError):
     """Training can't go on, such as after a loss that is not a number. The message is one line for
     the user.
     """
-
-
-MOST_SAMPLES = 65_536
-"""Of a batch of a process."""
-
-
-@dataclass
-class TrainConfig:
-    name: str  # of the run; its folder is output_dir/name, and the same command resumes it
-    output_dir: str = "runs"
-    seed: int = 0  # of the global generators; batches and decisions have their own keyed seeds
-    max_steps: int = 1000
-    # training time, over all sessions, after which the run ends; null: no limit
-    max_minutes: float | None = None
-    batch_size: int = 1  # samples a process draws for one loss
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; parameters stay float32
-    gradient_checkpointing: bool = False  # less memory, about a third more time
-    compile: bool = False  # compiles the repeated blocks of the networks that have any
-    # full: processes divide all networks, trained and frozen; one keeps them whole
-    shard: Literal["none", "full"] = "none"
-    log_every: int = 10  # steps between lines of metrics.jsonl
-    # steps between checkpoints; the end of the run and an interruption save too
-    save_every: int = 500
-    keep_checkpoints: int = 2
-    trackers: list[str] = field(default_factory=list)  # accelerate's names: tensorboard, wandb, ...
-    # one for each network of the method
-    optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
-    ema: dict[str, EMAConfig] = field(default_factory=dict)  # for the networks that have an average
-
-    def __post_init__(self) -> None:
-        for key in ("max_steps", "batch_size", "log_every", "save_every", "keep_checkpoints"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        if self.batch_size > MOST_SAMPLES:
-            raise ValueError(f"batch_size={self.batch_size} must be at most {MOST_SAMPLES:,}")
-        if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
-            raise ValueError(
-                f"max_minutes={self.max_minutes} must be above 0; use null for no limit"
-            )
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"seed={self.seed} must be from 0 to {MAX_SEED}")
-        if not RUN_NAME.fullmatch(self.name):
-            raise ValueError(
-                f"name={self.name!r} must be one folder name of at most 100 letters, digits and"
-                " ._-, which begins with none of .-; choose the place with output_dir"
-            )
 
 
 class Trainer:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from streamvid.experiment import estimate as est
-from streamvid.experiment.build import build_method, build_student, load_run, needs_teacher
+from streamvid.experiment.build import build_method, build_student, needs_teacher
+from streamvid.experiment.config import load_run
 from streamvid.models.published import EXPERTS, PUBLISHED
 from streamvid.teachers.wan import WanTeacher, load_wan_transformer
 from streamvid.training.optimizers import build_optimizer, optimizer_tensors
