@@ -16,22 +16,16 @@ waste, kernels' workspaces and the context of a device, together some 1 to 2 GiB
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch import nn
 
 from streamvid.codecs.base import latent_frames_of
 from streamvid.experiment.build import (
@@ -43,6 +37,7 @@ from streamvid.experiment.build import (
 )
 from streamvid.experiment.config import DTYPES, Geometry, RunConfig, StudentConfig, with_shipped
 from streamvid.hub import HUB_NAME
+from streamvid.metering import GIB, Meter, as_on_accelerator
 from streamvid.methods.trajectory import chunk_times
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import adapt, share_weights
@@ -56,17 +51,6 @@ from streamvid.training.sharding import held_networks
 from streamvid.training.trainer import switch_on
 from streamvid.weights import read_json
 
-GIB = 2**30
-_aten = torch.ops.aten
-FLOPS = {  # torch knows no formula for the CPU's attention
-    **flop_registry,
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        _aten._scaled_dot_product_flash_attention
-    ],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _aten._scaled_dot_product_flash_attention_backward
-    ],
-}
 TEXT_TOKENS = 512  # of a published text encoder
 TEMPORAL_RATIO = 4  # pixel frames a latent frame, of all codecs here
 DEPTHS = (4, 6)  # at which deeper networks are measured
@@ -483,99 +467,11 @@ def measure_turn(
     for name, network in method.networks().items():
         network.requires_grad_(name == turn)
         network.zero_grad(set_to_none=True)
-    with as_on_accelerator(config.train.mixed_precision), Watch() as watch:
+    with as_on_accelerator(config.train.mixed_precision), Meter() as meter:
         for loss, _ in loss_parts(method, turn, batch, step):
             loss.backward()
     method.networks()[turn].zero_grad(set_to_none=True)
-    return watch.flops, watch.peak
-
-
-class Watch(TorchDispatchMode):
-    """Counts floating-point operations, and the bytes of the storages that were made inside and are
-    alive.
-
-    Attributes:
-        flops, peak: what it is for.
-        now: bytes alive.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = self.now = self.peak = 0
-        self._alive: dict[int, weakref.ref] = {}  # what was there before too, as 0 bytes
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage(), made_here=False)
-        out = func(*args, **kwargs)
-        if func._overloadpacket in FLOPS:
-            self.flops += FLOPS[func._overloadpacket](*args, **kwargs, out_val=out)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
-        return out
-
-    def _see(self, storage: torch.UntypedStorage, made_here: bool = True) -> None:
-        key = storage._cdata
-        if key in self._alive:
-            return
-        size = storage.nbytes() if made_here else 0
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        self._alive[key] = weakref.ref(storage, lambda _: self._forget(key, size))
-
-    def _forget(self, key: int, size: int) -> None:
-        del self._alive[key]
-        self.now -= size
-
-
-@contextmanager
-def as_on_accelerator(mixed_precision: str = "no") -> Iterator[None]:
-    """Inside, attention is one fused operation, and autocast is played on the meta device, which
-    has none.
-
-    The functions are replaced, not intercepted, because what checkpointing recomputes in the
-    backward pass escapes torch's function modes.
-    """
-    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
-    copies: dict[int, Tensor] = {}  # autocast casts each leaf that is trained once
-
-    def cast(x: Any) -> Any:
-        if (
-            dtype is None
-            or not isinstance(x, Tensor)
-            or x.dtype == dtype
-            or not x.is_floating_point()
-        ):
-            return x
-        if not (x.is_leaf and x.requires_grad and torch.is_grad_enabled()):
-            return x.to(dtype)
-        if id(x) not in copies:
-            copies[id(x)] = x.to(dtype)
-        return copies[id(x)]
-
-    def casting(function: Any) -> Any:
-        return lambda *args, **kwargs: function(
-            *map(cast, args), **{key: cast(value) for key, value in kwargs.items()}
-        )
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _aten._scaled_dot_product_flash_attention(cast(query), cast(key), cast(value))[0]
-
-    names = ("linear", "conv2d", "conv3d")
-    kept = {name: getattr(F, name) for name in (*names, "scaled_dot_product_attention")}
-    try:
-        for name in names:
-            setattr(F, name, casting(kept[name]))
-        F.scaled_dot_product_attention = attend
-        yield
-    finally:
-        for name, function in kept.items():
-            setattr(F, name, function)
+    return meter.flops, meter.peak
 
 
 def batch_on_meta(config: RunConfig, method: Method) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import nn
 
 from streamvid.experiment.config import RunConfig, with_shipped
-from streamvid.experiment.estimate import GIB, UnknownSizes, build_on_meta
+from streamvid.experiment.estimate import UnknownSizes, build_on_meta
+from streamvid.metering import GIB
 from streamvid.students.folder import COMPONENTS
 
 log = logging.getLogger(__name__)

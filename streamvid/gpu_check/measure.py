@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from streamvid.files import atomic_file
+from streamvid.metering import GIB, MIB, seconds_of
 
 ERROR_LINES = 3
 
@@ -85,27 +86,13 @@ def as_plain(value: Any) -> Any:
 # ---- times and memory -----------------------------------------------------------------------------------
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed_s(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, until the device is done."""
-    synchronize(device)
-    started = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
 def median_ms(
     work: Callable[[], Any], device: torch.device, repeats: int = 10, warm_up: int = 3
 ) -> float:
     """Milliseconds of a call."""
     for _ in range(warm_up):
         work()
-    return 1000 * statistics.median(timed_s(work, device) for _ in range(repeats))
+    return 1000 * statistics.median(seconds_of(work, device) for _ in range(repeats))
 
 
 def reset_peak(device: torch.device) -> None:
@@ -116,17 +103,17 @@ def reset_peak(device: torch.device) -> None:
 
 def peak_gib(device: torch.device) -> float | None:
     """The most that was allocated since ``reset_peak``; None on a CPU, which doesn't count."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
 
 
 def allocated_mib(device: torch.device) -> float | None:
     """What is allocated now; of a CPU all that the process holds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        return torch.cuda.memory_allocated(device) / 2**20
+        return torch.cuda.memory_allocated(device) / MIB
     import psutil
 
-    return psutil.Process().memory_info().rss / 2**20
+    return psutil.Process().memory_info().rss / MIB
 
 
 # ---- differences ----------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from streamvid.config import flatten, save_config, to_plain
 from streamvid.files import disk_full, remove_leftovers
+from streamvid.metering import GIB
 from streamvid.training import checkpoint as ckpt
 from streamvid.training.checks import check_names, check_same_run, check_trackers, fingerprint
 from streamvid.training.config import TrainConfig
@@ -63,8 +64,6 @@ from streamvid.training.sharding import (
 from streamvid.weights import not_finite
 
 log = logging.getLogger(__name__)
-
-GIB = 2**30
 
 
 class TrainingError(RuntimeError):
