@@ -99,10 +99,9 @@ def compare(run_dir: Path, num_prompts: int) -> None:
         make_clips,
         measure_cost,
         score_clips,
-        student_runner,
-        teacher_runner,
     )
     from streamvid.evaluation.world_score import mean_scores
+    from streamvid.rollout.runner import student_runner, teacher_runner
     from streamvid.students.folder import TINY_START, TINY_TEACHER, load_student
     from streamvid.teachers.wan import WanTeacher
     from streamvid.video import contact_sheet, write_video

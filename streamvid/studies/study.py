@@ -9,7 +9,6 @@ interrupted goes on from its last checkpoint, so a study may take several days.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence, Set
@@ -27,14 +26,15 @@ from streamvid.data.latents import WorldSet, world_clips
 from streamvid.data.world import render, sample_spec
 from streamvid.evaluation import runs
 from streamvid.evaluation.judge import win_rate
-from streamvid.evaluation.report import machine
 from streamvid.evaluation.world_score import mean_scores
 from streamvid.experiment.build import build_trainer
 from streamvid.experiment.config import load_run
-from streamvid.files import atomic_file
+from streamvid.reports import machine, mean_and_spread
+from streamvid.rollout.runner import Runner, student_runner, teacher_runner
 from streamvid.rollout.sampler import generate_latents
 from streamvid.rollout.schedule import StreamConfig, build_schedule, cost_of
 from streamvid.students.folder import TINY_TEACHER, Student, load_student
+from streamvid.studies.jobs import result_file, write_result
 from streamvid.teachers.wan import WanTeacher, load_wan_transformer
 from streamvid.training.metrics import read_metrics
 from streamvid.training.trainer import TrainingError
@@ -155,7 +155,7 @@ class Job:
 
     @property
     def result_file(self) -> Path:
-        return self.folder / f"{self.name}-{self.seed}.json"
+        return result_file(self.folder, self.name, self.seed)
 
     @property
     def run_dir(self) -> Path:
@@ -300,13 +300,13 @@ def evaluated(job: Job, path: str) -> list[dict[str, Any]]:
             student.stream,
             **{name: None if value == "none" else value for name, value in fields.items()},
         )
-        runner = runs.student_runner(label, student.transformer, stream)
+        runner = student_runner(label, student.transformer, stream)
         by_seed = runs.score_by_seed(
             runner, student.codec, embeddings, prompts, noise_seeds, study.num_frames
         )
         row = {
             "label": label,
-            "scores": mean_of(by_seed),
+            "scores": mean_and_spread(by_seed)[0],
             **cost_row(stream, study.num_frames, student.codec.temporal_ratio),
         }
         if label in job.variant.long:
@@ -317,16 +317,7 @@ def evaluated(job: Job, path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def mean_of(scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The means of numbers that all have."""
-    return {
-        name: statistics.mean(each[name] for each in scores)
-        for name in scores[0]
-        if all(name in each for each in scores)
-    }
-
-
-def judged(runner: runs.Runner, student: Student, num: int, num_frames: int) -> dict[str, float]:
+def judged(runner: Runner, student: Student, num: int, num_frames: int) -> dict[str, float]:
     """How often clips of unseen prompts are taken for true ones, see ``evaluation.judge``."""
     frames, prompts = zip(
         *world_clips(WorldSet(num_clips=num, num_frames=num_frames, first_seed=JUDGE_SEED))
@@ -362,25 +353,16 @@ def cost_row(
 
 
 def long_row(
-    runner: runs.Runner, codec: Any, embeddings: Tensor, prompts: Sequence[str], study: StudyConfig
+    runner: Runner, codec: Any, embeddings: Tensor, prompts: Sequence[str], study: StudyConfig
 ) -> dict[str, Any]:
     """Scores, brightness and contrast of long streams, window by window."""
-    num, window = min(study.long_prompts, len(prompts)), study.num_frames - 1
-    frames = runs.long_frames(
-        study.long_times, window, runner.stream.chunk_frames, codec.temporal_ratio
-    )
-    clips = runs.make_clips(
-        runner, codec, embeddings[:num], runs.evaluation_keys(0, num), frames, batch_size=8
-    )
-    scores = [
-        mean_scores(column)
-        for column in zip(
-            *(each.windows for each in runs.score_clips(clips, prompts[:num], window))
-        )
-    ]
+    num = min(study.long_prompts, len(prompts))
+    window = study.num_frames - 1
+    clips = runs.make_long_clips(runner, codec, embeddings[:num], study.long_times, window)
+    windows = runs.score_windows(clips, prompts[:num], window)
     return {
-        "num_frames": frames,
-        "overall": [each["overall"] for each in scores],
+        "num_frames": clips.shape[1],
+        "overall": [each["overall"] for each in windows],
         **appearance(clips, window),
     }
 
@@ -396,12 +378,6 @@ def appearance(clips: Tensor, window: int) -> dict[str, list[float]]:
     }
 
 
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-
-
 # ---- what runs are compared with ----------------------------------------------------------------------
 
 
@@ -413,7 +389,7 @@ def reference_job(job: Job) -> str:
     prompts = runs.held_out_prompts(study.prompts)
     codec, teacher = open_codec(TINY_TEACHER), WanTeacher.from_pretrained(TINY_TEACHER)
     frames = latent_frames_of(study.num_frames, codec.temporal_ratio)
-    runner = runs.teacher_runner("teacher, 50 steps", teacher, 50, study.guidance_scale, frames)
+    runner = teacher_runner("teacher, 50 steps", teacher, 50, study.guidance_scale, frames)
     (scores,) = runs.score_by_seed(
         runner, codec, teacher.encode_prompt(prompts), prompts, [0], study.num_frames
     )

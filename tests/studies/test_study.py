@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from streamvid.studies import study as st
+from streamvid.studies.jobs import write_result
 from streamvid.studies.report import (
     crossed_table,
     long_table,
@@ -27,7 +28,6 @@ from streamvid.studies.study import (
     load_study,
     still_to_do,
     tail_means,
-    write_result,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -195,10 +195,6 @@ def test_a_trainings_numbers_are_means_over_its_last_part():
         for s in range(8)
     ]
     assert tail_means(lines) == {"loss": 6.5, "gap_1": 2.0}
-
-
-def test_scores_are_means_over_seeds_of_what_all_have():
-    assert st.mean_of([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": 2.0}
 
 
 def test_a_failed_training_is_reported_and_leaves_no_result(tmp_path, monkeypatch):
