@@ -94,20 +94,6 @@ def _shape(x: Tensor | None) -> str:
 # ---- penalties ----------------------------------------------------------------------------------------
 
 
-def exact_penalty(logits: Tensor, x: Tensor) -> Tensor:
-    """``E |d D(x) / d x|^2``, the squared norm of each sample's gradient, averaged (R1 on reals, R2
-    on fakes).
-
-    Mescheder et al., arXiv 1801.04406; multiply by gamma / 2. Needs second derivatives of
-    everything between.
-
-    Args:
-        logits: ``[B, K]`` of ``x``, which requires grad; the K logits of a sample are averaged.
-    """
-    (slope,) = torch.autograd.grad(as_work(logits).mean(1).sum(), x, create_graph=True)
-    return slope.flatten(1).square().sum(1).mean()
-
-
 def approximate_penalty(
     logits_of: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -115,8 +101,8 @@ def approximate_penalty(
     sigma: float,
     divide: bool = False,
 ) -> Tensor:
-    """``E |D(x + sigma noise) - D(x)|^2``, about sigma^2 times ``exact_penalty`` and equal to it on
-    average for a linear D.
+    """``E |D(x + sigma noise) - D(x)|^2``, about sigma^2 times the squared norm of D's gradient, and
+    equal to it on average for a linear D: R1 on reals, R2 on fakes (arXiv 1801.04406).
 
     APT, arXiv 2501.08316: first derivatives only, so that attention kernels will do.
 

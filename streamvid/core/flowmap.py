@@ -269,35 +269,21 @@ def adaptive(losses: Tensor, power: float = 1.0, c: float = 1e-2) -> Tensor:
 # ---- ArcFlow's momentum -------------------------------------------------------------------------------
 
 
-def arc_velocity(
-    velocities: Tensor, logits: Tensor, log_rates: Tensor, t_source: Time, t: Time
+def arc_displacement(
+    velocities: Tensor, logits: Tensor, log_rates: Tensor, t_source: Time, t: Time, s: Time
 ) -> Tensor:
-    """The velocity at ``t`` of a mixture of exponentials that a network gave at ``t_source``
-    (ArcFlow, arXiv 2602.09014).
+    """The integral from ``s`` up to ``t`` of the velocity that a network gave at ``t_source``, in
+    closed form: a jump is ``x_s = x_t - displacement`` (ArcFlow, arXiv 2602.09014).
 
         v(t) = sum_k softmax(logits)_k velocities_k exp(log_rates_k (t_source - t))
 
     Args:
         velocities: ``[B, K, C, ...]``.
         logits, log_rates: ``[B, K, 1, ...]``, broadcasting over the velocities; a component with
-            rate 0 is a straight line.
+            rate 0 is a straight line, and all rates 0 make it an Euler step.
 
     Returns:
         ``[B, C, ...]``.
-    """
-    span = _component_time(t_source, velocities) - _component_time(t, velocities)
-    return (
-        as_work(logits).softmax(1) * as_work(velocities) * (as_work(log_rates) * span).exp()
-    ).sum(1)
-
-
-def arc_displacement(
-    velocities: Tensor, logits: Tensor, log_rates: Tensor, t_source: Time, t: Time, s: Time
-) -> Tensor:
-    """The integral of ``arc_velocity`` from ``s`` up to ``t``, in closed form: a jump is ``x_s =
-    x_t - displacement``.
-
-    Arguments and shapes are those of ``arc_velocity``; all rates 0 make it an Euler step.
     """
     start = _component_time(t_source, velocities) - _component_time(t, velocities)
     span = _component_time(t, velocities) - _component_time(s, velocities)

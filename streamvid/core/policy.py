@@ -101,15 +101,6 @@ def pairwise(
     return -logsigmoid(beta * (winner - loser)).mean()
 
 
-def clipped_ratio(logp: Tensor, logp_old: Tensor, advantage: Tensor, clip: float = 0.2) -> Tensor:
-    """``-mean min(r A, clip(r, 1 - e, 1 + e) A)``, r = exp(logp - sg(logp_old)) (PPO, arXiv
-    1707.06347, eq. 7), a scalar.
-    """
-    ratio = (as_work(logp) - as_work(logp_old).detach()).exp()  # sg
-    advantage = as_work(advantage).detach()  # sg
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
-
-
 def nft_loss(
     v: Tensor,
     v_old: Tensor,

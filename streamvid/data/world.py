@@ -25,7 +25,6 @@ from torch import Tensor
 from streamvid.seeding import key_to_seed
 
 SIZE = 64
-FPS = 16
 BACKGROUND = (0.10, 0.10, 0.12)
 COLOURS = {
     "red": (0.90, 0.15, 0.15),
