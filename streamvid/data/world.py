@@ -99,7 +99,8 @@ class Caption:
     bodies: tuple[CaptionedBody, ...]
     speed: str | None = None
     elasticity: str | None = None
-    ordered: bool = False  # True when the caption says who is in front
+    ordered: bool = False
+    """True when the caption says who is in front."""
 
 
 # ---------------------------------------------------------------- motion

@@ -28,7 +28,7 @@ from streamvid.experiment.config import (
     RunConfig,
     StudentConfig,
     TeacherConfig,
-    fetched,
+    fetch_checkpoints,
     method_class,
 )
 from streamvid.experiment.data import build_source, ensure_same_latents
@@ -239,7 +239,7 @@ def build_trainer(config: RunConfig, progress: bool = True) -> Trainer:
     train this run.
     """
     lock = open_run(config)
-    asked, config = config, fetched(config)
+    asked, config = config, fetch_checkpoints(config)
     device = encoding_device()
     prompts = PromptEncoder.from_pretrained(
         config.components,

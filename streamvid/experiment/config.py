@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 SHIPPED = "streamvid/assets/"
 
 
-def shown(path: str | Path) -> str:
+def show_path(path: str | Path) -> str:
     """A path as a card or a run file may show it: shipped folders without the place of the
     installation.
     """
@@ -41,8 +41,8 @@ def shown(path: str | Path) -> str:
     return f"{SHIPPED}{path.relative_to(ASSETS)}" if path.is_relative_to(ASSETS) else path.name
 
 
-def located(path: str) -> str:
-    """Undoes `shown`: a shipped folder is found from any working folder, if that has none of this
+def locate_path(path: str) -> str:
+    """Undoes `show_path`: a shipped folder is found from any working folder, if that has none of this
     name.
     """
     here = Path(path).exists() or not path.startswith(SHIPPED)
@@ -75,12 +75,13 @@ class Geometry:
 class StudentConfig:
     """The network that is trained."""
 
-    # a folder with transformer/ to start from; null: random weights of `geometry`
     path: str | None = None
+    """A folder with transformer/ to start from; null: random weights of `geometry`."""
     geometry: Geometry = field(default_factory=Geometry)
-    kind: Literal["causal", "bidirectional"] = "causal"  # bidirectional: a teacher
-    # with a rank, adapters on frozen weights are all that is trained
+    kind: Literal["causal", "bidirectional"] = "causal"
+    """causal: a student that streams; bidirectional: a teacher."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    """With a rank above 0, only adapters on the frozen weights are trained."""
 
     def __post_init__(self) -> None:
         if self.lora.rank and self.path is None:
@@ -94,21 +95,23 @@ class StudentConfig:
 class TeacherConfig:
     """The teacher, loaded by methods that ask for its score."""
 
-    # a folder, or a name on the hub; `components` has the same text encoder
-    path: str = shown(TINY_TEACHER)
+    path: str = show_path(TINY_TEACHER)
+    """A folder, or a name on the hub; `components` has the same text encoder."""
     negative_prompt: str = ""
-    dtype: Literal["float32", "bf16"] = "float32"  # of its weights, which are frozen
-    offload: bool = False  # of two experts by noise level, keep the idle one on the CPU
+    dtype: Literal["float32", "bf16"] = "float32"
+    """Precision of its frozen weights."""
+    offload: bool = False
+    """Keep the idle one of two experts on the CPU."""
 
 
 @dataclass
 class FakeScoreConfig:
     """The network that follows the student's clips, of methods that have one."""
 
-    # a folder or hub name whose transformer it starts from; null: a copy of the teacher's
     path: str | None = None
-    # of adapters on those weights; null: as student.lora.rank; 0: all of it is trained
+    """A folder or hub name whose transformer it starts from; null copies the teacher's."""
     lora_rank: int | None = None
+    """Rank of adapters on those weights; null takes student.lora.rank, 0 trains all weights."""
 
     def __post_init__(self) -> None:
         if self.lora_rank is not None and self.lora_rank < 0:
@@ -118,7 +121,7 @@ class FakeScoreConfig:
             )
 
     def rank(self, student: LoraConfig) -> int:
-        """Of its adapters; 0 is none."""
+        """The rank of the fake score's adapters; 0 is none."""
         return student.rank if self.lora_rank is None else self.lora_rank
 
 
@@ -132,7 +135,7 @@ class DataConfig:
     `cache_dir`; latents: the latent set `path`; trajectories: the teacher's, of
     tools/make_trajectories.py; prompts only."""
     path: str | None = None
-    """A file of the kind; with `prompts`, a text file with a prompt a line, null for captions of
+    """A file of the kind; with `prompts`, a text file with a prompt per line, null for captions of
     the world."""
     world: WorldSet = field(default_factory=WorldSet)
     clips: ClipFormat = field(default_factory=ClipFormat)
@@ -164,12 +167,12 @@ class RunConfig:
     fake_score: FakeScoreConfig = field(default_factory=FakeScoreConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
-    # the folder whose text_encoder/, tokenizer/ and vae/ are used
-    components: str = shown(TINY_TEACHER)
-    # a folder for prompt embeddings; null keeps them in memory, for small encoders
+    components: str = show_path(TINY_TEACHER)
+    """The folder of text_encoder/, tokenizer/ and vae/."""
     prompt_cache: str | None = None
-    # height and width of a latent frame, for methods that roll out
+    """A folder for prompt embeddings; null keeps them in memory, for small encoders."""
     latent_size: tuple[int, int] = (8, 8)
+    """Height and width of a latent frame, for methods that roll out."""
 
     def __post_init__(self) -> None:
         if not all(1 <= side <= MOST_SIDE for side in self.latent_size):
@@ -239,27 +242,27 @@ def _check_kind(config: RunConfig) -> None:
         )
 
 
-def with_shipped(config: RunConfig) -> RunConfig:
+def locate_shipped(config: RunConfig) -> RunConfig:
     """The same run, with the places of the folders that ship with the package."""
     student, fake_score = (
-        part if part.path is None else replace(part, path=located(part.path))
+        part if part.path is None else replace(part, path=locate_path(part.path))
         for part in (config.student, config.fake_score)
     )
-    teacher = replace(config.teacher, path=located(config.teacher.path))
+    teacher = replace(config.teacher, path=locate_path(config.teacher.path))
     return replace(
         config,
         student=student,
         teacher=teacher,
         fake_score=fake_score,
-        components=located(config.components),
+        components=locate_path(config.components),
     )
 
 
-def fetched(config: RunConfig) -> RunConfig:
+def fetch_checkpoints(config: RunConfig) -> RunConfig:
     """The same run, with folders where it names checkpoints on the hub or what ships with the
     package.
     """
-    config = with_shipped(config)
+    config = locate_shipped(config)
     student, fake_score = (
         part if part.path is None else replace(part, path=str(resolve_checkpoint(part.path)))
         for part in (config.student, config.fake_score)

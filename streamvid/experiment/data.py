@@ -18,7 +18,7 @@ from streamvid.data.trajectories import Trajectories
 from streamvid.experiment.config import RunConfig
 from streamvid.seeding import key_to_seed
 from streamvid.teachers.clip_folder import ClipFolder, encode_clips
-from streamvid.training.launch import launched_processes
+from streamvid.training.launch import count_processes
 from streamvid.training.method import BatchSource
 
 
@@ -52,7 +52,7 @@ def build_source(
         ensure_made_of(data.path, source.settings, made_by, only_known=True)
     else:
         made_by |= {"codec": checkpoint_key(config.components, "vae")}
-        source = latent_clips(config, prompts, device, made_by)
+        source = open_latents(config, prompts, device, made_by)
     if source.text_dim != prompts.embedding_dim:
         raise ValueError(
             f"{data.path} has embeddings of {source.text_dim} numbers a token, the text encoder of"
@@ -62,7 +62,7 @@ def build_source(
     return source
 
 
-def latent_clips(
+def open_latents(
     config: RunConfig, prompts: PromptEncoder, device: torch.device | str, made_by: dict[str, str]
 ) -> LatentClips:
     """A latent set; of the world or of a folder it is made if it is not there.
@@ -88,7 +88,7 @@ def latent_clips(
                 device,
             )
     if data.kind == "clips":
-        path = encoded_folder(config, prompts, device, made_by)
+        path = encode_folder(config, prompts, device, made_by)
     source = LatentClips(
         path, config.train.seed, data.latent_frames, data.window_stride, data.first_share
     )
@@ -96,7 +96,7 @@ def latent_clips(
     return source
 
 
-def encoded_folder(
+def encode_folder(
     config: RunConfig, prompts: PromptEncoder, device: torch.device | str, made_by: dict[str, str]
 ) -> Path:
     """The latent set of a folder of clips, made if it is not there; its name tells clips and codec
@@ -132,4 +132,4 @@ def ensure_same_latents(config: RunConfig, source: BatchSource, student: nn.Modu
 
 def own_share() -> tuple[int, int]:
     """The number of this process, and how many there are, also before they know each other."""
-    return int(os.environ.get("RANK", 0)), launched_processes()
+    return int(os.environ.get("RANK", 0)), count_processes()

@@ -35,7 +35,7 @@ from streamvid.experiment.build import (
     needs_teacher,
     stands_on_teacher,
 )
-from streamvid.experiment.config import DTYPES, Geometry, RunConfig, StudentConfig, with_shipped
+from streamvid.experiment.config import DTYPES, Geometry, RunConfig, StudentConfig, locate_shipped
 from streamvid.hub import HUB_NAME
 from streamvid.metering import GIB, Meter, as_on_accelerator
 from streamvid.methods.trajectory import chunk_times
@@ -44,10 +44,10 @@ from streamvid.models.lora import adapt, share_weights
 from streamvid.models.published import EXPERTS, PUBLISHED
 from streamvid.teachers.wan import WanTeacher
 from streamvid.training.checks import check_names
-from streamvid.training.launch import launched_processes
+from streamvid.training.launch import count_processes
 from streamvid.training.method import Method, loss_parts
 from streamvid.training.optimizers import OptimizerConfig, build_optimizer, optimizer_tensors
-from streamvid.training.sharding import held_networks
+from streamvid.training.sharding import find_networks
 from streamvid.training.trainer import switch_on
 from streamvid.weights import read_json
 
@@ -64,7 +64,7 @@ WINDOW_STEPS = 256  # consecutive ones, longer than any cycle of turns that is i
 
 
 class UnknownSizes(ValueError):
-    """Of a network there is nothing here to tell its sizes from."""
+    """The sizes of a network are not known here."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Role:
     parameters: int
     weights: int
     optimizer: int = 0
-    average: int = 0  # the moving average
+    average: int = 0
+    """Bytes of the moving average."""
 
     @property
     def bytes(self) -> int:
@@ -87,19 +88,25 @@ class Turn:
     """The update of one network."""
 
     name: str
-    a_step: float  # how often in an average step of the run
-    flops: float  # of all its accumulation passes, mean over random exits
-    peak: float  # bytes beyond the roles' at its worst moment: activations, caches, gradients
+    per_step: float
+    """Updates per average step of the run."""
+    flops: float
+    """Operations of all accumulation passes, mean over random exits."""
+    peak: float
+    """Bytes at the worst moment besides the networks': activations, caches, gradients."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one process; with several, each has all of this, but for sharded networks."""
+    """What one process of a run needs; with several, each needs all of this, but for sharded
+    networks.
+    """
 
     roles: tuple[Role, ...]
     turns: tuple[Turn, ...] = ()
     sharded: bool = False
-    processes: int = 1  # that divide sharded networks
+    processes: int = 1
+    """Processes that divide sharded networks."""
 
     @property
     def state_bytes(self) -> int:
@@ -124,7 +131,7 @@ class Estimate:
     @property
     def flops(self) -> float:
         """Of an average step."""
-        return sum(turn.a_step * turn.flops for turn in self.turns)
+        return sum(turn.per_step * turn.flops for turn in self.turns)
 
     def table(self) -> str:
         """For people."""
@@ -138,15 +145,15 @@ class Estimate:
             )
             lines.append(f"{role.name:16}{role.parameters:14,}{parts}")
         lines.append(
-            f"\n{'turn':16}{'a step':>8}{'TFLOP':>12}{'peak beyond the networks, GiB':>34}"
+            f"\n{'turn':16}{'per step':>8}{'TFLOP':>12}{'peak beyond the networks, GiB':>34}"
         )
         lines += [
-            f"{t.name:16}{t.a_step:8.2f}{t.flops / 1e12:12.3f}{t.peak / GIB:34.3f}"
+            f"{t.name:16}{t.per_step:8.2f}{t.flops / 1e12:12.3f}{t.peak / GIB:34.3f}"
             for t in self.turns
         ]
         lines.append(
-            f"\nin all, a process: {self.state_bytes / GIB:.2f} GiB of networks,"
-            f" {self.peak_bytes / GIB:.2f} GiB at the peak, {self.flops / 1e12:.3f} TFLOP a step"
+            f"\nin all, per process: {self.state_bytes / GIB:.2f} GiB of networks,"
+            f" {self.peak_bytes / GIB:.2f} GiB at the peak, {self.flops / 1e12:.3f} TFLOP per step"
         )
         if self.sharded:
             count = self.processes if self.processes > 1 else EXAMPLE_PROCESSES
@@ -170,17 +177,17 @@ def estimate(config: RunConfig, steps: int = SAMPLED_STEPS) -> Estimate:
     Raises:
         ValueError: one line, if a network's sizes can't be known, or for what the method refuses.
     """
-    config = with_shipped(config)
+    config = locate_shipped(config)
     method, roles = build_on_meta(config)
     depth = max(
-        (int(n.config.num_layers) for n in held_networks(method).values() if hasattr(n, "config")),
+        (int(n.config.num_layers) for n in find_networks(method).values() if hasattr(n, "config")),
         default=0,
     )
-    sharing = {"sharded": config.train.shard == "full", "processes": launched_processes()}
+    sharing = {"sharded": config.train.shard == "full", "processes": count_processes()}
     if depth <= max(DEPTHS):
         return Estimate(roles, turns_of(config, method, steps), **sharing)
     few, more = (turns_of(config, build_on_meta(config, depth)[0], steps) for depth in DEPTHS)
-    return Estimate(roles, tuple(_extrapolated(a, b, depth) for a, b in zip(few, more)), **sharing)
+    return Estimate(roles, tuple(_extrapolate(a, b, depth) for a, b in zip(few, more)), **sharing)
 
 
 def ensure_memory(config: RunConfig, device: torch.device) -> None:
@@ -194,11 +201,11 @@ def ensure_memory(config: RunConfig, device: torch.device) -> None:
         ValueError: one line, with what is needed and what is there.
     """
     try:
-        roles, sharded = build_on_meta(with_shipped(config))[1], config.train.shard == "full"
+        roles, sharded = build_on_meta(locate_shipped(config))[1], config.train.shard == "full"
     except UnknownSizes:
         return
     needed, there = (
-        Estimate(roles, (), sharded, launched_processes()).state_bytes,
+        Estimate(roles, (), sharded, count_processes()).state_bytes,
         memory_of(device),
     )
     if needed > there:
@@ -253,7 +260,7 @@ def build_on_meta(config: RunConfig, depth: int | None = None) -> tuple[Method, 
         teacher.uncond = uncond
     as_image = lambda latents: latents[:, :, -1:]  # the codec is not counted
     method = build_method(
-        _at_depth(config, student, depth), student, uncond, teacher, fake_score, as_image
+        _move_layers(config, student, depth), student, uncond, teacher, fake_score, as_image
     )
     check_names(config.train, method.networks())
     for network in method.networks().values():
@@ -291,7 +298,7 @@ def _student(config: StudentConfig, depth: int | None) -> nn.Module:
     if config.path is None:
         sizes = {name: getattr(config.geometry, name) for name in Geometry.__dataclass_fields__}
         with torch.device("meta"):
-            return build_student(replace(config, geometry=Geometry(**_changed(sizes, depth))))
+            return build_student(replace(config, geometry=Geometry(**_with_depth(sizes, depth))))
     network = _transformer(
         config.path, "student.path", depth, DTYPES[config.lora.dtype], config.kind == "causal"
     )
@@ -314,7 +321,7 @@ def _transformer(
         )
     with torch.device("meta"):
         network = (CausalWanTransformer3DModel if causal else WanTransformer3DModel).from_config(
-            _changed(sizes, depth)
+            _with_depth(sizes, depth)
         )
     kept = tuple(network._keep_in_fp32_modules or ())
     for key, parameter in network.named_parameters():
@@ -323,11 +330,11 @@ def _transformer(
     return network
 
 
-def _changed(sizes: dict[str, Any], depth: int | None) -> dict[str, Any]:
+def _with_depth(sizes: dict[str, Any], depth: int | None) -> dict[str, Any]:
     return sizes if depth is None else {**sizes, "num_layers": depth}
 
 
-def _at_depth(config: RunConfig, student: nn.Module, depth: int | None) -> RunConfig:
+def _move_layers(config: RunConfig, student: nn.Module, depth: int | None) -> RunConfig:
     """Blocks that discriminators read move with the depth."""
     named = {"layers", "discriminator_layers"} & set(vars(config.options))
     whole = _depth_of(config)
@@ -354,7 +361,7 @@ def _depth_of(config: RunConfig) -> int | None:
 def _roles(config: RunConfig, method: Method) -> tuple[Role, ...]:
     """What each network takes, with its optimiser and average as the trainer makes them."""
     trained, roles, counted = method.networks(), [], set()
-    networks = held_networks(method)
+    networks = find_networks(method)
     # frozen ones first: adapters stand on these
     for name in sorted(networks, key=trained.__contains__):
         network = networks[name]
@@ -427,7 +434,7 @@ def counted_steps(max_steps: int) -> Iterator[int]:
         yield from range(start, start + WINDOW_STEPS)
 
 
-def _turn(config: RunConfig, method: Method, turn: str, a_step: float, sampled: int) -> Turn:
+def _turn(config: RunConfig, method: Method, turn: str, per_step: float, sampled: int) -> Turn:
     """The mean over the random choices of some steps; those that cost the same are measured
     once.
     """
@@ -445,7 +452,7 @@ def _turn(config: RunConfig, method: Method, turn: str, a_step: float, sampled: 
     flops, peaks = zip(*costs)
     optimizer = config.train.optimizers.get(turn)
     passes = 1 if optimizer is None else optimizer.accumulate
-    return Turn(turn, a_step, passes * sum(flops) / len(flops), max(peaks))
+    return Turn(turn, per_step, passes * sum(flops) / len(flops), max(peaks))
 
 
 def _choice(method: Method, turn: str, step: int) -> Any:
@@ -522,7 +529,7 @@ def latent_frames_of_run(config: RunConfig) -> int:
     return chunks * config.stream.chunk_frames if chunks is not None else 21
 
 
-def _extrapolated(few: Turn, more: Turn, depth: int) -> Turn:
+def _extrapolate(few: Turn, more: Turn, depth: int) -> Turn:
     """The line through two depths, at a third."""
     a, b = DEPTHS
     share = (depth - a) / (b - a)

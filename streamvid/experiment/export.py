@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from streamvid.experiment.config import RunConfig, shown
+from streamvid.experiment.config import RunConfig, show_path
 from streamvid.files import atomic_file
 from streamvid.models.lora import is_adapted, save_adapter
 from streamvid.students.card import model_card
@@ -34,7 +34,7 @@ def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
     """
     learner, target = trainer.learners["student"], run_dir / "student"
     origin = origin_of(trainer)
-    if exported_from(run_dir) == origin and (target / "transformer" / "config.json").is_file():
+    if read_origin(run_dir) == origin and (target / "transformer" / "config.json").is_file():
         return target
     weights = trainer.ema_weights("student") if learner.ema is not None else nullcontext()
     with weights:
@@ -67,7 +67,7 @@ def origin_of(trainer: Trainer) -> dict[str, Any]:
     return {"step": trainer.step, "checkpoint": checksum(last)}
 
 
-def exported_from(run_dir: Path) -> Any:
+def read_origin(run_dir: Path) -> Any:
     """The ``origin_of`` of the export of a run folder; None if there is none, or nothing says
     so.
     """
@@ -84,8 +84,8 @@ def card_of(trainer: Trainer, config: RunConfig) -> str:
             f"{config.method}, {trainer.step} steps of batch {config.train.batch_size}, seed"
             f" {config.train.seed}"
         ),
-        "started from": shown(config.student.path) if config.student.path else "random weights",
-        "teacher": shown(config.teacher.path),
+        "started from": show_path(config.student.path) if config.student.path else "random weights",
+        "teacher": show_path(config.teacher.path),
         "data": (
             config.data.kind + (f" ({Path(config.data.path).name})" if config.data.path else "")
         ),

@@ -55,11 +55,13 @@ class Result:
     """What came of a part."""
 
     part: str
-    status: str = "skipped"  # or: ok, partly, failed, out of time
+    status: str = "skipped"
+    """skipped, ok, partly, failed or out of time."""
     seconds: float = 0.0
     measurements: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
-    log: list[str] = field(default_factory=list)  # its last lines, of a part that went wrong
+    log: list[str] = field(default_factory=list)
+    """The last lines of a part that went wrong."""
 
 
 def chosen(names: str | None) -> tuple[Part, ...]:

@@ -58,7 +58,8 @@ class Setting:
     student: nn.Module
     codec: Any
     prompt: Tensor
-    height: int  # in pixels
+    height: int
+    """In pixels."""
     width: int
     device: torch.device
 

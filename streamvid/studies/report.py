@@ -108,7 +108,7 @@ def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def in_order(rows: Sequence[dict[str, Any]], study: StudyConfig) -> list[dict[str, Any]]:
+def sort_rows(rows: Sequence[dict[str, Any]], study: StudyConfig) -> list[dict[str, Any]]:
     """Rows in the order of the study file, the teacher first."""
     order = {name: index for index, name in enumerate([TEACHER, *study.variants])}
     return sorted(rows, key=lambda row: order.get(row["variant"], len(order)))
@@ -259,7 +259,7 @@ def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
     about["machine"] = "; ".join(
         dict.fromkeys(each.get("machine", about["machine"]) for each in [*results, *kept])
     )
-    rows = in_order([*summary(results), *kept], study)
+    rows = sort_rows([*summary(results), *kept], study)
     held = {row["variant"] for row in kept}
     missing = [
         f"{job.name}-{job.seed}"

@@ -75,7 +75,7 @@ class Variant:
     curves: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Lines of the picture, and which labels of ``deploy`` are on each; [] is all of them."""
     minutes: float = 0.0
-    """What its training has been measured to take, for the time that is said beforehand."""
+    """What its training has been measured to take, for the forecast of a study's time."""
 
 
 @dataclass
@@ -150,8 +150,10 @@ class Job:
     seed: int
     variant: Variant
     study: StudyConfig
-    home: Path  # of the study file
-    folder: Path  # of the results
+    home: Path
+    """The folder of the study file."""
+    folder: Path
+    """The folder of the results."""
 
     @property
     def result_file(self) -> Path:
@@ -229,7 +231,7 @@ def _run_config(job: Job) -> Any:
 # ---- one run ------------------------------------------------------------------------------------------
 
 
-def run_job(job: Job) -> str:
+def _run_variant(job: Job) -> str:
     """Train and evaluate; a line about it. Where there is a result already, train only, if the
     student is not there.
     """
@@ -240,11 +242,11 @@ def run_job(job: Job) -> str:
             "seed": job.seed,
             "recipe": job.recipe,
             "machine": machine(),
-            **_trained(job),
+            **_train(job),
         }
         if job.result_file.exists():
             return f"{job.name}, seed {job.seed}: scored before"
-        result["rows"] = evaluated(job, result.pop("path"))
+        result["rows"] = evaluate(job, result.pop("path"))
     except (ValueError, OSError, TrainingError) as error:
         return f"{job.name}, seed {job.seed}: error: {' '.join(str(error).split())}"
     write_result(job.result_file, result)
@@ -252,7 +254,7 @@ def run_job(job: Job) -> str:
     return f"{job.name}, seed {job.seed}: {scores} ({(time.perf_counter() - began) / 60:.0f} min)"
 
 
-def _trained(job: Job) -> dict[str, Any]:
+def _train(job: Job) -> dict[str, Any]:
     """The student's folder, and what its training has to tell."""
     if job.variant.run is None:
         return {
@@ -288,7 +290,7 @@ def tail_means(metrics: Sequence[dict[str, float]], share: float = 0.25) -> dict
     }
 
 
-def evaluated(job: Job, path: str) -> list[dict[str, Any]]:
+def evaluate(job: Job, path: str) -> list[dict[str, Any]]:
     """A row for each way to stream the student."""
     study, student = job.study, load_student(path)
     prompts = runs.held_out_prompts(study.prompts)
@@ -312,12 +314,12 @@ def evaluated(job: Job, path: str) -> list[dict[str, Any]]:
         if label in job.variant.long:
             row["long"] = long_row(runner, student.codec, embeddings, prompts, study)
         if job.variant.judge:
-            row["judge"] = judged(runner, student, job.variant.judge, study.num_frames)
+            row["judge"] = judge(runner, student, job.variant.judge, study.num_frames)
         rows.append(row)
     return rows
 
 
-def judged(runner: Runner, student: Student, num: int, num_frames: int) -> dict[str, float]:
+def judge(runner: Runner, student: Student, num: int, num_frames: int) -> dict[str, float]:
     """How often clips of unseen prompts are taken for true ones, see ``evaluation.judge``."""
     frames, prompts = zip(
         *world_clips(WorldSet(num_clips=num, num_frames=num_frames, first_seed=JUDGE_SEED))
@@ -381,7 +383,7 @@ def appearance(clips: Tensor, window: int) -> dict[str, list[float]]:
 # ---- what runs are compared with ----------------------------------------------------------------------
 
 
-def reference_job(job: Job) -> str:
+def _run_reference(job: Job) -> str:
     """The teacher in 50 guided steps and the true clips, on the same prompts; a line about it."""
     study, file = job.study, job.result_file
     if file.exists():
@@ -403,13 +405,13 @@ def reference_job(job: Job) -> str:
     truth = runs.score_clips(
         runs.reconstructed_clips(codec, study.prompts, study.num_frames), prompts
     )
-    rows.append({"label": TRUTH, "scores": mean_scores(truth), "long": true_long(study)})
+    rows.append({"label": TRUTH, "scores": mean_scores(truth), "long": measure_true_clips(study)})
     about = {"variant": job.name, "seed": 0, "recipe": job.recipe, "machine": machine()}
     write_result(file, {**about, "steps": 0, "train_s": 0.0, "metrics": {}, "rows": rows})
     return f"{job.name}: {scores['overall']:.3f}, {TRUTH} {rows[1]['scores']['overall']:.3f}"
 
 
-def true_long(study: StudyConfig) -> dict[str, list[float]]:
+def measure_true_clips(study: StudyConfig) -> dict[str, list[float]]:
     """Brightness and contrast of true clips as long as the long streams."""
     window = study.num_frames - 1
     seeds = range(runs.HELD_OUT_SEED, runs.HELD_OUT_SEED + study.long_prompts)
@@ -419,12 +421,12 @@ def true_long(study: StudyConfig) -> dict[str, list[float]]:
     return appearance(clips, window)
 
 
-def do(job: Job) -> str:
+def run_job(job: Job) -> str:
     """A job of either kind."""
-    return reference_job(job) if job.name == TEACHER else run_job(job)
+    return _run_reference(job) if job.name == TEACHER else _run_variant(job)
 
 
-def still_to_do(
+def find_unfinished(
     wanted: Sequence[Job], jobs: Sequence[Job], kept: Set[str] = frozenset()
 ) -> list[Job]:
     """Those of ``wanted`` that have no result, and those of all ``jobs`` whose students they start

@@ -13,32 +13,42 @@ from streamvid.training.optimizers import OptimizerConfig
 # names reach terminals, cards and shells
 RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 MAX_SEED = 2**31 - 1  # so that each process may add its rank
-MOST_SAMPLES = 65_536
-"""Of a batch of a process."""
+MOST_SAMPLES = 65_536  # per process and loss
 
 
 @dataclass
 class TrainConfig:
-    name: str  # of the run; its folder is output_dir/name, and the same command resumes it
+    """How a run is trained, whatever its method."""
+
+    name: str
+    """Name of the run; its folder is output_dir/name, and the same command resumes it."""
     output_dir: str = "runs"
-    seed: int = 0  # of the global generators; batches and decisions have their own keyed seeds
+    seed: int = 0
+    """Seed of the global generators; batches and decisions have their own keyed seeds."""
     max_steps: int = 1000
-    # training time, over all sessions, after which the run ends; null: no limit
     max_minutes: float | None = None
-    batch_size: int = 1  # samples a process draws for one loss
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; parameters stay float32
-    gradient_checkpointing: bool = False  # less memory, about a third more time
-    compile: bool = False  # compiles the repeated blocks of the networks that have any
-    # full: processes divide all networks, trained and frozen; one keeps them whole
+    """Training time over all sessions after which the run ends; null is no limit."""
+    batch_size: int = 1
+    """Samples per process and loss."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of autocast; parameters stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the repeated blocks of the networks that have any."""
     shard: Literal["none", "full"] = "none"
-    log_every: int = 10  # steps between lines of metrics.jsonl
-    # steps between checkpoints; the end of the run and an interruption save too
+    """full: processes divide all networks, trained and frozen; a single one keeps them whole."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
     save_every: int = 500
+    """Steps between checkpoints; the end of the run and an interruption save too."""
     keep_checkpoints: int = 2
-    trackers: list[str] = field(default_factory=list)  # accelerate's names: tensorboard, wandb, ...
-    # one for each network of the method
+    trackers: list[str] = field(default_factory=list)
+    """Names of accelerate: tensorboard, wandb, ..."""
     optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
-    ema: dict[str, EMAConfig] = field(default_factory=dict)  # for the networks that have an average
+    """Settings of the optimiser of each network of the method."""
+    ema: dict[str, EMAConfig] = field(default_factory=dict)
+    """Settings of the moving average of each network that has one."""
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "batch_size", "log_every", "save_every", "keep_checkpoints"):

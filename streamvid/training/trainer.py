@@ -28,6 +28,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object, send_to_device, set_seed
 from safetensors import SafetensorError
 from torch import Tensor
@@ -55,8 +56,8 @@ from streamvid.training.processes import (
 )
 from streamvid.training.sharding import (
     check_shardable,
-    gathered,
-    held_networks,
+    find_networks,
+    gather_tensors,
     is_sharded,
     shard_networks,
     whole_network,
@@ -92,13 +93,11 @@ class Trainer:
         progress: bool = True,
         lock: RunLock | None = None,
     ) -> None:
-        self.config, self.method, self.source, self.save_fn, self.lock = (
-            config,
-            method,
-            source,
-            save_fn,
-            lock,
-        )
+        self.config = config
+        self.method = method
+        self.source = source
+        self.save_fn = save_fn
+        self.lock = lock
         self.resolved = config if resolved is None else resolved
         self.run_dir = Path(config.output_dir) / config.name
         self.checkpoints = self.run_dir / "checkpoints"
@@ -119,7 +118,7 @@ class Trainer:
             kinds = {name: config.optimizers[name].kind for name in networks}
             check_shardable(method, kinds, config.mixed_precision, config.compile)
         if self.sharded:
-            shard_networks(held_networks(method).values(), self.accelerator.device)
+            shard_networks(find_networks(method).values(), self.accelerator.device)
         self.learners = {
             name: Learner(
                 name,
@@ -130,8 +129,11 @@ class Trainer:
             )
             for name, network in networks.items()
         }
-        self.means, self.show_progress = RunningMeans(), progress
-        self.step, self.samples, self.seconds = 0, 0, 0.0
+        self.means = RunningMeans()
+        self.show_progress = progress
+        self.step = 0
+        self.samples = 0
+        self.seconds = 0.0
         self.resumed_from: Path | None = None
         for tensors in self._tensors().values():
             broadcast_tensors(tensor for tensor in tensors.values() if not is_sharded(tensor))
@@ -239,13 +241,13 @@ class Trainer:
         learner = self.learners[turn]
         self._require_gradients_of([turn])
         learner.optimizer.zero_grad(set_to_none=True)
-        loss = sum(
-            self._backward(learner, turn, micro, part) for part in range(learner.config.accumulate)
-        )
+        total = torch.zeros((), device=self.accelerator.device)
+        for part in range(learner.config.accumulate):
+            total = total + self._backward(learner, turn, micro, part)
         if self.sharded:  # gradients are averaged as they are made
-            loss = average_loss(loss).item()
+            loss = average_loss(total).item()
         else:
-            loss = average_gradients(list(learner.parameters.values()), loss).item()
+            loss = average_gradients(list(learner.parameters.values()), total).item()
         self._check_finite("loss", loss, turn)
         learner.scaler.unscale_(learner.optimizer)
         norm = learner.clip()
@@ -258,17 +260,19 @@ class Trainer:
 
     def _backward(self, learner: Learner, turn: str, micro: int, part: int) -> Tensor:
         """Adds the gradient of one batch; returns its share of the loss."""
-        parts = loss_parts(self.method, turn, self._draw(turn, micro, part), self.step)
-        total = 0
+        batch = self._draw(turn, micro, part)
+        parts = loss_parts(self.method, turn, batch, self.step)
+        total = torch.zeros((), device=self.accelerator.device)
         while True:
             with self.accelerator.autocast():
-                loss, numbers = next(parts, (None, {}))
-            if loss is None:
+                found = next(parts, None)
+            if found is None:
                 return total
+            loss, numbers = found
             loss = loss / learner.config.accumulate
             learner.scaler.scale(loss).backward()
             self.means.add({f"{turn}/{name}": value for name, value in numbers.items()})
-            total = loss.detach() + total
+            total = total + loss.detach()
 
     def _draw(self, turn: str, micro: int, part: int) -> dict[str, Any]:
         """This process's share of the joint batch in accumulation pass `part`."""
@@ -324,13 +328,13 @@ class Trainer:
 
     @contextmanager
     def _progress_bar(self) -> Iterator[tqdm]:
-        shown = self.show_progress and self.is_main and sys.stderr.isatty()
+        visible = self.show_progress and self.is_main and sys.stderr.isatty()
         form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         with tqdm(
             total=self.config.max_steps,
             initial=self.step,
             desc=self.config.name,
-            disable=not shown,
+            disable=not visible,
             bar_format=form,
             dynamic_ncols=True,
         ) as bar:
@@ -373,12 +377,8 @@ class Trainer:
         return f"the same command resumes from {newest[-1]}"
 
     def _no_room(self, reason: str) -> str:
-        needed = (
-            sum(
-                tensor.nbytes for tensors in self._tensors().values() for tensor in tensors.values()
-            )
-            / GIB
-        )
+        tensors = [tensor for named in self._tensors().values() for tensor in named.values()]
+        needed = sum(tensor.nbytes for tensor in tensors) / GIB
         there = shutil.disk_usage(self.run_dir).free / GIB
         remedy = (
             f"free {needed - there:.2f} GiB or more"
@@ -412,7 +412,9 @@ class Trainer:
             "means": self.means.state_dict(),
         }
         ranks = gather_object([own])
-        tensors = {file: gathered(live, self.is_main) for file, live in self._tensors().items()}
+        tensors = {
+            file: gather_tensors(live, self.is_main) for file, live in self._tensors().items()
+        }
         if self.is_main:
             self._check_weights(tensors)
             snapshot = ckpt.Snapshot(self._counters(), tensors, ranks)
@@ -494,7 +496,7 @@ class Trainer:
     def _check_of_this_run(self, path: Path, counters: dict[str, Any]) -> None:
         processes, before = self.accelerator.num_processes, counters.get("num_processes")
         if counters.get("run") != fingerprint(self.config, self.resolved):
-            raise ckpt.damaged(path, "it is of a run with another configuration")
+            raise ckpt.DamagedCheckpoint(path, "it is of a run with another configuration")
         was, now = counters.get("data"), getattr(self.source, "fingerprint", None)
         if was and now and was != now:
             raise ValueError(
@@ -509,11 +511,9 @@ class Trainer:
 
     def _set_counters(self, counters: dict[str, Any]) -> None:
         """Undoes `_counters`."""
-        self.step, self.samples, self.seconds = (
-            counters["step"],
-            counters["samples"],
-            counters["seconds"],
-        )
+        self.step = counters["step"]
+        self.samples = counters["samples"]
+        self.seconds = counters["seconds"]
         for name, learner in self.learners.items():
             learner.scaler.load_state_dict(counters["scalers"][name])
             learner.updates = counters["updates"][name]

@@ -330,7 +330,7 @@ def test_the_table_adds_up():
     )
     assert estimate.state_bytes == 4.5 * 2**30 and estimate.peak_bytes == 8.5 * 2**30
     assert estimate.flops == pytest.approx(2e12)
-    assert "4.50 GiB of networks, 8.50 GiB at the peak, 2.000 TFLOP a step" in estimate.table()
+    assert "4.50 GiB of networks, 8.50 GiB at the peak, 2.000 TFLOP per step" in estimate.table()
 
 
 def test_sharded_networks_are_divided(monkeypatch):

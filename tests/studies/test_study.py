@@ -24,9 +24,9 @@ from streamvid.studies.study import (
     Variant,
     all_jobs,
     appearance,
+    find_unfinished,
     jobs_of,
     load_study,
-    still_to_do,
     tail_means,
 )
 
@@ -113,12 +113,12 @@ def test_a_report_alone_is_enough_to_go_on(tmp_path):
     assert write_report(report, study, jobs) == first
     names = lambda jobs: [(job.name, job.seed) for job in jobs]
     # a's result is there, its student is not
-    assert names(still_to_do(jobs, jobs, {"old"})) == [("a", 0), ("b", 0)]
+    assert names(find_unfinished(jobs, jobs, {"old"})) == [("a", 0), ("b", 0)]
     (there / "runs" / "a-0" / "student").mkdir(parents=True)
-    assert names(still_to_do(jobs, jobs, {"old"})) == [("b", 0)] and ("old", 0) in names(
-        still_to_do(jobs, jobs)
+    assert names(find_unfinished(jobs, jobs, {"old"})) == [("b", 0)] and ("old", 0) in names(
+        find_unfinished(jobs, jobs)
     )
-    assert names(still_to_do(jobs[:1], jobs)) == []
+    assert names(find_unfinished(jobs[:1], jobs)) == []
 
     write_result(
         there / "old-0.json",
