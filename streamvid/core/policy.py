@@ -113,7 +113,8 @@ def nft_loss(
     """Negative-aware flow matching, ``r |v+ - v*|^2 + (1 - r) |v- - v*|^2`` (DiffusionNFT, arXiv
     2509.16117; AFD, 2605.26105).
 
-        v+ = (1 - b) v_old + b v        v- = (1 + b) v_old - b v        v* = eps - x0 of the policy's own clean sample
+        v+ = (1 - b) v_old + b v        v- = (1 + b) v_old - b v
+        v* = eps - x0 of the policy's own clean sample
 
     Good samples (r > 1/2) draw v on, bad ones push it off, both measured from the policy that drew
     them. Where v_old is the mean of v* the optimum is v_old + (2 / b) Cov(r, v* | x_t), so r = 1/2

@@ -128,7 +128,7 @@ def renoise_step(x0: Tensor, eps_new: Tensor, t_next: Time) -> Tensor:
     return add_noise(x0, eps_new, t_next)
 
 
-# ---- stochastic steps ---------------------------------------------------------------------------------
+# ---- stochastic steps ----------------------------------------------------------------------------
 
 
 def transition(x_s: Tensor, noise: Tensor, s: Time, t: Time) -> Tensor:
@@ -177,7 +177,7 @@ def _root(square: Time) -> Time:
     return square.clamp_min(0).sqrt() if isinstance(square, Tensor) else math.sqrt(max(square, 0.0))
 
 
-# ---- networks of other processes ----------------------------------------------------------------------
+# ---- networks of other processes -----------------------------------------------------------------
 
 Clock = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """From our t, any shape, to (the network's own time, alpha, sigma) of its process ``alpha x0 +

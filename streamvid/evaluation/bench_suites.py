@@ -48,7 +48,7 @@ from streamvid.rollout.schedule import StreamConfig, autoregressive
 Row = dict[str, Any]
 
 
-# ---- streaming ----------------------------------------------------------------------------------------
+# ---- streaming -----------------------------------------------------------------------------------
 
 
 def streams(
@@ -169,7 +169,7 @@ def _cache_bytes(
     return cache.memory_bytes()
 
 
-# ---- terms of the loss core ---------------------------------------------------------------------------
+# ---- terms of the loss core ----------------------------------------------------------------------
 
 
 def losses(shape: tuple[int, ...], device: torch.device, repeats: int) -> list[Row]:

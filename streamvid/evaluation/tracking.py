@@ -94,7 +94,7 @@ class ParsedClip:
     overlaps: dict[tuple[int, int], np.ndarray]
 
 
-# ---------------------------------------------------------------- pieces
+# ---- pieces --------------------------------------------------------------------------------------
 
 
 def colour_angles(paint: np.ndarray) -> np.ndarray:
@@ -224,7 +224,7 @@ def link_pieces(pieces: Pieces) -> np.ndarray:
     return body
 
 
-# ---------------------------------------------------------------- template fits
+# ---- template fits -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -348,7 +348,7 @@ def fit_shapes(patches: Patches, centre: np.ndarray) -> tuple[np.ndarray, np.nda
     return tuple(np.stack(part, axis=1) for part in zip(*fits))
 
 
-# ---------------------------------------------------------------- bodies
+# ---- bodies --------------------------------------------------------------------------------------
 
 
 def _visible_share(patches: Patches, shape: str, centre: np.ndarray, radius: float) -> np.ndarray:

@@ -4,17 +4,17 @@
 ``tracking.parse``, and compares. Every attribute is 1 within a tolerance that codecs need and falls
 linearly to 0 where the next word would be right:
 
-=============  ====================================================================================================
-colour         hue of each body against its word
-shape          misfit of the stated shape against that of the best other one
-size           radius against its word (only where the prompt says one)
-direction      initial heading; in later windows, where bounces have flipped signs, the axis of motion
-speed          speed of free flight against its word (families ``move`` and ``cross``)
-number         how many bodies there are most of the time
-order          who is in front where two bodies overlap (``cross``; None in a window without overlap)
-physics        residual of the tracks against the law of motion, walls, gravity and elasticity included; stalls
-permanence     share of frames in which every body is there, alone, and looks as it did; nothing flickers
-=============  ====================================================================================================
+===========  =======================================================================================
+colour       hue of each body against its word
+shape        misfit of the stated shape against that of the best other one
+size         radius against its word (only where the prompt says one)
+direction    initial heading; in later windows, after bounces, the axis of motion
+speed        speed of free flight against its word (families ``move`` and ``cross``)
+number       how many bodies there are most of the time
+order        who is in front where two bodies overlap (``cross``; None in a window without overlap)
+physics      residual of the tracks against the law of motion with walls and gravity; stalls
+permanence   share of frames in which every body is there, alone, and looks as it did
+===========  =======================================================================================
 
 An attribute that the prompt leaves open, or that too few frames show, is None. A clip is scored in
 windows, each with its own fit of the law, so that a long stream is not judged by the phase of its
@@ -117,7 +117,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-# ---------------------------------------------------------------- looks
+# ---- looks ---------------------------------------------------------------------------------------
 
 
 def _mush(body: TrackedBody) -> float:
@@ -155,7 +155,7 @@ def _size_score(body: TrackedBody, word: str | None) -> float | None:
     )
 
 
-# ---------------------------------------------------------------- motion
+# ---- motion --------------------------------------------------------------------------------------
 
 
 def _steps(track: np.ndarray, lag: int = 1) -> np.ndarray:
@@ -222,7 +222,7 @@ def _speed_score(body: TrackedBody, word: str | None) -> float | None:
     return float(_ramp(abs(np.log(max(speed, 1e-3) / SPEEDS[word])), SPEED_BAND))
 
 
-# ---------------------------------------------------------------- laws
+# ---- laws ----------------------------------------------------------------------------------------
 
 
 def _fit(law, starts: list[tuple[float, float]], measured: np.ndarray) -> np.ndarray:
@@ -302,7 +302,7 @@ def _physics_score(body: TrackedBody, said: Caption) -> float | None:
     )
 
 
-# ---------------------------------------------------------------- permanence
+# ---- permanence ----------------------------------------------------------------------------------
 
 
 def _first_look(values: np.ndarray) -> np.ndarray:
@@ -347,7 +347,7 @@ def _permanence_score(
     return float(np.mean(np.min(sameness, axis=0) * steady / (1.0 + intruders)))
 
 
-# ---------------------------------------------------------------- windows
+# ---- windows -------------------------------------------------------------------------------------
 
 
 def _match(

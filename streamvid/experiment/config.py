@@ -42,8 +42,8 @@ def show_path(path: str | Path) -> str:
 
 
 def locate_path(path: str) -> str:
-    """Undoes `show_path`: a shipped folder is found from any working folder, if that has none of this
-    name.
+    """Undoes `show_path`: a shipped folder is found from any working folder, unless that has one of
+    this name.
     """
     here = Path(path).exists() or not path.startswith(SHIPPED)
     return path if here else str(ASSETS / path.removeprefix(SHIPPED))

@@ -237,7 +237,7 @@ def memory_of(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-# ---- the networks ---------------------------------------------------------------------------------------
+# ---- the networks --------------------------------------------------------------------------------
 
 
 def build_on_meta(config: RunConfig, depth: int | None = None) -> tuple[Method, tuple[Role, ...]]:
@@ -409,7 +409,7 @@ def _optimizer_bytes(parameters: dict[str, nn.Parameter], config: OptimizerConfi
     )
 
 
-# ---- the turns ------------------------------------------------------------------------------------------
+# ---- the turns -----------------------------------------------------------------------------------
 
 
 def turns_of(config: RunConfig, method: Method, steps: int = SAMPLED_STEPS) -> tuple[Turn, ...]:

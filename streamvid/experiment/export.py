@@ -1,4 +1,4 @@
-"""What a run leaves: the student that was trained, its model card, and which checkpoint it is of."""
+"""What a run leaves: the trained student, its model card, and which checkpoint it is of."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ class Child:
             self.process.stdin.close()
 
 
-# ---- the report -----------------------------------------------------------------------------------------
+# ---- the report ----------------------------------------------------------------------------------
 
 
 def write_report(out: Path, results: Sequence[Result]) -> None:

@@ -45,7 +45,7 @@ TEXT_TOKENS = 64
 FRAMES, MORE_FRAMES = 33, 57  # pixel frames of a short stream, and of one that goes on
 
 
-# ---- gradients ------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 
 
 def gradients(report: Report) -> None:
@@ -142,7 +142,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
 
 
-# ---- streams --------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
 
 
 def equality(report: Report) -> None:
@@ -233,7 +233,7 @@ def _velocity_behind_context(
     return network(x, 500.0, prompt, cache=cache).sample
 
 
-# ---- attention ------------------------------------------------------------------------------------------
+# ---- attention -----------------------------------------------------------------------------------
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -83,7 +83,7 @@ def as_plain(value: Any) -> Any:
     return value if isinstance(value, (int, str, bool, type(None))) else str(value)
 
 
-# ---- times and memory -----------------------------------------------------------------------------------
+# ---- times and memory ----------------------------------------------------------------------------
 
 
 def median_ms(
@@ -116,7 +116,7 @@ def allocated_mib(device: torch.device) -> float | None:
     return psutil.Process().memory_info().rss / MIB
 
 
-# ---- differences ----------------------------------------------------------------------------------------
+# ---- differences ---------------------------------------------------------------------------------
 
 
 def difference(came: Tensor, expected: Tensor) -> dict[str, float]:
@@ -136,7 +136,7 @@ def psnr(came: Tensor, expected: Tensor) -> float:
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
-# ---- networks -------------------------------------------------------------------------------------------
+# ---- networks ------------------------------------------------------------------------------------
 
 
 def random_network(

@@ -103,7 +103,7 @@ def setting(
     return Setting(network, codec, prompt, height, width, report.device)
 
 
-# ---- the part stream_1.3b -------------------------------------------------------------------------------
+# ---- the part stream_1.3b ------------------------------------------------------------------------
 
 
 def stream_1_3b(report: Report) -> None:
@@ -236,7 +236,7 @@ def _kernels(here: Setting) -> dict[str, Any]:
     return {"wall_ms": wall_ms, "busy_ms": busy_ms, "launches": launches, "top": top}
 
 
-# ---- the part memory ------------------------------------------------------------------------------------
+# ---- the part memory -----------------------------------------------------------------------------
 
 
 def memory(report: Report) -> None:
@@ -261,7 +261,7 @@ def long_stream(here: Setting, count: int) -> dict[str, Any]:
     }
 
 
-# ---- the part compile -----------------------------------------------------------------------------------
+# ---- the part compile ----------------------------------------------------------------------------
 
 
 def compiled(report: Report) -> None:

@@ -52,7 +52,7 @@ class Denoise:
     tap: tuple[bool, ...]
 
 
-# ---- orders -------------------------------------------------------------------------------------------
+# ---- orders --------------------------------------------------------------------------------------
 
 
 def autoregressive(
@@ -143,7 +143,7 @@ def _check_times(times: Times) -> None:
         )
 
 
-# ---- what can be done to a schedule -------------------------------------------------------------------
+# ---- what can be done to a schedule --------------------------------------------------------------
 
 
 def truncate(
@@ -245,7 +245,7 @@ def cost_of(
     return Cost(nfe, commits, frames + commits * chunk_frames)
 
 
-# ---- how a student wants to be streamed ---------------------------------------------------------------
+# ---- how a student wants to be streamed ----------------------------------------------------------
 
 _CHOICES = {
     "commit": ("clean", "reuse", "none"),

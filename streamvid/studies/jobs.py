@@ -1,5 +1,5 @@
-"""Finished jobs. Each is a JSON file in a folder, written as soon as it ends, so that a study can stop
-and go on.
+"""Finished jobs: each is a JSON file in a folder, written as soon as the job ends, so that a study
+can stop and go on.
 """
 
 from __future__ import annotations

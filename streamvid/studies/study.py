@@ -228,7 +228,7 @@ def _run_config(job: Job) -> Any:
     return load_run(job.home / job.variant.run, overrides)
 
 
-# ---- one run ------------------------------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
 
 
 def _run_variant(job: Job) -> str:
@@ -380,7 +380,7 @@ def appearance(clips: Tensor, window: int) -> dict[str, list[float]]:
     }
 
 
-# ---- what runs are compared with ----------------------------------------------------------------------
+# ---- what runs are compared with -----------------------------------------------------------------
 
 
 def _run_reference(job: Job) -> str:

@@ -1,8 +1,8 @@
 """An exponential moving average of a network's weights, counted in that network's own updates.
 
 shadow <- decay * shadow + (1 - decay) * weights, in float32. A student that is updated every fifth
-step averages over its own updates and not over the fake score's (released code of this field differs
-here).
+step averages over its own updates and not over the fake score's; released code of this field
+differs here.
 """
 
 from __future__ import annotations

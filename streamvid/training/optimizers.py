@@ -32,7 +32,7 @@ class OptimizerConfig:
     """adamw8bit: a quarter of the state's memory, needs torchao; muon: for training from random
     weights."""
     lr: float = 1e-5
-    """Learning rate after the warm-up; 2e-6 for a 1.3B student, 1e-3 for a tiny one from scratch."""
+    """Learning rate after the warm-up; 2e-6 for a 1.3B student, 1e-3 for a tiny one."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adversarial and score-distillation updates often use (0, 0.999)."""
     weight_decay: float = 0.01
@@ -198,8 +198,8 @@ def optimizer_tensors(
     """What the optimiser remembers of each parameter, as `NAME/exp_avg`, `NAME/exp_avg_sq`,
     `NAME/step`.
 
-    A moment in 8 bits is `NAME/exp_avg:codes`, of the parameter's shape, `:scale`, one per block, and
-    `:qmap`, the 256 values.
+    A moment in 8 bits is `NAME/exp_avg:codes`, of the parameter's shape, `:scale`, one per block,
+    and `:qmap`, the 256 values.
     """
     return {
         f"{names[parameter]}/{key}": value
