@@ -51,15 +51,14 @@ def compare(args: argparse.Namespace) -> None:
     from streamvid.objectives import all_objectives
     from streamvid.settings.targets import COVERAGE, TARGETS
     from streamvid.studies import plane_report as report
+    from streamvid.studies.jobs import read_result, result_file
     from streamvid.studies.plane import (
         QUICK,
         Effort,
         baselines,
-        load_start,
         for_target,
+        load_start,
         plane_objectives,
-        read_result,
-        result_file,
         run_job,
     )
     from streamvid.video import ensure_place

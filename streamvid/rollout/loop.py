@@ -68,8 +68,7 @@ def rollout(
     """Run a schedule; yields each chunk as soon as it is finished, in order.
 
     Args:
-        student: ``models.causal_wan`` or anything with its call, possibly wrapped for data
-            parallelism.
+        student: ``models.causal_wan`` or anything with its call and its ``commit``.
         encoder_hidden_states: the prompts ``[B, L, D]``, on the student's device.
         schedule: from ``rollout.schedule``; may be endless.
         noise: one sample a prompt.
@@ -128,14 +127,9 @@ def rollout(
     return run.results(schedule, commit_last)
 
 
-def unwrapped(student: Any) -> Any:
-    """The student inside a data-parallel wrapper, which forwards calls but no other method."""
-    return getattr(student, "module", student)
-
-
 def _takes_target(student: Any) -> bool:
     """Whether a student is a flow map; one that does not say so is called without a target."""
-    return getattr(unwrapped(student), "takes_target", False)
+    return getattr(student, "takes_target", False)
 
 
 @dataclass
@@ -276,9 +270,7 @@ class _Run:
             latents = result.latents
             if self.context_t > 0:
                 latents = add_noise(latents, self.draw(result.index, CONTEXT_EVENT), self.context_t)
-            unwrapped(self.student).commit(
-                latents, self.timestep((self.context_t,)), self.prompts, self.cache
-            )
+            self.student.commit(latents, self.timestep((self.context_t,)), self.prompts, self.cache)
 
     def draw(self, chunk: int, event: int) -> Tensor:
         """Noise ``[B, C, f, h, w]``, in the precision of the states."""

@@ -76,12 +76,14 @@ def table(step_table: Sequence[Times], num_chunks: int | None = None) -> Iterato
         )
     for times in step_table:
         _check_times(times)
-    return (
-        _event([(chunk, times, step)])
-        for chunk in _chunk_range(num_chunks)
-        for times in [step_table[min(chunk, len(step_table) - 1)]]
-        for step in range(len(times))
-    )
+    return _one_by_one(step_table, _chunk_range(num_chunks))
+
+
+def _one_by_one(step_table: Sequence[Times], chunks: Iterable[int]) -> Iterator[Denoise]:
+    for chunk in chunks:
+        times = step_table[min(chunk, len(step_table) - 1)]
+        for step in range(len(times)):
+            yield _event([(chunk, times, step)])
 
 
 def rolling(times: Times, num_chunks: int | None = None) -> Iterator[Denoise]:
