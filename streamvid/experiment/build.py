@@ -1,19 +1,13 @@
-"""From a run's configuration to a trainer: what `tools/train.py` builds.
-
-A method gets the parts that its constructor names: `student`, `teacher`, `stream`, `uncond`,
-`latent_shape`, `as_image`, `seed`.
-"""
+"""From a run's configuration to a trainer: what `tools/train.py` builds."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,34 +23,37 @@ from streamvid.experiment.config import (
     StudentConfig,
     TeacherConfig,
     fetch_checkpoints,
-    method_class,
 )
 from streamvid.experiment.data import build_source, ensure_same_latents
 from streamvid.experiment.export import export
 from streamvid.hub import resolve_checkpoint
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.models.jump_embedding import add_jump_embedding
 from streamvid.models.lora import LoraConfig, adapt, share_weights
-from streamvid.students.folder import (
-    load_transformer,
-)
-from streamvid.teachers.base import Teacher, check_needs, check_width
+from streamvid.settings.video import OF_TEACHER, VideoSetting
+from streamvid.students.folder import load_transformer
+from streamvid.teachers.base import Teacher, check_width
 from streamvid.teachers.load import open_teacher
 from streamvid.teachers.wan import load_wan_transformer
 from streamvid.training.checks import check_same_run, check_trackers
 from streamvid.training.launch import RunLock, check_launcher, is_first_process
-from streamvid.training.method import Method
 from streamvid.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 
-def build_student(config: StudentConfig, seed: int = 0) -> nn.Module:
+def build_student(config: StudentConfig, seed: int = 0, jumps: bool = False) -> nn.Module:
     """The network to train, in float32; with adapters, frozen but for those, in the precision of
     ``lora.dtype``.
+
+    Args:
+        jumps: whether it is told where to land, see ``models.jump_embedding``.
     """
     if config.path is not None:
         load = load_transformer if config.kind == "causal" else load_wan_transformer
         network = load(config.path, DTYPES[config.lora.dtype])
+        if jumps:
+            add_jump_embedding(network)
         return adapt(network, config.lora, seed, "student") if config.lora.rank else network
     from diffusers import WanTransformer3DModel
 
@@ -66,6 +63,8 @@ def build_student(config: StudentConfig, seed: int = 0) -> nn.Module:
         **sizes, patch_size=(1, 2, 2), cross_attn_norm=True, qk_norm="rms_norm_across_heads"
     )
     nn.init.zeros_(network.proj_out.weight)
+    if jumps:
+        add_jump_embedding(network)
     return network
 
 
@@ -103,15 +102,8 @@ def num_values(file: Path) -> int:
 
 
 def needs_teacher(config: RunConfig) -> bool:
-    """Whether the method asks for more than the data; a black box gives no more than that."""
-    return bool(method_class(config).needs - {"clips"})
-
-
-def judges_cuts(config: RunConfig) -> bool:
-    """Whether the method judges clips that are cut from the middle of a longer stream."""
-    return (getattr(config.options, "rollout_chunks", None) or 0) > getattr(
-        config.options, "num_chunks", 0
-    )
+    """Whether the objective asks for more than the data."""
+    return bool(config.options.needs & OF_TEACHER)
 
 
 def build_method(
@@ -121,40 +113,47 @@ def build_method(
     teacher: Teacher | None = None,
     fake_score: nn.Module | None = None,
     as_image: Callable[[Tensor], Tensor] | None = None,
-) -> Method:
-    """The method with the parts that its constructor names.
+) -> VideoSetting:
+    """The objective with the networks of a run.
 
     Args:
         uncond: the embedded negative prompt, ``[L, D]``.
-        teacher: of methods that need one.
-        fake_score: None leaves it to the method.
-        as_image: for methods that judge clips from the middle of a stream, see ``judges_cuts``.
+        teacher: of objectives that need one.
+        fake_score: None makes one of the teacher's weights.
+        as_image: where clips from the middle of a stream are judged, see
+            ``RolloutConfig.judges_cuts``.
 
     Raises:
         ValueError: if a part is missing or of no use.
     """
-    cls = method_class(config)
-    wanted = inspect.signature(cls.__init__).parameters
-    if "clips" in cls.needs and config.data.kind not in ("world", "clips", "latents"):
+    objective = config.options
+    if "pairs" in objective.needs and config.data.kind != "trajectories":
         raise ValueError(
-            f"method={config.method} learns from a teacher's clips; set data.kind=clips and"
+            f"objective={config.objective} learns from pairs of noise and the teacher's clip; make"
+            " them with tools/make_trajectories.py, and set data.kind=trajectories and"
             " data.path=FOLDER"
         )
-    if fake_score is not None and "fake_score" not in wanted:
-        raise ValueError(f"method={config.method} has no fake score; leave fake_score.path out")
-    parts: dict[str, Any] = {
-        "student": student,
-        "stream": config.stream,
-        "uncond": uncond,
-        "latent_shape": (int(student.config.in_channels), *config.latent_size),
-        "seed": config.train.seed,
-        "fake_score": fake_score,
-        "as_image": as_image,
-    }
-    if teacher is not None:
-        check_needs(cls, teacher)
-        parts["teacher"] = teacher
-    return cls(config.options, **{name: part for name, part in parts.items() if name in wanted})
+    if "clips" in objective.needs and config.data.kind == "prompts":
+        raise ValueError(
+            f"objective={config.objective} learns from clips; set data.kind=clips and"
+            " data.path=FOLDER"
+        )
+    if fake_score is not None and "fake_score" not in objective.networks():
+        raise ValueError(
+            f"objective={config.objective} has no fake score; leave fake_score.path out"
+        )
+    return VideoSetting(
+        objective,
+        student,
+        config.stream,
+        (int(student.config.in_channels), *config.latent_size),
+        teacher=teacher,
+        rollout=config.rollout,
+        fake_score=fake_score,
+        uncond=uncond,
+        seed=config.train.seed,
+        as_image=as_image,
+    )
 
 
 def share_teacher(config: RunConfig, student: nn.Module, teacher: Teacher) -> None:
@@ -183,7 +182,7 @@ def build_fake_score(
     load: Callable[[str, torch.dtype], nn.Module] = load_wan_transformer,
 ) -> nn.Module | None:
     """The transformer that `fake_score.path` names, or adapters on that or on the teacher's
-    weights; None leaves it to the method, which copies the teacher's.
+    weights; None takes a copy of the teacher's.
 
     Args:
         load: opens a transformer in a precision.
@@ -204,9 +203,11 @@ def build_fake_score(
         )
     else:
         base = getattr(teacher, "transformer", None)
+    if "fake_score" not in config.options.networks():
+        base = None
     if base is None and own.lora_rank:
         raise ValueError(
-            f"method={config.method} has no fake score; leave fake_score.lora_rank out"
+            f"objective={config.objective} has no fake score; leave fake_score.lora_rank out"
         )
     if base is None:
         return None
@@ -246,14 +247,14 @@ def build_trainer(config: RunConfig, progress: bool = True) -> Trainer:
         cache_dir=config.prompt_cache,
         device=text_device(config.components, device),
     )
-    student = build_student(config.student, config.train.seed)
+    student = build_student(config.student, config.train.seed, "jumps" in config.options.needs)
     source = build_source(config, prompts, device)
     ensure_same_latents(config, source, student)
     teacher = build_teacher(config.teacher, prompts) if needs_teacher(config) else None
     if teacher is not None:
         share_teacher(config, student, teacher)
     fake_score = build_fake_score(config, teacher)
-    codec = open_codec(config.components) if judges_cuts(config) else None
+    codec = open_codec(config.components) if config.rollout.judges_cuts else None
     as_image = None if codec is None else partial(last_frame_as_image, codec)
     uncond = prompts.encode([config.teacher.negative_prompt])[0]
     method = build_method(config, student, uncond, teacher, fake_score, as_image)
@@ -261,8 +262,8 @@ def build_trainer(config: RunConfig, progress: bool = True) -> Trainer:
     trainer = Trainer(
         config.train, method, source, None, resolved=asked, progress=progress, lock=lock
     )
-    if "teacher" in vars(method):  # frozen: the trainer moves only what it trains
-        method.teacher.to(trainer.accelerator.device)
+    if teacher is not None:  # frozen: the trainer moves only what it trains
+        teacher.to(trainer.accelerator.device)
     if codec is not None:
         codec.to(trainer.accelerator.device)
     trainer.save_fn = lambda run_dir: export(trainer, run_dir, config)

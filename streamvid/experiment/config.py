@@ -1,27 +1,26 @@
 """The configuration of a run, and how it is read.
 
-A run names its method (a file of `streamvid/methods`), the method's options, the networks, the data
-and the trainer's settings.
+A run names its objective (see `streamvid/objectives`), the objective's options, how samples are
+rolled out in training, the networks, the data and the trainer's settings.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-import streamvid.methods
 from streamvid.config import build_config, read_config
 from streamvid.data.clips import ClipFormat
 from streamvid.data.latents import WorldSet
 from streamvid.hub import resolve_checkpoint
 from streamvid.models.lora import LoraConfig
+from streamvid.objectives import find_objective
+from streamvid.objectives.base import Objective
 from streamvid.rollout.schedule import StreamConfig
+from streamvid.settings.video import RolloutConfig
 from streamvid.students.folder import (
     ASSETS,
     TINY_TEACHER,
@@ -158,10 +157,15 @@ class DataConfig:
 
 @dataclass
 class RunConfig:
-    """A run but for the options of its method, which `load_run` adds as the field `options`."""
+    """A run; `load_run` gives the field `options` the class of the objective."""
 
     train: TrainConfig
-    method: str = "dmd"
+    objective: str = "dmd"
+    """Of `streamvid.objectives`."""
+    options: Objective = field(default_factory=Objective)
+    """The objective with its options."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How the student's samples are made in training."""
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     fake_score: FakeScoreConfig = field(default_factory=FakeScoreConfig)
@@ -172,7 +176,7 @@ class RunConfig:
     prompt_cache: str | None = None
     """A folder for prompt embeddings; null keeps them in memory, for small encoders."""
     latent_size: tuple[int, int] = (8, 8)
-    """Height and width of a latent frame, for methods that roll out."""
+    """Height and width of a latent frame, for objectives that roll out."""
 
     def __post_init__(self) -> None:
         if not all(1 <= side <= MOST_SIDE for side in self.latent_size):
@@ -192,35 +196,30 @@ class RunConfig:
                 )
 
 
-def method_names() -> list[str]:
-    """The methods that exist: every file of streamvid/methods but what they share."""
-    return sorted(
-        m.name
-        for m in pkgutil.iter_modules(streamvid.methods.__path__)
-        if m.name not in ("base", "matching")
-    )
-
-
-def method_class(config: RunConfig) -> Any:
-    """The class of ``streamvid/methods/NAME.py``."""
-    return importlib.import_module(f"streamvid.methods.{config.method}").Method
+MOVED = {
+    "method": "objective",
+    "options.motion": "options.motion_feature",
+    **{
+        f"options.{name}": f"rollout.{name}"
+        for name in RolloutConfig.__dataclass_fields__
+        if name != "group_size"
+    },
+}
+"""Keys of earlier versions, and what they are now."""
 
 
 def load_run(path: str | Path | None, overrides: list[str]) -> RunConfig:
-    """Read a run file and `key=value` overrides; the method's own `Config` checks `options`.
+    """Read a run file and `key=value` overrides; the objective itself checks `options`.
 
     Raises:
-        ValueError: one line for a missing file, an unknown key, a wrong type or an unknown method.
+        ValueError: one line for a missing file, an unknown key, a wrong type or an unknown
+            objective.
     """
     values = read_config(path, overrides)
-    name = str(values.get("method", RunConfig.method))
-    if name not in method_names():
-        raise ValueError(f"method={name} is not one of {', '.join(method_names())}")
-    module = importlib.import_module(f"streamvid.methods.{name}")
+    _check_moved(values)
+    kind = find_objective(str(values.get("objective", RunConfig.objective)))
     whole = make_dataclass(
-        "RunConfig",
-        [("options", module.Config, field(default_factory=module.Config))],
-        bases=(RunConfig,),
+        "RunConfig", [("options", kind, field(default_factory=kind))], bases=(RunConfig,)
     )
     whole.__module__ = __name__
     config = build_config(whole, values)
@@ -228,18 +227,25 @@ def load_run(path: str | Path | None, overrides: list[str]) -> RunConfig:
     return config
 
 
+def _check_moved(values: dict[str, Any]) -> None:
+    """A ValueError for a key that has another name now."""
+    options = values.get("options") or {}
+    given = [*values, *(f"options.{name}" for name in options if isinstance(options, dict))]
+    for key in given:
+        if key in MOVED:
+            raise ValueError(f"{key} is {MOVED[key]} now; rename it in the run file")
+
+
 def _check_kind(config: RunConfig) -> None:
     """A bidirectional network is trained on whole clips only; it has no cache to stream with."""
-    if config.student.kind == "causal":
+    if config.student.kind == "causal" or not config.options.is_causal:
         return
-    streams = "stream" in inspect.signature(method_class(config).__init__).parameters
-    mode = getattr(config.options, "mode", "bidirectional")
-    if streams or mode != "bidirectional":
-        asked = f"method={config.method}" + ("" if streams else f" with options.mode={mode}")
-        raise ValueError(
-            f"student.kind=bidirectional is a teacher, but {asked} trains a causal student; leave"
-            " kind at causal, or take method=flow_matching options.mode=bidirectional"
-        )
+    mode = vars(config.options).get("mode")
+    asked = f"objective={config.objective}" + (f" with options.mode={mode}" if mode else "")
+    raise ValueError(
+        f"student.kind=bidirectional is a teacher, but {asked} trains a causal student; leave kind"
+        " at causal, or take objective=flow_matching options.mode=bidirectional"
+    )
 
 
 def locate_shipped(config: RunConfig) -> RunConfig:

@@ -35,13 +35,14 @@ from streamvid.experiment.build import (
     needs_teacher,
     stands_on_teacher,
 )
-from streamvid.experiment.config import DTYPES, Geometry, RunConfig, StudentConfig, locate_shipped
+from streamvid.experiment.config import DTYPES, Geometry, RunConfig, locate_shipped
 from streamvid.hub import HUB_NAME
 from streamvid.metering import GIB, Meter, as_on_accelerator
-from streamvid.methods.trajectory import chunk_times
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.models.jump_embedding import add_jump_embedding
 from streamvid.models.lora import adapt, share_weights
 from streamvid.models.published import EXPERTS, PUBLISHED
+from streamvid.objectives.trajectory import chunk_times
 from streamvid.teachers.wan import WanTeacher
 from streamvid.training.checks import check_names
 from streamvid.training.launch import count_processes
@@ -244,7 +245,7 @@ def build_on_meta(config: RunConfig, depth: int | None = None) -> tuple[Method, 
     """The method of a run on networks without data, and what these take as they are; ``depth``
     replaces their blocks'.
     """
-    student, teacher = _student(config.student, depth), None
+    student, teacher = _student(config, depth), None
     if needs_teacher(config):  # of two experts the first, which costs what the other would
         dtype = DTYPES[config.teacher.dtype]
         teacher = WanTeacher(
@@ -293,15 +294,19 @@ def sizes_of(path: str, option: str) -> dict[str, Any]:
     )
 
 
-def _student(config: StudentConfig, depth: int | None) -> nn.Module:
+def _student(run: RunConfig, depth: int | None) -> nn.Module:
     """The network that is trained, of a checkpoint's sizes or of those that the run gives."""
+    config, jumps = run.student, "jumps" in run.options.needs
     if config.path is None:
         sizes = {name: getattr(config.geometry, name) for name in Geometry.__dataclass_fields__}
+        smaller = replace(config, geometry=Geometry(**_with_depth(sizes, depth)))
         with torch.device("meta"):
-            return build_student(replace(config, geometry=Geometry(**_with_depth(sizes, depth))))
-    network = _transformer(
-        config.path, "student.path", depth, DTYPES[config.lora.dtype], config.kind == "causal"
-    )
+            return build_student(smaller, jumps=jumps)
+    is_causal = config.kind == "causal"
+    dtype = DTYPES[config.lora.dtype]
+    network = _transformer(config.path, "student.path", depth, dtype, is_causal)
+    if jumps:
+        add_jump_embedding(network)
     return adapt(network, replace(config.lora, path=None)) if config.lora.rank else network
 
 
@@ -520,13 +525,15 @@ def latent_frames_of_run(config: RunConfig) -> int:
     """Latent frames of a training clip, as far as the run file says: 21, Wan's 81 pixel frames,
     where it does not.
     """
-    chunks, data = getattr(config.options, "num_chunks", None), config.data
+    data = config.data
     pixels = {"world": data.world.num_frames, "clips": data.clips.num_frames}.get(data.kind)
     if data.kind in ("world", "clips", "latents") and data.latent_frames is not None:
         return data.latent_frames
     if pixels is not None:
         return latent_frames_of(pixels, TEMPORAL_RATIO)
-    return chunks * config.stream.chunk_frames if chunks is not None else 21
+    if config.options.role == "start":
+        return 21
+    return config.rollout.num_chunks * config.stream.chunk_frames
 
 
 def _extrapolate(few: Turn, more: Turn, depth: int) -> Turn:

@@ -10,6 +10,8 @@ from typing import Any
 from streamvid.experiment.config import RunConfig, show_path
 from streamvid.files import atomic_file
 from streamvid.models.lora import is_adapted, save_adapter
+from streamvid.objectives.base import Distillation
+from streamvid.objectives.flow_matching import FlowMatching
 from streamvid.students.card import model_card
 from streamvid.students.folder import (
     save_student,
@@ -49,7 +51,9 @@ def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
             save_teacher(
                 target,
                 network,
-                getattr(config.options, "shift", config.stream.shift),
+                config.options.shift
+                if isinstance(config.options, FlowMatching)
+                else config.stream.shift,
                 config.components,
             )
         if is_adapted(network):
@@ -80,8 +84,8 @@ def read_origin(run_dir: Path) -> Any:
 def card_of(trainer: Trainer, config: RunConfig) -> str:
     """The model card of an exported student."""
     facts = {
-        "method": (
-            f"{config.method}, {trainer.step} steps of batch {config.train.batch_size}, seed"
+        "objective": (
+            f"{config.objective}, {trainer.step} steps of batch {config.train.batch_size}, seed"
             f" {config.train.seed}"
         ),
         "started from": show_path(config.student.path) if config.student.path else "random weights",
@@ -90,7 +94,6 @@ def card_of(trainer: Trainer, config: RunConfig) -> str:
             config.data.kind + (f" ({Path(config.data.path).name})" if config.data.path else "")
         ),
     }
-    guidance = getattr(config.options, "guidance_scale", None)
-    if guidance is not None:
-        facts["guidance of the teacher"] = f"{guidance:g}"
+    if isinstance(config.options, Distillation):
+        facts["guidance of the teacher"] = f"{config.options.guidance_scale:g}"
     return model_card(config.train.name, facts, config.stream)

@@ -34,7 +34,7 @@ from streamvid.teachers.wan import WanTeacher
 from streamvid.training.trainer import Trainer
 
 PUBLISHED_NAME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-TINY_CLIP = ["latent_size=[8,8]", "options.num_chunks=2"]
+TINY_CLIP = ["latent_size=[8,8]", "rollout.num_chunks=2"]
 
 
 def train_24gb(report: Report) -> None:
@@ -123,7 +123,9 @@ class RandomPrompts:
 def _step_of(trainer: Trainer, turn: str, exit_index: int) -> int:
     """A step of the run whose rollout ends there."""
     return next(
-        i for i in itertools.count() if trainer.method.decide(turn, i).exit_index == exit_index
+        i
+        for i in itertools.count()
+        if trainer.method.step_of(turn, None, i).decide().exit_index == exit_index
     )
 
 
@@ -158,7 +160,7 @@ def gradient_of(trainer: Trainer, turn: str, exit_index: int) -> dict[str, Any]:
 
 def _estimated(config: RunConfig) -> dict[str, Any]:
     """The dry run's figures where rollouts end at their last step, in GiB and TFLOP."""
-    whole = estimate(replace(config, options=replace(config.options, exit="last")))
+    whole = estimate(replace(config, rollout=replace(config.rollout, exit="last")))
     turns = {
         turn.name: {"peak_beyond_gib": turn.peak / GIB, "tflop": turn.flops / 1e12}
         for turn in whole.turns

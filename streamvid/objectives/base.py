@@ -113,6 +113,11 @@ class Objective:
     def after_student(self, step: Step) -> None:
         """Called after each update of the student."""
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether it trains a student that sees chunk after chunk."""
+        return True
+
     def follows(self, name: str, step: int) -> bool:
         """Whether the copy "average" or "lagged" moves towards the student after this step."""
         return True

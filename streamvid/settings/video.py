@@ -1,6 +1,6 @@
 """Objectives over images and clips: the student's samples are rollouts, streamed as it will be.
 
-``Distillation`` is a ``training.method.Method``: it gives an objective's losses the networks of a
+``VideoSetting`` is a ``training.method.Method``: it gives an objective's losses the networks of a
 run and, in each turn, a ``VideoStep``. The student rolls out a clip x over its own committed chunks
 (Self-Forcing, arXiv 2506.08009). A turn draws one exit, a random step of the student's list, the
 same for all processes: x is made of the exits' predictions, only they carry gradient, and no
@@ -157,7 +157,7 @@ class Noising:
     cond: Tensor  # [B, L, D]
 
 
-class Distillation:
+class VideoSetting:
     """An objective with the networks of a run.
 
     Args:
@@ -245,6 +245,10 @@ class Distillation:
 
     def turns(self, step: int) -> tuple[str, ...]:
         return self.objective.turns(step)
+
+    def set_progress(self, progress: float) -> None:
+        """How far the run is, in [0, 1]."""
+        self.progress = progress
 
     def choices(self, turn: str, step: int) -> Hashable:
         return self.objective.choices(self.step_of(turn, None, step))
@@ -410,7 +414,7 @@ class VideoStep(Step):
 
     tangent = "fd"  # attention's fast kernels have no forward mode
 
-    def __init__(self, method: Distillation, turn: str, batch: dict[str, Any] | None, step: int):
+    def __init__(self, method: VideoSetting, turn: str, batch: dict[str, Any] | None, step: int):
         super().__init__()
         self.method = method
         self.objective = method.objective

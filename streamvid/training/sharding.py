@@ -28,22 +28,14 @@ from streamvid.models.lora import is_adapted
 
 
 def find_networks(method: Any) -> dict[str, nn.Module]:
-    """Those that are trained, then all others that a method holds, such as a teacher's and a
+    """Those that are trained, then those that a method holds frozen, such as a teacher's and a
     reference; each once.
     """
     networks = dict(method.networks())
-    for name, part in vars(method).items():
-        if isinstance(part, nn.Module):
-            found = {name: part}
-        else:
-            found = {
-                name: getattr(part, "transformer", None),
-                f"{name}, expert 2": getattr(part, "transformer_2", None),
-            }
-        for key, network in found.items():
-            known = any(network is other for other in networks.values())
-            if isinstance(network, nn.Module) and not known:
-                networks[key] = network
+    frozen = method.frozen() if hasattr(method, "frozen") else {}
+    for name, network in frozen.items():
+        if not any(network is other for other in networks.values()):
+            networks[name] = network
     return networks
 
 

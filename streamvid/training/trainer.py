@@ -228,6 +228,8 @@ class Trainer:
 
     def _run_step(self) -> None:
         seen: Counter[str] = Counter()
+        if hasattr(self.method, "set_progress"):
+            self.method.set_progress(self.progress)
         for turn in self.method.turns(self.step):
             if turn not in self.learners:
                 raise ValueError(
