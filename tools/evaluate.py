@@ -108,6 +108,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from streamvid.codecs.load import open_codec
     from streamvid.evaluation import report, runs
     from streamvid.evaluation.world_score import mean_scores
+    from streamvid.rollout.runner import student_runner, teacher_runner
     from streamvid.students.card import add_scores
     from streamvid.students.folder import (
         TINY_START,
@@ -141,10 +142,10 @@ def evaluate(args: argparse.Namespace) -> None:
             latent_frames_of(args.num_frames, codec.temporal_ratio),
         )
         for n in map(int, args.teacher_steps.split(",")):
-            runner = runs.teacher_runner(f"teacher, {n} steps", teacher, n, args.guidance, frames)
+            runner = teacher_runner(f"teacher, {n} steps", teacher, n, args.guidance, frames)
             jobs.append((runner, codec, embeddings, 1))
     for label, s in zip(labels, students):
-        runner = runs.student_runner(label, s.transformer, s.stream)
+        runner = student_runner(label, s.transformer, s.stream)
         jobs.append((runner, s.codec, s.prompts.encode(prompts).to(device), args.seeds))
     # also finds what can't run
     costs = [runs.measure_cost(job[0], job[1], job[2][:1], args.num_frames) for job in jobs]

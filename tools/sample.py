@@ -137,7 +137,7 @@ def build_runner(args: argparse.Namespace, device):
 
     from streamvid.codecs.base import latent_frames_of
     from streamvid.codecs.load import open_codec
-    from streamvid.evaluation.runs import student_runner, teacher_runner
+    from streamvid.rollout.runner import student_runner, teacher_runner
     from streamvid.students.folder import TINY_STUDENT, deployed, load_student
     from streamvid.teachers.load import open_teacher
 

@@ -51,14 +51,14 @@ def compare(args: argparse.Namespace) -> None:
     from streamvid.objectives import all_objectives
     from streamvid.settings.targets import COVERAGE, TARGETS
     from streamvid.studies import plane_report as report
+    from streamvid.studies.jobs import read_result, result_file
     from streamvid.studies.plane import (
         QUICK,
         Effort,
         baselines,
+        for_target,
         load_start,
         plane_objectives,
-        read_result,
-        result_file,
         run_job,
     )
     from streamvid.video import ensure_place
@@ -101,7 +101,7 @@ def compare(args: argparse.Namespace) -> None:
     ]
     files = [result_file(folder, *job[:3]) for job in jobs]
     results += [read_result(file) for file in files if file.exists()]
-    made = {name: known[name](guidance_scale=1.0) for name in names}
+    made = {name: for_target(known[name], TARGETS["ring"]()) for name in names}
     print(report.write_report(Path(args.out), results, made))
 
 

@@ -52,7 +52,8 @@ def failed(error: Exception) -> int:
 def run(path: str, overrides: list[str], dry_run: bool) -> int:
     """Trains, or says what that would take; what can be refused at once is refused first."""
     from streamvid.config import to_plain
-    from streamvid.experiment.build import build_trainer, check_run, load_run
+    from streamvid.experiment.build import build_trainer, check_run
+    from streamvid.experiment.config import load_run
     from streamvid.experiment.estimate import ensure_memory, estimate
     from streamvid.experiment.room import ensure_room, room_of
     from streamvid.students.folder import choose_device

@@ -21,7 +21,7 @@ from torch.nn.functional import relu, scaled_dot_product_attention, softplus
 
 from streamvid.core.process import Time, as_work, euler_step
 
-# ---- loss pairs ---------------------------------------------------------------------------------------
+# ---- loss pairs ----------------------------------------------------------------------------------
 
 AdversaryKind = Literal["ns", "hinge", "hinge_margin", "lsgan", "wgan", "paired"]
 
@@ -42,16 +42,17 @@ _PAIRS: dict[
 def generator_loss(kind: AdversaryKind, fake: Tensor, real: Tensor | None = None) -> Tensor:
     """What the student lowers, a scalar.
 
-    =================  ===============  ================================  ====================================================
-    kind               student          discriminator                     source
-    =================  ===============  ================================  ====================================================
-    ``ns``             softplus(-f)     softplus(f) + softplus(-r)        non-saturating (arXiv 1406.2661)
-    ``hinge``          -f               relu(1 + f) + relu(1 - r)         arXiv 1705.02894
-    ``hinge_margin``   relu(1 - f)      the same                          PCM's and TDD's code: stops at the margin
-    ``lsgan``          (f - 1)^2        f^2 + (r - 1)^2                   arXiv 1611.04076
-    ``wgan``           -f               f - r                             arXiv 1701.07875, with a penalty
-    ``paired``         softplus(r - f)  softplus(f - r)                   relativistic, by index (R3GAN, arXiv 2501.05441)
-    =================  ===============  ================================  ====================================================
+    ================  ===============  ==========================  ================================
+    kind              student          discriminator               source
+    ================  ===============  ==========================  ================================
+    ``ns``            softplus(-f)     softplus(f) + softplus(-r)  non-saturating, arXiv 1406.2661
+    ``hinge``         -f               relu(1 + f) + relu(1 - r)   arXiv 1705.02894
+    ``hinge_margin``  relu(1 - f)      the same                    PCM, TDD: stops at the margin
+    ``lsgan``         (f - 1)^2        f^2 + (r - 1)^2             arXiv 1611.04076
+    ``wgan``          -f               f - r                       arXiv 1701.07875, with a penalty
+    ``paired``        softplus(r - f)  softplus(f - r)             relativistic, compares by index
+                                                                   (R3GAN, arXiv 2501.05441)
+    ================  ===============  ==========================  ================================
 
     Args:
         fake: logits of student samples, with gradient.
@@ -91,21 +92,7 @@ def _shape(x: Tensor | None) -> str:
     return "None" if x is None else str(tuple(x.shape))
 
 
-# ---- penalties ----------------------------------------------------------------------------------------
-
-
-def exact_penalty(logits: Tensor, x: Tensor) -> Tensor:
-    """``E |d D(x) / d x|^2``, the squared norm of each sample's gradient, averaged (R1 on reals, R2
-    on fakes).
-
-    Mescheder et al., arXiv 1801.04406; multiply by gamma / 2. Needs second derivatives of
-    everything between.
-
-    Args:
-        logits: ``[B, K]`` of ``x``, which requires grad; the K logits of a sample are averaged.
-    """
-    (slope,) = torch.autograd.grad(as_work(logits).mean(1).sum(), x, create_graph=True)
-    return slope.flatten(1).square().sum(1).mean()
+# ---- penalties -----------------------------------------------------------------------------------
 
 
 def approximate_penalty(
@@ -115,8 +102,8 @@ def approximate_penalty(
     sigma: float,
     divide: bool = False,
 ) -> Tensor:
-    """``E |D(x + sigma noise) - D(x)|^2``, about sigma^2 times ``exact_penalty`` and equal to it on
-    average for a linear D.
+    """``E |D(x + sigma noise) - D(x)|^2``, about sigma^2 times the squared norm of D's gradient (R1
+    on reals, R2 on fakes, arXiv 1801.04406), and equal to it on average for a linear D.
 
     APT, arXiv 2501.08316: first derivatives only, so that attention kernels will do.
 
@@ -135,7 +122,7 @@ def approximate_penalty(
     return (moved / sigma if divide else moved).square().mean()
 
 
-# ---- features and heads -------------------------------------------------------------------------------
+# ---- features and heads --------------------------------------------------------------------------
 
 
 @contextmanager
@@ -395,7 +382,7 @@ class HeadPool(nn.Module):
         return sorted(chosen)
 
 
-# ---- adversarial distribution matching ----------------------------------------------------------------
+# ---- adversarial distribution matching -----------------------------------------------------------
 
 
 def euler_pair(

@@ -39,7 +39,7 @@ from streamvid.core.inject import (
 from streamvid.core.moments import RandomFeatures, mmd2, relational_kl, spectral_distance
 from streamvid.core.policy import nft_loss, pairwise, step_logp
 from streamvid.core.process import add_noise, eta_step, gamma_step
-from streamvid.evaluation.bench import measure
+from streamvid.metering import measure
 from streamvid.rollout.loop import rollout
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import StreamChunk, new_cache, stream
@@ -48,7 +48,7 @@ from streamvid.rollout.schedule import StreamConfig, autoregressive
 Row = dict[str, Any]
 
 
-# ---- streaming ----------------------------------------------------------------------------------------
+# ---- streaming -----------------------------------------------------------------------------------
 
 
 def streams(
@@ -169,7 +169,7 @@ def _cache_bytes(
     return cache.memory_bytes()
 
 
-# ---- terms of the loss core ---------------------------------------------------------------------------
+# ---- terms of the loss core ----------------------------------------------------------------------
 
 
 def losses(shape: tuple[int, ...], device: torch.device, repeats: int) -> list[Row]:

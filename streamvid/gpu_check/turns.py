@@ -15,15 +15,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from streamvid.experiment.build import (
-    DTYPES,
-    RunConfig,
-    build_fake_score,
-    build_method,
-    load_run,
-    share_teacher,
-)
-from streamvid.experiment.estimate import GIB, estimate, sizes_of, text_tokens_of
+from streamvid.experiment.build import build_fake_score, build_method, share_teacher
+from streamvid.experiment.config import DTYPES, RunConfig, load_run
+from streamvid.experiment.estimate import estimate, sizes_of, text_tokens_of
 from streamvid.gpu_check.check import ROOT
 from streamvid.gpu_check.measure import (
     Report,
@@ -31,8 +25,8 @@ from streamvid.gpu_check.measure import (
     random_network,
     reset_peak,
     student_sizes,
-    timed_s,
 )
+from streamvid.metering import GIB, seconds_of
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import adapt
 from streamvid.seeding import keyed_normal
@@ -40,7 +34,7 @@ from streamvid.teachers.wan import WanTeacher
 from streamvid.training.trainer import Trainer
 
 PUBLISHED_NAME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-TINY_CLIP = ["latent_size=[8,8]", "options.num_chunks=2"]
+TINY_CLIP = ["latent_size=[8,8]", "rollout.num_chunks=2"]
 
 
 def train_24gb(report: Report) -> None:
@@ -129,7 +123,9 @@ class RandomPrompts:
 def _step_of(trainer: Trainer, turn: str, exit_index: int) -> int:
     """A step of the run whose rollout ends there."""
     return next(
-        i for i in itertools.count() if trainer.method.decide(turn, i).exit_index == exit_index
+        i
+        for i in itertools.count()
+        if trainer.method.step_of(turn, None, i).decide().exit_index == exit_index
     )
 
 
@@ -137,7 +133,7 @@ def run_turn(trainer: Trainer, turn: str, exit_index: int, report: Report) -> di
     """The trainer's own turn, with its optimiser and its average."""
     trainer.step = _step_of(trainer, turn, exit_index)
     reset_peak(report.device)
-    seconds = timed_s(lambda: trainer._run_turn(turn, 0), report.device)
+    seconds = seconds_of(lambda: trainer._run_turn(turn, 0), report.device)
     numbers = {
         key: value
         for key, value in trainer.means.take().items()
@@ -164,7 +160,7 @@ def gradient_of(trainer: Trainer, turn: str, exit_index: int) -> dict[str, Any]:
 
 def _estimated(config: RunConfig) -> dict[str, Any]:
     """The dry run's figures where rollouts end at their last step, in GiB and TFLOP."""
-    whole = estimate(replace(config, options=replace(config.options, exit="last")))
+    whole = estimate(replace(config, rollout=replace(config.rollout, exit="last")))
     turns = {
         turn.name: {"peak_beyond_gib": turn.peak / GIB, "tflop": turn.flops / 1e12}
         for turn in whole.turns

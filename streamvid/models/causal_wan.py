@@ -8,6 +8,10 @@ computed a frame, not a token: hidden states keep a frame axis. Blocks are pure:
 goes in as tensors and what a pass leaves comes out as detached tensors, so activation checkpointing
 recomputes exactly what it computed and no gradient crosses from a chunk to the ones before it.
 
+A student with a ``jump_embedding`` is a flow map: told a target time s, it gives the mean velocity
+from t to s, and told nothing the velocity at t. diffusers opens its folder too, warns that it does
+not know the embedding, and gives the velocity at t.
+
 Legend: B batch, C latent channels, T latent frames, H W latent size, F frames in the sequence (T,
 or clean and noisy ones together), S tokens a frame, L tokens, D model size, N heads, E head size.
 """
@@ -37,6 +41,7 @@ from streamvid.models.attention import (
     full_spans,
     teacher_forcing_spans,
 )
+from streamvid.models.jump_embedding import JumpEmbedding
 from streamvid.models.kv_cache import KeyValue, StreamKVCache
 from streamvid.models.rope import rotary_table, rotate
 
@@ -57,22 +62,26 @@ class CausalWanOutput(BaseOutput):
 class ConditionEmbedder(nn.Module):
     """Timesteps to modulation, text to the model's size."""
 
-    def __init__(self, dim: int, freq_dim: int, text_dim: int) -> None:
+    def __init__(self, dim: int, freq_dim: int, text_dim: int, jump_embedding: bool) -> None:
         super().__init__()
         self.timesteps_proj = Timesteps(freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedder = TimestepEmbedding(freq_dim, dim)
         self.act_fn = nn.SiLU()
         self.time_proj = nn.Linear(dim, 6 * dim)
         self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh")
+        self.jump_embedder = JumpEmbedding(freq_dim, dim) if jump_embedding else None
 
     def forward(
-        self, timestep: Tensor, text: Tensor | None, dtype: torch.dtype
+        self, timestep: Tensor, span: Tensor | None, text: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Timesteps [B, F] and text [B, L, text_dim] to [B, F, D], [B, F, 6, D] and [B, L, D]; None
-        stays None.
+        """Timesteps [B, F], spans of jumps [B, F] and text [B, L, text_dim] to [B, F, D], [B, F, 6,
+        D] and [B, L, D]; a text of None stays None.
         """
         waves = self.timesteps_proj(timestep.flatten()).unflatten(0, timestep.shape)
-        temb = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype)).to(dtype)
+        temb = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype))
+        if span is not None:
+            temb = temb + self.jump_embedder(span)
+        temb = temb.to(dtype)
         modulation = self.time_proj(self.act_fn(temb)).unflatten(-1, (6, -1))
         return temb, modulation, None if text is None else self.text_embedder(text.to(dtype))
 
@@ -186,6 +195,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     Args: those of ``diffusers.WanTransformer3DModel``, with its defaults (Wan 14B).
         ``rope_max_seq_len`` is kept for diffusers; positions here come from no table.
         ``image_dim``, ``added_kv_proj_dim`` and ``pos_embed_seq_len`` must be None.
+        jump_embedding: whether the model takes ``target_timestep``; see ``jump_embedding``. A
+            loaded model gets it from ``add_jump_embedding``. Only a folder with it names the key.
 
     Raises:
         ValueError: for image conditioning, temporal patches, or an unknown ``qk_norm``.
@@ -195,7 +206,14 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _skip_layerwise_casting_patterns = ["patch_embedding", "condition_embedder", "norm"]
     _no_split_modules = ["CausalWanBlock"]
     _repeated_blocks = ["CausalWanBlock"]
-    _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
+    _keep_in_fp32_modules = [
+        "time_embedder",
+        "jump_embedder",
+        "scale_shift_table",
+        "norm1",
+        "norm2",
+        "norm3",
+    ]
     _keys_to_ignore_on_load_unexpected = ["norm_added_q"]
     _skip_keys = ["cache"]
 
@@ -218,6 +236,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         added_kv_proj_dim: int | None = None,
         rope_max_seq_len: int = 1024,
         pos_embed_seq_len: int | None = None,
+        jump_embedding: bool = False,
     ) -> None:
         super().__init__()
         if not (image_dim is None and added_kv_proj_dim is None and pos_embed_seq_len is None):
@@ -235,7 +254,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.patch_embedding = nn.Conv3d(
             in_channels, dim, kernel_size=tuple(patch_size), stride=tuple(patch_size)
         )
-        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim)
+        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, jump_embedding)
         self.blocks = nn.ModuleList(
             [
                 CausalWanBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps)
@@ -256,6 +275,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         chunk_frames: int | None = None,
         clean_context: Tensor | None = None,
         context_timestep: Tensor | float = 0.0,
+        target_timestep: Tensor | float | None = None,
         return_kv: bool = False,
         return_dict: bool = True,
     ) -> CausalWanOutput | tuple[Tensor, ...]:
@@ -274,6 +294,10 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 chunks before it instead of the noisy ones. Needs ``chunk_frames``, excludes
                 ``cache`` and ``return_kv``.
             context_timestep: that of ``clean_context``, as ``timestep``.
+            target_timestep: where a jump of the noisy frames is to land, as ``timestep`` and at
+                most as large; the output is then the mean velocity of the way. None gives the
+                velocity at ``timestep``, and so does a target equal to it. Needs a model with
+                ``jump_embedding``.
             return_kv: also return the frames' detached keys and values, for ``cache.append``.
             return_dict: False returns ``(sample,)`` or ``(sample, kv)``.
 
@@ -283,6 +307,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self._check_inputs(hidden_states, encoder_hidden_states, cache, chunk_frames)
         frames, height, width = hidden_states.shape[2:]
         timestep = _frame_timesteps(timestep, hidden_states)
+        span = self._jump_span(timestep, target_timestep, hidden_states)
         positions, context = tuple(range(frames)), ()
         if cache is not None:
             positions, context = cache.frame_positions(frames)[1], cache.context(frames)
@@ -291,6 +316,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             past = clean_context[:, :, : frames - chunk_frames]
             past_timestep = _frame_timesteps(context_timestep, clean_context)
             timestep = _joined_timesteps(past_timestep, timestep, past.shape[2], frames)
+            if span is not None:  # context does not jump
+                span = _joined_timesteps(torch.zeros_like(span), span, past.shape[2], frames)
             hidden_states = torch.cat([past.to(hidden_states), hidden_states], dim=2)
             positions = positions[: past.shape[2]] + positions
 
@@ -298,13 +325,18 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         spans = _spans(frames, math.prod(grid), chunk_frames, context, clean_context is not None)
         rotary = rotary_table(positions, grid, self.config.attention_head_dim, hidden_states.device)
         hidden, temb, kv = self._run_blocks(
-            hidden_states, timestep, encoder_hidden_states, rotary, spans, context, cache
+            hidden_states, timestep, span, encoder_hidden_states, rotary, spans, context, cache
         )
         sample = self._head(hidden[:, -frames:], temb[:, -frames:], grid)
         kv = kv if return_kv else None
         if not return_dict:
             return (sample,) if kv is None else (sample, kv)
         return CausalWanOutput(sample=sample, kv=kv)
+
+    @property
+    def takes_target(self) -> bool:
+        """Whether the model can be told a ``target_timestep``."""
+        return self.condition_embedder.jump_embedder is not None
 
     def new_cache(
         self,
@@ -350,12 +382,15 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """The configuration, under the class name that diffusers knows."""
         config = json.loads(super().to_json_string())
         config["_class_name"] = EXPORT_CLASS_NAME
+        if not self.takes_target:
+            del config["jump_embedding"]  # diffusers would warn of it
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def _run_blocks(
         self,
         latents: Tensor,
         timestep: Tensor,
+        span: Tensor | None,
         prompt: Tensor,
         rotary: Tensor,
         spans: tuple[Span, ...],
@@ -372,7 +407,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         keeps_text = cache is not None and not torch.is_grad_enabled()
         text_kv = cache.text_kv(prompt) if keeps_text else ()
         temb, modulation, text = self.condition_embedder(
-            timestep, None if text_kv else prompt, dtype
+            timestep, span, None if text_kv else prompt, dtype
         )
         texts = text_kv or (text,) * len(self.blocks)
         contexts = context or (None,) * len(self.blocks)
@@ -401,6 +436,19 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         _, rows, columns = self.config.patch_size
         pattern = "b t (h w) (p q c) -> b c t (h p) (w q)"
         return rearrange(hidden, pattern, h=grid[0], w=grid[1], p=rows, q=columns)
+
+    def _jump_span(
+        self, timestep: Tensor, target: Tensor | float | None, latents: Tensor
+    ) -> Tensor | None:
+        """How far the frames jump, [B, 1] or [B, T]; None if they are not told."""
+        if target is None:
+            return None
+        if not self.takes_target:
+            raise ValueError(
+                "target_timestep needs a student with a jump embedding; call"
+                " models.jump_embedding.add_jump_embedding(student), or leave it at None"
+            )
+        return timestep - _frame_timesteps(target, latents)
 
     def _check_inputs(
         self, latents: Tensor, prompt: Tensor, cache: StreamKVCache | None, chunk_frames: int | None

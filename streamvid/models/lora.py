@@ -37,6 +37,7 @@ MOST_RANK = 20_000
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers' pipelines look for it
 # all linear ones of Wan's blocks
 BLOCK_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+JUMP_LAYER = "jump_embedder.linear_2"  # of a student that is told where to land; 0 at first
 
 
 @dataclass
@@ -136,8 +137,8 @@ def adapt(network: nn.Module, config: LoraConfig, *key: Any) -> nn.Module:
         key: of the first values of A.
 
     Raises:
-        ValueError: if peft is not installed, a target names no linear layer, or ``config.path`` is
-            an adapter of something else.
+        ValueError: if peft is not installed, a target names no linear layer, none names the jump
+            embedding that the network has, or ``config.path`` is an adapter of something else.
     """
     lora = _import_peft()
     if not hasattr(network, "patch_embedding"):
@@ -212,7 +213,7 @@ def merged(network: nn.Module) -> nn.Module:
     return plain
 
 
-# ---- adapters on disk ---------------------------------------------------------------------------------
+# ---- adapters on disk ----------------------------------------------------------------------------
 
 
 def save_adapter(network: nn.Module, folder: str | Path) -> None:
@@ -267,7 +268,7 @@ def load_adapter(network: nn.Module, path: str | Path) -> None:
         parameter.copy_(tensors[name])
 
 
-# ---- parts --------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------
 
 
 def _import_peft() -> Any:
@@ -312,6 +313,12 @@ def _check_targets(network: nn.Module, targets: tuple[str, ...]) -> None:
                 f"lora.targets has {target}, which no linear layer of {type(network).__name__} ends"
                 f" in; Wan's are {', '.join(BLOCK_LAYERS)}"
             )
+    jump = [name for name in linear if name.endswith(JUMP_LAYER)]
+    if jump and not any(jump[0].endswith(f".{target}") for target in targets):
+        raise ValueError(
+            "the student is told where to land, which its adapter could not learn: no one of"
+            f" lora.targets is the layer {JUMP_LAYER}; add it"
+        )
 
 
 def _file_name(name: str) -> str:

@@ -1,30 +1,41 @@
-"""Published distillation objectives over one loss core, each written once.
+"""Published distillation objectives, each written once; ``objectives/base.py`` says what one is.
 
-``all_objectives()`` maps a name to its class; ``objectives/base.py`` says what an objective is and
-what its losses may use, ``settings/`` trains points, images and clips with them.
+``all_objectives()`` maps names to classes, family after family; ``settings/plane.py`` trains them
+on points, ``settings/video.py`` on images and clips.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from streamvid.objectives.base import Objective
 
+FAMILIES = (
+    "dmd",
+    "score",
+    "diagonal",
+    "asd",
+    "adversarial",
+    "afd",
+    "flowmap",
+    "preferences",
+    "flow_matching",
+    "trajectory",
+)
+"""The modules that hold objectives."""
+
 
 def all_objectives() -> dict[str, type[Objective]]:
-    """Name to class, family after family."""
-    from streamvid.objectives import adversarial, flowmap, preferences, score
-    from streamvid.objectives.base import Objective
-
+    """Name to class, family after family, in the order of the files."""
+    modules = [importlib.import_module(f"streamvid.objectives.{family}") for family in FAMILIES]
     return {
         kind.name: kind
-        for family in (score, adversarial, flowmap, preferences)
-        for kind in vars(family).values()
-        if isinstance(kind, type)
-        and issubclass(kind, Objective)
-        and kind.__module__ == family.__name__
+        for module in modules
+        for kind in vars(module).values()
+        if getattr(kind, "__module__", "") == module.__name__ and getattr(kind, "paper", "")
     }
 
 
@@ -32,10 +43,11 @@ def find_objective(name: str) -> type[Objective]:
     """The class of a name.
 
     Raises:
-        ValueError: if there is none; the nearest known one is named.
+        ValueError: one line with the nearest name, if there is none such.
     """
     known = all_objectives()
     if name in known:
         return known[name]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-    raise ValueError(f"objective={name!r} is unknown, did you mean {nearest!r}?")
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"objective={name} is not one of {', '.join(known)}{hint}")

@@ -23,12 +23,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamvid.core.fitting import flow_matching_loss
 from streamvid.core.guidance import GuidanceSpec, guide
@@ -38,6 +38,8 @@ from streamvid.core.times import TimeLaw
 NETWORKS = ("fake_score", "motion", "discriminator", "student")
 """What objectives train, in the order of their turns."""
 
+LAST = math.nextafter(1.0, 0.0)
+"""The exit's place that is always a chunk's last step."""
 Loss = Tensor | Iterator[Tensor]
 """A scalar, or parts that add up to it, each differentiated before the next is made."""
 
@@ -72,17 +74,18 @@ class Objective:
     registers ("query")."""
     rate: ClassVar[float] = 1.0
     """Of the student's learning rate in the plane, against that of the other networks."""
-    role: ClassVar[Literal["complete", "add-on", "baseline"]] = "complete"
-    """An add-on is shown with a host; a baseline is known to fall short and is there to show it."""
+    role: ClassVar[Literal["complete", "add-on", "baseline", "start"]] = "complete"
+    """A start makes the network that others distil; an add-on is shown with a host; a baseline is
+    known to fall short and is there to show it."""
     covers: ClassVar[bool] = False
     """Whether it claims to cover modes that distribution matching alone drops."""
     on_points: ClassVar[bool] = True
     """Whether it makes sense on single points; motion does not."""
 
-    @property
-    def num_logits(self) -> int:
-        """Logits of each discriminator head."""
-        return 1
+    num_logits: ClassVar[int] = 1
+    """Logits of each discriminator head."""
+    trunk: ClassVar[Literal["teacher", "fake_score"]] = "teacher"
+    """Whose features the discriminator of clips reads."""
 
     @property
     def guidance(self) -> GuidanceSpec:
@@ -109,6 +112,49 @@ class Objective:
 
     def after_student(self, step: Step) -> None:
         """Called after each update of the student."""
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it trains a student that sees chunk after chunk."""
+        return True
+
+    def follows(self, name: str, step: int) -> bool:
+        """Whether the copy "average" or "lagged" moves towards the student after this step."""
+        return True
+
+    def num_logits_for(self, num_steps: int) -> int:
+        """Logits of each discriminator head for a student of so many steps."""
+        return self.num_logits
+
+    @property
+    def feature_layers(self) -> Sequence[int] | None:
+        """Blocks that the discriminator of clips reads; None is a third, a half and the last."""
+        return None
+
+    def new_networks(
+        self,
+        networks: Mapping[str, nn.Module],
+        latent_shape: tuple[int, int, int],
+        stream: Any,
+        seed: int,
+    ) -> dict[str, nn.Module]:
+        """Networks for clips that only this objective has.
+
+        Args:
+            networks: "student", and "fake_score" where there is one.
+            latent_shape: (C, h, w).
+            stream: a ``rollout.schedule.StreamConfig``, how the student is streamed.
+            seed: of their first weights.
+        """
+        return {}
+
+    def check_stream(self, stream: Any, num_chunks: int) -> None:
+        """A ValueError if a student that is streamed so can't be trained by this objective.
+
+        Args:
+            stream: a ``rollout.schedule.StreamConfig``.
+            num_chunks: of the clips.
+        """
 
     def student(self, step: Step) -> Loss:
         """The student's loss."""
@@ -185,6 +231,30 @@ class Sample:
     index: int  # of the step, 0 for the first
 
 
+@dataclass(frozen=True)
+class Exit:
+    """How a sample ends, where an objective says it."""
+
+    num_steps: int | None = None
+    """Of the list of steps; None is the student's own."""
+    place: float | None = None
+    """In [0, 1): of m steps, the one numbered int(m * place) carries gradient; None is drawn."""
+    first_place: float | None = None
+    """The same for the first chunk of a clip, where it has a list of its own."""
+    from_full_list: bool = False
+    """Whether the steps are the first ones of the student's own list, so that the exit ends it."""
+
+
+@dataclass(frozen=True)
+class NoisedChunks:
+    """What a network says of noised samples; the first axis is chunk by sample, ``[K B]``."""
+
+    x_t: Tensor  # [K B, ...]
+    t: Tensor  # [K B]
+    v_target: Tensor  # eps - x0
+    v: Tensor  # the network's
+
+
 class Step(ABC):
     """What a loss may use, in one turn of one training step.
 
@@ -202,6 +272,9 @@ class Step(ABC):
     """``[B]``, which samples have one prompt."""
     tangent: Literal["jvp", "fd"] = "jvp"
     """How the student's derivative is had, see ``core.flowmap.total_derivative``."""
+    difference: float = 2e-4
+    """Of time, where it is a difference: the fastest wave of Wan's time embedding turns by one
+    radian in .001."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, Tensor] = {}
@@ -233,16 +306,22 @@ class Step(ABC):
         """``[B]``; None is the objective's own law and bounds, the shift always is."""
 
     @abstractmethod
-    def choose(self, count: int) -> int:
+    def choose(self, count: int, name: str = "choice") -> int:
         """One of ``count``, the same for all samples and all processes."""
 
     @abstractmethod
-    def chance(self) -> float:
+    def chance(self, name: str = "chance") -> float:
         """In [0, 1), the same for all samples and all processes."""
 
     def choices(self) -> Hashable:
         """The shared draws on which the cost of the turn depends."""
         return None
+
+    def times_of(
+        self, law: TimeLaw, shift: float, low: float, high: float, name: tuple[str, ...] = ()
+    ) -> Tensor:
+        """``[B]`` of any law, bounds and shift."""
+        raise NotImplementedError
 
     @abstractmethod
     def full(self, value: float) -> Tensor:
@@ -255,16 +334,89 @@ class Step(ABC):
     # ---- samples
 
     @abstractmethod
-    def sample(self, exit_index: int | None = None) -> Sample:
-        """The student's own samples, of which only the last step has gradients.
+    def sample(
+        self, exit_index: int | None = None, exit: Exit | None = None, role: str | None = None
+    ) -> Sample:
+        """The student's own samples, of which only one step has gradients.
 
         Args:
-            exit_index: the step that they end with; None leaves it to the setting.
+            exit_index: the step that has them, and that they end with; None leaves it to the
+                setting.
+            exit: the same, said in more detail.
+            role: names the noise; None is one of its own for each call.
         """
 
     @abstractmethod
     def jump_through(self) -> Tensor:
         """The student's samples by its own jumps ``t -> s``, with gradient through the last."""
+
+    @property
+    def most_steps(self) -> int:
+        """Steps of all chunks but the first, which may have more."""
+        return self.num_steps
+
+    def exit_place(self) -> float:
+        """Where this turn's samples exit, in [0, 1); shared by all processes."""
+        raise NotImplementedError
+
+    def has_longer_first(self, num_steps: int) -> bool:
+        """Whether a sample of so many steps has a first chunk whose list and exit are its own."""
+        return False
+
+    def policy_samples(
+        self, name: str, group_size: int = 1, at_random_exit: bool = False
+    ) -> Tensor:
+        """Whole samples ``[B G, ...]`` of "student" or "lagged", G of each prompt, as they are
+        streamed.
+
+        Args:
+            at_random_exit: the predictions at a random step, which may carry gradient.
+        """
+        raise NotImplementedError
+
+    def chunk_weights(self, weight: Tensor, x: Tensor, per_token: bool) -> Tensor:
+        """Weights ``[B, J]`` of ``policy_samples`` as those of ``noise_chunks``.
+
+        Args:
+            per_token: whether there is one per token of a network; else one per chunk, or one.
+        """
+        return weight.T.flatten()
+
+    def group_of_everyone(self, count: int, group_size: int) -> Tensor:
+        """Which prompt each of all processes' ``policy_samples`` is of, ``[count]``."""
+        return torch.arange(count, device=self.group.device) // group_size
+
+    def new_noising(
+        self,
+        number: int,
+        group_size: int,
+        law: Literal["steps"] | TimeLaw,
+        shift: float,
+        is_shared: bool,
+    ) -> Any:
+        """Times and noise for ``policy_samples``, the same for every network that is asked.
+
+        Args:
+            number: which of the turn's.
+            law: "steps" takes the times of the student's own list.
+            is_shared: whether the samples of a prompt share their noise.
+        """
+        raise NotImplementedError
+
+    def noise_chunks(self, name: str, x: Tensor, noising: Any, rows: slice) -> NoisedChunks:
+        """What "student", "lagged" or "start" says of each noised chunk of samples, over the clean
+        chunks before it.
+
+        Args:
+            x: of ``policy_samples``, all of them.
+            noising: from ``new_noising``.
+            rows: the samples that are wanted.
+        """
+        raise NotImplementedError
+
+    def network(self, name: str) -> Any:
+        """A network that only this objective has, see ``Objective.new_networks``."""
+        raise NotImplementedError
 
     @abstractmethod
     def data(self) -> Tensor:
@@ -301,12 +453,20 @@ class Step(ABC):
         raise NotImplementedError(f"{type(self).__name__} has one fake score, expected two")
 
     @abstractmethod
-    def logits(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """``[B, K]`` of the discriminator."""
+    def logits(self, x_t: Tensor, t: Tensor, num_parts: int = 1) -> Tensor:
+        """``[B, P K]`` of the discriminator.
+
+        Args:
+            num_parts: P, stretches of a clip with logits of their own.
+        """
 
     @abstractmethod
     def features(self, x_t: Tensor, t: Tensor) -> Tensor:
         """``[B, D]`` of a frozen network."""
+
+    def counted_frames(self, x: Tensor) -> Tensor | None:
+        """Which frames of samples carry gradient, ``[B, T]`` of 0 and 1; None is all of them."""
+        return None
 
     def flow_map(self, name: str = "student") -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The mean velocity ``u(x, t, s)`` as a function, see ``mean_velocity``."""
@@ -350,6 +510,38 @@ class Step(ABC):
         self.numbers.update({name: value.detach() for name, value in numbers.items()})
 
 
+class ClipStep(Protocol):
+    """What objectives that train a causal student's start use: clips, the student itself, keys."""
+
+    batch: dict[str, Any]
+    """``latents [B, C, T, h, w]`` and ``offset [B]``, or ``states [B, n, C, T, h, w]`` and ``times
+    [B, n]``; ``cond [B, L, D]``."""
+    keys: list[int]
+    """A seed per sample."""
+    seed: int
+    stream: Any
+    """A ``rollout.schedule.StreamConfig``."""
+    uncond: Tensor | None
+    """Embedding of the empty prompt ``[L, D]``."""
+
+    def velocity(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Tensor | None = None,
+        chunk_frames: int | None = None,
+        clean_context: Tensor | None = None,
+    ) -> Tensor:
+        """The student's velocity at times ``[B]`` or ``[B, T]``.
+
+        Args:
+            cond: None is the batch's.
+            chunk_frames: a chunk sees those before it; None sees the whole clip.
+            clean_context: a noisy chunk sees these before it, ``[B, C, T, h, w]``.
+        """
+        ...
+
+
 def require(objective: Objective, **bounds: tuple[float, float]) -> None:
     """Check options against the bounds ``name=(least, greatest)``, which are allowed themselves.
 
@@ -367,6 +559,7 @@ def fit_fake_score(
     step: Step,
     law: TimeLaw | None = None,
     weight: Callable[[Tensor], Tensor] | None = None,
+    exit: Exit | None = None,
 ) -> Tensor:
     """Flow matching of the fake score to the student's samples, in the guidance's ``fake_train``
     combination.
@@ -375,7 +568,7 @@ def fit_fake_score(
     prompt.
     """
     with torch.no_grad():
-        x = step.sample().x
+        x = step.sample(exit=exit).x
     t, eps = step.times(law), step.noise()
     spec = step.objective.guidance
     sees_no_prompt = spec != GuidanceSpec(real=spec.real) and step.chance() < 0.2

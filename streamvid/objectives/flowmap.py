@@ -422,7 +422,7 @@ def tangent_term(
     x_t = add_noise(x0, step.noise(), t)
     with torch.no_grad():
         v = step.real(x_t, t)
-    mean, slope = total_derivative(u, x_t, t, s, v, step.tangent)
+    mean, slope = total_derivative(u, x_t, t, s, v, step.tangent, step.difference)
     target = mean_velocity_target(v, slope, t, s, share)
     predicted = u(x_t, t, s)
     if c is not None:

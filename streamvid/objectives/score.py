@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,24 +38,9 @@ from streamvid.objectives.base import (
     fit_fake_score,
     require,
 )
+from streamvid.objectives.dmd import compare, matching_terms
 
 # ---- pieces --------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def compare(
-    step: Step, x: Tensor, t: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noise samples, and ask fake score and teacher what they were.
-
-    Returns:
-        ``x_t``, ``t`` and the data predictions of fake score and teacher.
-    """
-    if t is None:
-        t = step.times()
-    x_t = step.noised(x, t)
-    fake, real = step.predictions(x_t, t)
-    return x_t, t, fake, real
 
 
 def dmd_term(
@@ -67,9 +51,7 @@ def dmd_term(
     t: Tensor | None = None,
 ) -> Tensor:
     """DMD's surrogate at a fresh noising of ``x``."""
-    _, _, fake, real = compare(step, x, t)
-    group = step.group if normalizer == "group" else None
-    return surrogate(x, dmd_gradient(x, fake, real, normalizer, group), weight=weight)
+    return matching_terms(step, x, normalizer, weight, t).loss
 
 
 def residual_term(step: Step, x: Tensor, weigh: bool = False) -> Tensor:
@@ -152,26 +134,6 @@ class SDS(Distillation):
 
     def student(self, step: Step) -> Loss:
         return residual_term(step, step.sample().x)
-
-
-@dataclass
-class DMD(ScoreMatching):
-    """DMD without its regression: the score difference over |x - x0_real|, one step."""
-
-    name = "dmd"
-    paper = "2311.18828"
-
-    normalizer: Literal["sample", "none"] = "sample"
-    """What the score difference is divided by: each sample's mean |x - x0_real|, or nothing."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.normalizer not in ("sample", "none"):
-            raise ValueError(f"dmd: normalizer={self.normalizer!r}, expected 'sample' or 'none'")
-
-    def student(self, step: Step) -> Loss:
-        x = step.sample().x
-        return dmd_term(step, x, normalizer=self.normalizer)
 
 
 @dataclass

@@ -10,6 +10,11 @@ gradient passes from step to step (arXiv 2506.08009), nor from chunk to chunk: s
 are detached. Nothing is yielded inside a ``no_grad`` block, which would turn gradients off for the
 consumer.
 
+A student with ``takes_target``, a flow map, is told with each state where its chunk is to land: the
+next level under "jump", 0 under "renoise", which needs data, and the state's own level, i.e. the
+velocity, under "euler". A data prediction is x_t - t u, whatever the target of u was, so that a
+jump is the Euler step along u. Other students are told nothing, and "jump" is "euler" for them.
+
 Shapes: B batch, C channels, f latent frames a chunk, T = f times the chunks of an event, h w latent
 size. States are float32 (float64 if the prompts are); the student may cast them and return lower
 precision.
@@ -63,8 +68,7 @@ def rollout(
     """Run a schedule; yields each chunk as soon as it is finished, in order.
 
     Args:
-        student: ``models.causal_wan`` or anything with its call, possibly wrapped for data
-            parallelism.
+        student: ``models.causal_wan`` or anything with its call and its ``commit``.
         encoder_hidden_states: the prompts ``[B, L, D]``, on the student's device.
         schedule: from ``rollout.schedule``; may be endless.
         noise: one sample a prompt.
@@ -74,12 +78,14 @@ def rollout(
         commit: "clean" runs the student over the finished chunk at ``context_t``, "reuse" keeps the
             keys and values of its last denoising pass, "none" keeps nothing.
         context_t: noise level in [0, 1) of clean commits; fresh noise is added if it is not 0.
-        stepper: "renoise" puts fresh noise on the data prediction, "euler" follows the flow.
+        stepper: "renoise" puts fresh noise on the data prediction, "euler" follows the flow, "jump"
+            goes where a student that takes a target says that the flow arrives.
         commit_last: also commit what the schedule's last event finished, so that a later rollout
             over the same cache, with a schedule that begins at the next chunk, continues the
             stream.
         before_step: (chunk, t, x_t) to the ``x_t`` to use instead, ``[B, C, f, h, w]``.
-        after_x0: (chunk, t, x0) to the data prediction to use instead.
+        after_x0: (chunk, t, x0) to the data prediction to use instead; x0 = x_t - t u, which under
+            "jump" is data at a chunk's last step only.
 
     Raises:
         ValueError: if the arguments contradict each other, or, while running, on a schedule that
@@ -114,15 +120,16 @@ def rollout(
         commit=commit,
         context_t=context_t,
         step=_STEPPERS[stepper],
+        target=_TARGETS[stepper] if _takes_target(student) else None,
         before_step=before_step or _unchanged,
         after_x0=after_x0 or _unchanged,
     )
     return run.results(schedule, commit_last)
 
 
-def unwrapped(student: Any) -> Any:
-    """The student inside a data-parallel wrapper, which forwards calls but no other method."""
-    return getattr(student, "module", student)
+def _takes_target(student: Any) -> bool:
+    """Whether a student is a flow map; one that does not say so is called without a target."""
+    return getattr(student, "takes_target", False)
 
 
 @dataclass
@@ -149,6 +156,7 @@ class _Run:
     commit: Commit
     context_t: float
     step: Callable[..., Tensor]
+    target: Callable[[Denoise], tuple[float, ...]] | None  # None for a student that is not told
     before_step: ChunkHook
     after_x0: ChunkHook
 
@@ -212,7 +220,7 @@ class _Run:
                 _hooked("before_step", self.before_step, i, s.t, s.x_t)
                 for i, s in zip(event.chunks, states)
             ]
-            v, kv = self.predict(torch.cat(x_t, dim=2), event.t)
+            v, kv = self.predict(torch.cat(x_t, dim=2), event)
             v = v.split(self.chunk_shape[1], dim=2)
             x0 = [
                 _hooked("after_x0", self.after_x0, i, t, x0_from_v(x, dx, t))
@@ -222,14 +230,16 @@ class _Run:
             self.advance(chunk, states[i], x_t[i], x0[i], event.t_next[i], event.tap[i])
         return kv
 
-    def predict(self, x_t: Tensor, t: tuple[float, ...]) -> tuple[Tensor, Any]:
+    def predict(self, x_t: Tensor, event: Denoise) -> tuple[Tensor, Any]:
         """The student's velocity ``[B, C, T, h, w]`` and, if they are reused, its keys and
         values.
         """
-        timestep = self.timestep(t)
+        timestep, options = self.timestep(event.t), {"cache": self.cache}
+        if self.target is not None:
+            options["target_timestep"] = self.timestep(self.target(event))
         if self.commit != "reuse":
-            return self.student(x_t, timestep, self.prompts, cache=self.cache).sample, None
-        output = self.student(x_t, timestep, self.prompts, cache=self.cache, return_kv=True)
+            return self.student(x_t, timestep, self.prompts, **options).sample, None
+        output = self.student(x_t, timestep, self.prompts, return_kv=True, **options)
         return output.sample, _detached(output.kv)  # sg
 
     def advance(
@@ -260,9 +270,7 @@ class _Run:
             latents = result.latents
             if self.context_t > 0:
                 latents = add_noise(latents, self.draw(result.index, CONTEXT_EVENT), self.context_t)
-            unwrapped(self.student).commit(
-                latents, self.timestep((self.context_t,)), self.prompts, self.cache
-            )
+            self.student.commit(latents, self.timestep((self.context_t,)), self.prompts, self.cache)
 
     def draw(self, chunk: int, event: int) -> Tensor:
         """Noise ``[B, C, f, h, w]``, in the precision of the states."""
@@ -295,7 +303,14 @@ def _euler(x_t: Tensor, x0: Tensor, t: float, t_next: float, draw: Callable[[], 
     return euler_step(x_t, v_from_x0(x_t, x0, t), t, t_next)
 
 
-_STEPPERS = {"renoise": _renoise, "euler": _euler}
+# a jump is an Euler step along the mean velocity of its way
+_STEPPERS = {"renoise": _renoise, "euler": _euler, "jump": _euler}
+
+_TARGETS = {
+    "renoise": lambda event: (0.0,) * len(event.chunks),
+    "euler": lambda event: event.t,
+    "jump": lambda event: event.t_next,
+}
 
 
 def _finish(index: int, chunk: _Chunk) -> ChunkResult:

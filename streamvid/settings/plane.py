@@ -5,15 +5,17 @@ features, and the steps over them.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from streamvid.core.adversary import FeatureHeads, HeadPool, TokenHead
 from streamvid.core.fitting import couple
-from streamvid.core.process import renoise_step
-from streamvid.core.times import TimeLaw, sample_times, shift_time
-from streamvid.objectives.base import Distillation, Objective, Sample, Step
+from streamvid.core.process import add_noise, euler_step, renoise_step, velocity
+from streamvid.core.times import TimeLaw, sample_times
+from streamvid.objectives.base import Distillation, Exit, NoisedChunks, Objective, Sample, Step
 from streamvid.settings.targets import Target
 
 WIDTH = 128
@@ -85,9 +87,8 @@ class Laboratory:
             self.second = copy.deepcopy(start)
         if "discriminator" in objective.networks():
             dims = [WIDTH] * len(start.hidden)
-            self.discriminator = FeatureHeads(
-                dims, objective.heads, objective.num_logits, hidden=HIDDEN
-            )
+            self.num_logits = objective.num_logits_for(objective.num_steps)
+            self.discriminator = FeatureHeads(dims, objective.heads, self.num_logits, HIDDEN)
             self.trained["discriminator"] = self.discriminator
         self.copies = {
             "average": copy.deepcopy(start).requires_grad_(False),
@@ -150,7 +151,7 @@ class Laboratory:
         """
         heads = self.discriminator.heads
         is_film = self.objective.heads == "film"
-        num_logits = self.objective.num_logits
+        num_logits = self.num_logits
         pool = HeadPool(
             lambda group: TokenHead(WIDTH, num_logits, HIDDEN, is_film), len(heads), per_group=1
         )
@@ -167,6 +168,15 @@ def _store_pairs(target: Target, size: int, seed: int) -> tuple[Tensor, Tensor]:
         target.flow(noise, torch.full((size,), prompt)) for prompt, noise in enumerate(noises)
     ]
     return torch.stack(noises), torch.stack(samples)
+
+
+@dataclass(frozen=True)
+class Noising:
+    """How finished points are noised, and their prompts; the first axis is the point."""
+
+    t: Tensor
+    eps: Tensor
+    cond: Tensor
 
 
 class PlaneStep(Step):
@@ -188,7 +198,7 @@ class PlaneStep(Step):
     def __init__(
         self,
         lab: Laboratory,
-        objective: Distillation,
+        objective: Objective,
         turn: str,
         cond: Tensor,
         rng: torch.Generator,
@@ -197,7 +207,7 @@ class PlaneStep(Step):
     ):
         super().__init__()
         self.lab = lab
-        self.objective: Distillation = objective
+        self.objective: Objective = objective
         self.turn = turn
         self.cond = cond
         self.group = cond
@@ -206,6 +216,7 @@ class PlaneStep(Step):
         self.num_steps = objective.num_steps
         self.dtype = dtype
         self.made_at: Tensor | None = None  # when the last sample was predicted
+        self.named: dict[tuple[str, ...], Tensor] = {}  # draws that a loss asks for by name
 
     # ---- draws
 
@@ -214,7 +225,15 @@ class PlaneStep(Step):
         return len(self.cond)
 
     def noise(self, *name: str) -> Tensor:
-        shape = (self.batch_size, *self.lab.shape)
+        if not name:
+            return self.draw_noise(self.batch_size)
+        if name not in self.named:
+            self.named[name] = self.draw_noise(self.batch_size)
+        return self.named[name]
+
+    def draw_noise(self, count: int) -> Tensor:
+        """``[count, 2, 1, 1]``."""
+        shape = (count, *self.lab.shape)
         return torch.randn(shape, generator=self.rng, dtype=self.dtype)
 
     def uniform(self, *name: str) -> Tensor:
@@ -229,6 +248,7 @@ class PlaneStep(Step):
         std: float = 1.0,
     ) -> Tensor:
         own = self.objective
+        assert isinstance(own, Distillation), "others say their law in times_of"
         return sample_times(
             self.batch_size,
             own.time_law if law is None else law,
@@ -240,10 +260,18 @@ class PlaneStep(Step):
             std,
         ).to(self.dtype)
 
-    def choose(self, count: int) -> int:
+    def times_of(
+        self, law: TimeLaw, shift: float, low: float, high: float, name: tuple[str, ...] = ()
+    ) -> Tensor:
+        if name not in self.named:
+            draws = sample_times(self.batch_size, law, shift, self.rng, low, high)
+            self.named[name] = draws.to(self.dtype)
+        return self.named[name]
+
+    def choose(self, count: int, name: str = "choice") -> int:
         return int(torch.randint(count, (), generator=self.rng))
 
-    def chance(self) -> float:
+    def chance(self, name: str = "chance") -> float:
         return float(torch.rand((), generator=self.rng))
 
     def full(self, value: float) -> Tensor:
@@ -251,21 +279,31 @@ class PlaneStep(Step):
 
     # ---- samples
 
-    def step_time(self, index: int) -> float:
-        return shift_time(1 - index / self.num_steps, self.objective.shift)
+    def step_time(self, index: int, num_steps: int | None = None) -> float:
+        count = self.num_steps if num_steps is None else num_steps
+        return 1 - index / count
 
-    def sample(self, exit_index: int | None = None) -> Sample:
+    def exit_place(self) -> float:
+        return self.chance()
+
+    def sample(
+        self, exit_index: int | None = None, exit: Exit | None = None, role: str | None = None
+    ) -> Sample:
         """By the student's own steps, of which only the last has gradients (backward simulation,
-        DMD2); None draws the step that it ends with.
+        DMD2); without an exit one is drawn.
         """
+        of = self.num_steps
+        if exit is not None:
+            of = exit.num_steps or of
+            exit_index = int((self.exit_place() if exit.place is None else exit.place) * of)
         if exit_index is None:
-            exit_index = self.choose(self.num_steps) if self.num_steps > 1 else 0
+            exit_index = self.choose(of) if of > 1 else 0
         x_t = self.noise()
         with torch.no_grad():
             for index in range(exit_index):
-                x = self.jump(x_t, self.full(self.step_time(index)))
-                x_t = renoise_step(x, self.noise(), self.step_time(index + 1))
-        t = self.full(self.step_time(exit_index))
+                x = self.jump(x_t, self.full(self.step_time(index, of)))
+                x_t = renoise_step(x, self.noise(), self.step_time(index + 1, of))
+        t = self.full(self.step_time(exit_index, of))
         self.made_at = t
         return Sample(self.jump(x_t, t), x_t, t, exit_index)
 
@@ -276,6 +314,49 @@ class PlaneStep(Step):
             for index in range(last):
                 x = self.jump(x, self.full(self.step_time(index)), self.step_time(index + 1))
         return self.jump(x, self.full(self.step_time(last)), 0.0)
+
+    def policy_samples(
+        self, name: str, group_size: int = 1, at_random_exit: bool = False
+    ) -> Tensor:
+        """By Euler steps of the policy's velocity, all of which a GAN trains."""
+        cond = self.cond.repeat_interleave(group_size)
+        x = self.draw_noise(len(cond))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and at_random_exit):
+            for index in range(self.num_steps):
+                now = torch.full((len(x),), self.step_time(index), dtype=self.dtype)
+                after = torch.full((len(x),), self.step_time(index + 1), dtype=self.dtype)
+                v = self.lab.mean_velocity(name, x, now, now, cond)
+                x = euler_step(x, v, now, after)
+        return x
+
+    def group_of_everyone(self, count: int, group_size: int) -> Tensor:
+        return self.cond.repeat_interleave(group_size)
+
+    def chunk_weights(self, weight: Tensor, x: Tensor, per_token: bool) -> Tensor:
+        return weight.mean(1)  # of the heads on all layers
+
+    def new_noising(
+        self,
+        number: int,
+        group_size: int,
+        law: Literal["steps"] | TimeLaw,
+        shift: float,
+        is_shared: bool,
+    ) -> Noising:
+        cond = self.cond.repeat_interleave(group_size)
+        of_law: TimeLaw = "uniform" if law == "steps" else law
+        t = sample_times(len(cond), of_law, shift, self.rng, 0.02, 0.98).to(self.dtype)
+        if is_shared:
+            eps = self.draw_noise(self.batch_size).repeat_interleave(group_size, dim=0)
+        else:
+            eps = self.draw_noise(len(cond))
+        return Noising(t, eps, cond)
+
+    def noise_chunks(self, name: str, x: Tensor, noising: Noising, rows: slice) -> NoisedChunks:
+        t, eps, cond = noising.t[rows], noising.eps[rows], noising.cond[rows]
+        x_t = add_noise(x[rows], eps, t)
+        v = self.lab.mean_velocity(name, x_t, t, t, cond)
+        return NoisedChunks(x_t, t, velocity(x[rows], eps), v)
 
     def data(self) -> Tensor:
         return self.lab.data(self.cond, self.rng)
@@ -304,8 +385,10 @@ class PlaneStep(Step):
     def second_velocity(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self.lab.second_fake_score(x_t, t, self.cond)
 
-    def logits(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.lab.logits(x_t, t, self.cond)
+    def logits(self, x_t: Tensor, t: Tensor, num_parts: int = 1) -> Tensor:
+        copies = len(x_t) // self.batch_size
+        t = t if len(t) == len(x_t) else t.repeat_interleave(copies)
+        return self.lab.logits(x_t, t, self.cond.repeat_interleave(copies))
 
     def features(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self.lab.features(x_t, t, self.cond)

@@ -55,7 +55,7 @@ def streamed(stream: StreamConfig) -> str:
     ]
     return (
         f"{steps}, window {stream.window_frames}, sink {stream.sink_frames}, context"
-        f" {commit}{context}, order {stream.order}"
+        f" {commit}{context}, order {stream.order}, stepper {stream.stepper}"
     )
 
 

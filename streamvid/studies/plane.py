@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from streamvid.core.process import add_noise, euler_step, renoise_step
 from streamvid.core.times import euler_times
 from streamvid.files import atomic_file
 from streamvid.objectives import all_objectives
-from streamvid.objectives.base import Distillation
+from streamvid.objectives.base import Distillation, Objective
 from streamvid.settings.plane import Laboratory, PlaneStep, PointNet
 from streamvid.settings.targets import COVERAGE, TARGETS, Target
+from streamvid.studies.jobs import result_file, write_result
 from streamvid.studies.plane_metrics import NUM_POINTS, median_distance, modes_covered
 
 
@@ -82,22 +82,28 @@ def load_start(target: Target, effort: Effort, folder: Path) -> PointNet:
     return net.requires_grad_(False)
 
 
-def plane_objectives() -> dict[str, type[Distillation]]:
+OPTIONS: dict[str, dict[str, Any]] = {
+    "asd": {"asd_weight": 0.3, "discriminator_updates_per_cycle": 1, "r1_weight": 40.0}
+    | {"r2_weight": 40.0},
+    "afd": {"time_law": "uniform", "beta": 0.5, "lam_prior": 1e-3, "old_decay": 0.99}
+    | {"self_normalized": False, "r1_weight": 20.0, "r2_weight": 0.0, "discriminator_t": 0.02},
+}
+"""Options of objectives whose own defaults are for clips."""
+
+
+def plane_objectives() -> dict[str, type[Objective]]:
     """Those that make sense on points, by name."""
-    return {
-        name: kind
-        for name, kind in all_objectives().items()
-        if kind.on_points and issubclass(kind, Distillation)
-    }
+    return {name: kind for name, kind in all_objectives().items() if kind.on_points}
 
 
-def for_target(kind: type[Distillation], target: Target) -> Distillation:
+def for_target(kind: type[Objective], target: Target) -> Objective:
     """An objective with the plane's unshifted times and the target's guidance."""
-    return kind(shift=1.0, guidance_scale=target.scale)
+    guidance = {"guidance_scale": target.scale} if issubclass(kind, Distillation) else {}
+    return kind(shift=1.0, **guidance, **OPTIONS.get(kind.name, {}))
 
 
 def distil(
-    objective: Distillation,
+    objective: Objective,
     target: Target,
     start: PointNet,
     effort: Effort,
@@ -150,15 +156,16 @@ def _update(step: PlaneStep, optimizer: torch.optim.Optimizer) -> None:
         for parameter in lab.parameters(name):
             parameter.requires_grad_(name == step.turn)
     loss = getattr(step.objective, step.turn)(step)
-    if not torch.isfinite(loss):
-        raise ValueError(f"the loss of {step.turn} is {float(loss)}; the run has diverged")
     optimizer.zero_grad()
-    loss.backward()
+    for part in [loss] if isinstance(loss, Tensor) else loss:
+        if not torch.isfinite(part):
+            raise ValueError(f"the loss of {step.turn} is {float(part)}; the run has diverged")
+        part.backward()
     torch.nn.utils.clip_grad_norm_(lab.parameters(step.turn), 5.0)
     optimizer.step()
 
 
-def _follow(lab: Laboratory, objective: Distillation) -> None:
+def _follow(lab: Laboratory, objective: Objective) -> None:
     """Move the copies of the student that the objective uses."""
     decays = {"average": objective.average_decay, "lagged": objective.lagged_decay}
     for name in decays.keys() & objective.needs:
@@ -265,23 +272,6 @@ Job = tuple[str, str, int, Path, Effort]
 """An objective, a target, a seed, the folder of finished runs, and the effort."""
 
 
-def result_file(folder: Path, name: str, target: str, seed: int) -> Path:
-    """Where a finished run is kept."""
-    return folder / f"{name}-{target}-{seed}.json"
-
-
-def read_result(file: Path) -> dict[str, Any]:
-    """A finished run.
-
-    Raises:
-        ValueError: if the file is damaged.
-    """
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); delete it and run again") from error
-
-
 def run_job(job: Job) -> str:
     """One run on one thread, unless it is done; a line about it. A run that diverges leaves no
     file.
@@ -297,8 +287,7 @@ def run_job(job: Job) -> str:
         result = run(objective, target, load_start(target, effort, folder), effort, seed)
     except ValueError as error:
         return f"{name} on {target_name}: {error}"
-    with atomic_file(file) as temporary:
-        temporary.write_text(json.dumps(result))
+    write_result(file, result)
     return (
         f"{name} on {target_name}: {result['ratio']:.2f} times the floor, {result['seconds']:.0f} s"
     )

@@ -8,6 +8,7 @@ import torch
 
 from streamvid.core.process import velocity
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.models.jump_embedding import add_jump_embedding
 from streamvid.rollout import sampler
 from streamvid.rollout.loop import rollout
 from streamvid.rollout.noise import KeyedNoise
@@ -76,6 +77,8 @@ CONFIGS = {
     "endless positions": StreamConfig(
         chunk_frames=2, num_steps=1, window_frames=4, sink_frames=1, positions="window"
     ),
+    "jumps": StreamConfig(num_steps=3, chunk_frames=2, stepper="jump"),
+    "rolling jumps": StreamConfig(order="rolling", num_steps=2, chunk_frames=2, stepper="jump"),
 }
 
 
@@ -83,6 +86,9 @@ CONFIGS = {
 @pytest.mark.parametrize("real", [False, True], ids=["fake student", "Wan student"])
 def test_stream_export_and_training_agree_bitwise(student, codec, prompts, config, real):
     student = tiny_wan() if real else student
+    if real and config.stepper == "jump":
+        add_jump_embedding(student)
+        torch.nn.init.normal_(student.condition_embedder.jump_embedder.linear_2.weight)
     size = {"seeds": [1, 2], "num_frames": 29, **SIZE}  # 8 latent frames, 4 chunks
     chunks = list(stream(student, codec, prompts, config, **size))
     assert torch.equal(
@@ -216,7 +222,7 @@ def test_bad_sizes_are_refused_before_the_first_chunk(student, codec, prompts, o
         stream(student, codec, prompts, StreamConfig(), **{"seeds": [1, 2], **SIZE, **options})
 
 
-# ---- a bidirectional teacher --------------------------------------------------------------------------
+# ---- a bidirectional teacher ---------------------------------------------------------------------
 
 
 def gaussian_predict(std):

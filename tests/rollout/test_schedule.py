@@ -147,7 +147,7 @@ def test_bad_counts_are_refused_at_construction():
         move_tap(autoregressive(TIMES), -1)
 
 
-# ---- the configuration --------------------------------------------------------------------------------
+# ---- the configuration ---------------------------------------------------------------------------
 
 CONFIGS = [
     StreamConfig(),
@@ -155,6 +155,7 @@ CONFIGS = [
         num_steps=2, first_steps=4, shift=8.0, window_frames=12, sink_frames=3, positions="window"
     ),
     StreamConfig(step_table=((1.0, 0.9), (1.0,)), commit="reuse", chunk_frames=1),
+    StreamConfig(stepper="jump"),
     StreamConfig(order="full_sequence", commit="none", stepper="euler", num_steps=50),
     StreamConfig(
         order="rolling", num_steps=5, window_frames=21, sink_frames=3, max_trained_frames=21
@@ -187,6 +188,7 @@ def test_absent_keys_have_defaults():
         ({"commit": "dirty"}, "commit='dirty', expected one of"),
         ({"commit": ["clean"]}, r"commit=\['clean'\], expected one of"),
         ({"order": "diagonal"}, "order='diagonal'"),
+        ({"stepper": "leap"}, "stepper='leap', expected one of .*'jump'"),
         ({"step_table": [1, 0.5]}, "expected a list of lists of times"),
         ({"step_table": [[1, 0.5], []]}, "expected at least one, falling"),
         ({"step_table": [[1]], "first_steps": 4}, "leave first_steps"),

@@ -29,6 +29,7 @@ def test_a_card_has_front_matter_that_the_hub_reads_and_the_facts():
             "3-2 steps in chunks of 3",
         ),
         (StreamConfig(context_t=0.1), "context at 0.1"),
+        (StreamConfig(stepper="jump"), "stepper jump"),
     ],
 )
 def test_streaming_is_told_in_words(stream, said):

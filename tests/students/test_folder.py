@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.models.jump_embedding import add_jump_embedding
+from streamvid.rollout.sampler import generate_latents
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.students.folder import (
     TINY_STUDENT,
@@ -52,6 +54,23 @@ def test_a_student_comes_back_as_it_was_saved(folder):
         for p, q in zip(student.transformer.parameters(), made.parameters(), strict=True)
     )
     assert not student.transformer.training
+
+
+def test_a_student_that_jumps_comes_back_and_streams_as_it_did(tmp_path):
+    """Told where to land by its own stream_config.json; told otherwise it streams otherwise."""
+    config = {"num_steps": 2, "chunk_frames": 1}
+    made, stream = make_transformer(), StreamConfig(stepper="jump", **config)
+    add_jump_embedding(made)
+    torch.nn.init.normal_(made.condition_embedder.jump_embedder.linear_2.weight)
+    save_student(tmp_path / "student", made, stream)
+    student = load_student(tmp_path / "student")
+    assert student.stream == stream and student.transformer.takes_target
+    prompts = student.prompts.encode(["a red ball"])
+    options = {"seeds": [1], "latent_shape": (16, 4, 4), "num_chunks": 2}
+    jumped = generate_latents(student.transformer, prompts, student.stream, **options)
+    assert torch.equal(jumped, generate_latents(made.eval(), prompts, stream, **options))
+    euler = StreamConfig(stepper="euler", **config)
+    assert not torch.allclose(jumped, generate_latents(made, prompts, euler, **options))
 
 
 def test_half_precision_on_disk_runs_in_the_precision_asked_for(folder):

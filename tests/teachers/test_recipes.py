@@ -16,7 +16,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from streamvid.config import read_config
-from streamvid.experiment.build import load_run
+from streamvid.experiment.config import load_run
 from streamvid.students.folder import load_student
 from streamvid.video import VideoWriter
 

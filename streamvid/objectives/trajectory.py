@@ -22,24 +22,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamvid.core.process import expand_time, x0_from_v
 from streamvid.data.trajectories import SAME_TIME, check_falling, time_indices
+from streamvid.objectives.base import ClipStep, Objective
 from streamvid.rollout.sampler import GuidedModel, stream_latents
 from streamvid.rollout.schedule import StreamConfig, build_schedule
 from streamvid.seeding import keyed_generator
 from streamvid.teachers.base import Teacher
-from streamvid.training.method import as_floats
 
 
 @dataclass
-class Config:
-    """Settings of trajectory regression."""
+class TrajectoryRegression(Objective):
+    """Regression on stored trajectories of the teacher."""
+
+    name: ClassVar[str] = "trajectory"
+    paper: ClassVar[str] = "2412.07772"
+    needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
+    role: ClassVar[Literal["complete", "add-on", "baseline", "start"]] = "start"
+    on_points: ClassVar[bool] = False
 
     mode: Literal["diffusion_forcing", "teacher_forcing"] = "diffusion_forcing"
     """What a chunk sees of the chunks before it."""
@@ -48,97 +54,65 @@ class Config:
     (Causal-Forcing)."""
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("mode", ("diffusion_forcing", "teacher_forcing")),
-            ("level", ("chunk", "clip")),
-        ):
+        choices_of = {
+            "mode": ("diffusion_forcing", "teacher_forcing"),
+            "level": ("chunk", "clip"),
+        }
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}, expected one of {choices}")
 
-
-class TrajectoryRegression:
-    """The method.
-
-    Args:
-        config: see ``Config``.
-        student: a causal Wan transformer.
-        stream: how the student will be streamed: its chunks and the times of their steps.
-        seed: of all random draws.
-    """
-
-    needs: frozenset[str] = frozenset()  # the teacher's part is on disk
-
-    def __init__(self, config: Config, student: nn.Module, stream: StreamConfig, seed: int = 0):
-        self.config = config
-        self.student = student
-        self.stream = stream
-        self.seed = seed
-
-    def networks(self) -> dict[str, nn.Module]:
-        return {"student": self.student}
-
-    def turns(self, step: int) -> tuple[str, ...]:
-        return ("student",)
-
-    def choices(self, turn: str, step: int) -> None:
+    def choices(self, step: Any) -> None:
         """All steps cost the same."""
 
-    def loss(self, turn: str, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, float]]:
-        """Batches hold ``states [B, K, C, T, h, w]``, ``times [B, K]``, ``cond [B, L, D]`` and
+    def student(self, step: ClipStep) -> Tensor:  # type: ignore[override]
+        """Batches hold ``states [B, n, C, T, h, w]``, ``times [B, n]``, ``cond [B, L, D]`` and
         ``keys``.
 
         Raises:
             ValueError: if a time of the student's list is not stored, or the chunks do not fit the
                 clips.
         """
-        states, times = batch["states"], batch["times"][0]
-        levels = self._draw_levels(batch["keys"], times.tolist(), self._num_chunks(states.shape[3]))
-        x_t = select_states(states, levels.to(states.device), self.stream.chunk_frames)
-        # [B, T]
-        t = (
-            times[levels.to(times.device)]
-            .repeat_interleave(self.stream.chunk_frames, dim=1)
-            .to(states.device)
-        )
+        states, times = step.batch["states"], step.batch["times"][0]
+        chunk_frames = step.stream.chunk_frames
+        num_chunks = self._num_chunks(states.shape[3], chunk_frames)
+        levels = self._draw_levels(step, times.tolist(), num_chunks)
+        x_t = select_states(states, levels.to(states.device), chunk_frames)
+        t = times[levels.to(times.device)].repeat_interleave(chunk_frames, dim=1)  # [B, T]
+        t = t.to(states.device)
         x0 = states[:, time_indices(times.tolist(), [0.0])[0]]
-        v = self._predict(x_t, t, batch["cond"], x0)
+        clean = x0 if self.mode == "teacher_forcing" else None
+        v = step.velocity(x_t, t, None, chunk_frames, clean)
         error = (x0_from_v(x_t, v, t) - x0).square()
         counts = expand_time((t > SAME_TIME).float(), error).expand_as(error)
-        loss = (error * counts).sum() / counts.sum()
-        return loss, as_floats({"loss": loss})
+        return (error * counts).sum() / counts.sum()
 
-    def _predict(self, x_t: Tensor, t: Tensor, cond: Tensor, x0: Tensor) -> Tensor:
-        chunk: dict[str, Any] = {"chunk_frames": self.stream.chunk_frames}
-        if self.config.mode == "teacher_forcing":
-            chunk["clean_context"] = x0
-        return self.student(x_t, 1000 * t, cond, **chunk, return_dict=False)[0]
-
-    def _draw_levels(self, keys: list[int], stored: list[float], num_chunks: int) -> Tensor:
+    def _draw_levels(self, step: ClipStep, stored: list[float], num_chunks: int) -> Tensor:
         """Which stored time each chunk of each sample is at, ``[B, n]``."""
-        steps = [time_indices(stored, times) for times in chunk_times(self.stream, num_chunks)]
-        shared = self.config.level == "clip"
-        if self.config.mode == "diffusion_forcing" and not shared:
+        steps = [time_indices(stored, times) for times in chunk_times(step.stream, num_chunks)]
+        shared = self.level == "clip"
+        if self.mode == "diffusion_forcing" and not shared:
             steps = [*(indices + time_indices(stored, [0.0]) for indices in steps[:-1]), steps[-1]]
         longest = max(len(indices) for indices in steps)
         rows = []
-        for key in keys:
+        for key in step.keys:
             draws = torch.rand(
-                num_chunks, generator=keyed_generator(self.seed, "level", key), dtype=torch.float64
+                num_chunks, generator=keyed_generator(step.seed, "level", key), dtype=torch.float64
             )
             if shared:  # a chunk with a shorter list stays at its last step
-                step = int(draws[0] * longest)
-                rows.append([indices[min(step, len(indices) - 1)] for indices in steps])
+                place = int(draws[0] * longest)
+                rows.append([indices[min(place, len(indices) - 1)] for indices in steps])
             else:
                 rows.append([indices[int(u * len(indices))] for u, indices in zip(draws, steps)])
         return torch.tensor(rows)
 
-    def _num_chunks(self, frames: int) -> int:
-        if frames % self.stream.chunk_frames:
+    def _num_chunks(self, frames: int, chunk_frames: int) -> int:
+        if frames % chunk_frames:
             raise ValueError(
-                f"chunk_frames={self.stream.chunk_frames} does not divide the trajectories'"
-                f" {frames} latent frames"
+                f"chunk_frames={chunk_frames} does not divide the trajectories' {frames} latent"
+                " frames"
             )
-        return frames // self.stream.chunk_frames
+        return frames // chunk_frames
 
 
 def chunk_times(stream: StreamConfig, num_chunks: int) -> list[list[float]]:
@@ -161,7 +135,7 @@ def select_states(states: Tensor, levels: Tensor, chunk_frames: int) -> Tensor:
     return rearrange(chunks[b, n, levels], "b n c f h w -> b c (n f) h w")
 
 
-# ---- making the trajectories --------------------------------------------------------------------------
+# ---- making the trajectories ---------------------------------------------------------------------
 
 
 def grid_through(times: Sequence[float], grid: Sequence[float]) -> tuple[float, ...]:
@@ -222,6 +196,3 @@ def solve_trajectories(
     )
     (clip,) = results
     return torch.stack([*(kept[t] for t in times[:-1]), clip.latents], dim=1)
-
-
-Method = TrajectoryRegression
