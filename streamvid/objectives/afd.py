@@ -63,7 +63,7 @@ from streamvid.core.adversary import approximate_penalty, discriminator_loss, ge
 from streamvid.core.policy import group_advantage, nft_loss, optimality
 from streamvid.core.times import TimeLaw
 from streamvid.models.video_discriminator import VideoDiscriminator
-from streamvid.objectives.base import Objective, Step
+from streamvid.objectives.base import Objective, Step, require
 
 
 @dataclass
@@ -146,6 +146,7 @@ class AFD(Objective):
     only."""
 
     def __post_init__(self) -> None:
+        require(self, discriminator_t=(0, 1))
         at_least = {
             "group_size": 1,
             "noisings": 1,

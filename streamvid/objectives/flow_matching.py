@@ -15,6 +15,7 @@ Cuts from the middle of a clip carry no loss on their first chunk: its context w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from streamvid.core.fitting import flow_matching_loss
 from streamvid.core.process import add_noise
 from streamvid.core.times import TimeLaw, sample_times
-from streamvid.objectives.base import ClipStep, Objective
+from streamvid.objectives.base import ClipStep, Objective, require
 from streamvid.seeding import keyed_generator, keyed_normal
 
 
@@ -50,6 +51,9 @@ class FlowMatching(Objective):
     """Shift of the time law."""
     uncond_share: float = 0.1
     """Share of samples trained on the empty prompt; 0 for a student that runs without guidance."""
+
+    def __post_init__(self) -> None:
+        require(self, chunk_frames=(1, math.inf), uncond_share=(0, 1))
 
     @property
     def is_causal(self) -> bool:

@@ -143,7 +143,9 @@ def gradients(objective, lab, law, turn="student", number=8, progress=0.7, count
     found = []
     for seed in range(number):
         step = GaussianStep(lab, objective, seed, count, progress)
+        step.turn = turn
         loss = getattr(objective, turn)(step)
+        loss = loss if isinstance(loss, torch.Tensor) else sum(loss)
         slope = None
         if loss.requires_grad:  # the fit without a prompt is not to ``law``
             (slope,) = torch.autograd.grad(loss, law, allow_unused=True)

@@ -5,6 +5,7 @@ and only those who may receive a gradient do.
 import copy
 import dataclasses
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ from streamvid.core.adversary import FeatureHeads, generator_loss
 from streamvid.core.process import add_noise
 from streamvid.objectives import all_objectives, find_objective
 from streamvid.objectives.base import NETWORKS
+from streamvid.objectives.dmd import DMD
 from streamvid.objectives.preferences import DistillationDPO
-from streamvid.objectives.score import DMD, DMD2, FDistill, FlashDMD, UniDAD
+from streamvid.objectives.score import DMD2, FDistill, FlashDMD, UniDAD
 from streamvid.settings.plane import PlaneStep
+from streamvid.settings.targets import ring
+from streamvid.studies.plane import for_target
 
 IMAGE = (4, 6, 6)
 CLIP = (4, 3, 4, 4)
@@ -53,7 +57,9 @@ class ConvLab:
         self.shape = shape
         names = ("student", "average", "lagged", "start", "teacher", "fake_score", "second")
         self.nets = {name: Net() for name in names}
-        self.heads = FeatureHeads([4], objective.heads, objective.num_logits, hidden=8)
+        self.heads = FeatureHeads(
+            [4], objective.heads, objective.num_logits_for(objective.num_steps), hidden=8
+        )
 
     @property
     def trained(self):
@@ -95,7 +101,12 @@ class ConvLab:
 
 
 def make(name, scale):
-    return find_objective(name)(guidance_scale=scale, shift=1.0)
+    return for_target(find_objective(name), replace(ring(), scale=scale))
+
+
+def total(loss):
+    """Of the parts, where a loss comes in parts."""
+    return loss if isinstance(loss, torch.Tensor) else sum(loss)
 
 
 def new_step(objective, shape, progress=0.7, seed=0, kind=PlaneStep):
@@ -104,18 +115,18 @@ def new_step(objective, shape, progress=0.7, seed=0, kind=PlaneStep):
     return kind(ConvLab(objective, shape), objective, "student", cond, rng, progress)
 
 
+POINTS = [name for name, kind in all_objectives().items() if kind.on_points]
+"""The others need what only a causal student's clips have; they have tests of their own."""
+
+
 def cases():
     shapes = {"image": IMAGE, "clip": CLIP}
     return [
         pytest.param(name, scale, shape, id=f"{name}-{scale}-{label}")
-        for name, kind in all_objectives().items()
+        for name in POINTS
         for scale in (1.0, 2.0)
         for label, shape in shapes.items()
-        if kind.on_points or label == "clip"
     ]
-
-
-POINTS = [name for name, kind in all_objectives().items() if kind.on_points]
 
 
 @pytest.mark.parametrize("name, scale, shape", cases())
@@ -128,7 +139,8 @@ def test_a_turn_trains_its_own_network(name, scale, shape):
             own = {id(p) for p in step.lab.parameters(network)}
             for p in step.lab.everything():
                 p.requires_grad_(id(p) in own)
-            loss = getattr(objective, network)(step)
+            step.turn = network
+            loss = total(getattr(objective, network)(step))
             assert loss.ndim == 0 and torch.isfinite(loss)
             loss.backward()
             touched = [p for p in step.lab.everything() if p.grad is not None]
@@ -143,7 +155,7 @@ def test_who_could_get_a_gradient(name):
     """
     objective = make(name, 1.0)
     step = new_step(objective, IMAGE)
-    objective.student(step).backward()
+    total(objective.student(step)).backward()
 
     def heard(network):
         return any(
@@ -158,6 +170,10 @@ def test_who_could_get_a_gradient(name):
     assert not heard("lagged") and not heard("second")
 
 
+OWN_TRUNK = {"asd", "afd"}
+"""Their discriminators read the fake score, or a copy of the student."""
+
+
 class NotingStep(PlaneStep):
     """Notes what is asked of it, in the words of ``Objective.needs``."""
 
@@ -165,6 +181,17 @@ class NotingStep(PlaneStep):
         self.asked = set()
         self.landings = set()
         super().__init__(*args)
+        self.velocity_of = self.lab.mean_velocity
+        self.lab.mean_velocity = self.note_velocity
+
+    def note_velocity(self, name, x, t, s, cond):
+        if name != "student":
+            self.asked.add(name)
+        if bool((s == 0).all()):
+            self.landings.add("data")
+        else:
+            self.landings.add("here" if torch.equal(s, t) else "between")
+        return self.velocity_of(name, x, t, s, cond)
 
     @property
     def group(self):
@@ -187,15 +214,6 @@ class NotingStep(PlaneStep):
         self.asked.add("reward")
         return super().reward(x)
 
-    def mean_velocity(self, name, x, t, s):
-        if name != "student":
-            self.asked.add(name)
-        if bool((s == 0).all()):
-            self.landings.add("data")
-        else:
-            self.landings.add("here" if torch.equal(s, t) else "between")
-        return super().mean_velocity(name, x, t, s)
-
     def teacher_velocity(self, x_t, t, prompted=True):
         self.asked.add("score")
         return super().teacher_velocity(x_t, t, prompted)
@@ -204,9 +222,10 @@ class NotingStep(PlaneStep):
         self.asked.add("second")
         return super().second_velocity(x_t, t)
 
-    def logits(self, x_t, t):
-        self.asked.add("features")
-        return super().logits(x_t, t)
+    def logits(self, *args):
+        if self.objective.name not in OWN_TRUNK:
+            self.asked.add("features")
+        return super().logits(*args)
 
     def features(self, x_t, t):
         self.asked.add("features")
@@ -224,7 +243,8 @@ def test_it_needs_exactly_what_it_asks_for(name):
         for seed in range(4):
             step = new_step(objective, IMAGE, progress, seed, NotingStep)
             for network in objective.networks():
-                getattr(objective, network)(step)
+                step.turn = network
+                total(getattr(objective, network)(step))
             asked |= step.asked
             landings |= step.landings
     if "between" in landings or len(landings) > 1:
@@ -308,10 +328,8 @@ def test_every_objective_is_documented():
 
 
 def test_an_unknown_objective_is_answered_with_the_nearest():
-    with pytest.raises(ValueError, match="'menflow' is unknown, did you mean 'meanflow'"):
+    with pytest.raises(ValueError, match="menflow.*did you mean meanflow?"):
         find_objective("menflow")
-    with pytest.raises(ValueError, match="did you mean"):
-        find_objective("")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from streamvid.objectives.score import DMD, SiDA
+from streamvid.objectives.dmd import DMD
+from streamvid.objectives.score import SiDA
 from streamvid.settings.targets import TARGETS, Target
 from streamvid.studies.plane import (
     QUICK,
