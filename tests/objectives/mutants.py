@@ -211,6 +211,48 @@ MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
         "return discriminator_loss(kind, real_logits, fake_logits)",
         of("ladd"),
     ),
+    (
+        "asd_student_plays_for_the_other_side",
+        "streamvid/objectives/asd.py",
+        'adversarial = generator_loss("paired", logits, better_logits)',
+        'adversarial = -generator_loss("paired", logits, better_logits)',
+        of("asd"),
+    ),
+    (
+        "asd_discriminator_told_the_wrong_side",
+        "streamvid/objectives/asd.py",
+        'discriminator_loss("paired", logits["worse"], logits["better"])',
+        'discriminator_loss("paired", logits["better"], logits["worse"])',
+        of("asd"),
+    ),
+    (
+        "afd_advantages_upside_down",
+        "streamvid/objectives/afd.py",
+        "r = optimality(advantages, self.advantage_clip)",
+        "r = optimality(-advantages, self.advantage_clip)",
+        of("afd"),
+    ),
+    (
+        "afd_discriminator_told_the_wrong_side",
+        "streamvid/objectives/afd.py",
+        'adversarial = discriminator_loss("paired", fake_logits, real_logits)',
+        'adversarial = discriminator_loss("paired", real_logits, fake_logits)',
+        of("afd"),
+    ),
+    (
+        "afd_gan_plays_for_the_other_side",
+        "streamvid/objectives/afd.py",
+        'loss = generator_loss("paired", logits, real_logits)',
+        'loss = generator_loss("paired", -logits, -real_logits)',
+        of("afd"),
+    ),
+    (
+        "afd_old_policy_on_the_wrong_side",
+        "streamvid/objectives/afd.py",
+        "nft = nft_loss(chunks.v, v_old, chunks.v_target, weight,",
+        "nft = nft_loss(chunks.v, v_old, chunks.v_target, 1 - weight,",
+        of("afd"),
+    ),
     # ---- flow maps
     (
         "pair_taught_upwards",
