@@ -101,6 +101,7 @@ def approximate_penalty(
     noise: Tensor,
     sigma: float,
     divide: bool = False,
+    known: Tensor | None = None,
 ) -> Tensor:
     """``E |D(x + sigma noise) - D(x)|^2``, about sigma^2 times the squared norm of D's gradient (R1
     on reals, R2 on fakes, arXiv 1801.04406), and equal to it on average for a linear D.
@@ -112,13 +113,15 @@ def approximate_penalty(
         noise: standard normal, as ``x``.
         sigma: small against the data; APT has 0.01 for images, 0.1 for video, ASD 0.05.
         divide: divide the difference by sigma first, as Self-Forcing's code does.
+        known: the logits of ``x``, where they are there already.
 
     Raises:
         ValueError: unless ``sigma`` > 0.
     """
     if sigma <= 0:
         raise ValueError(f"sigma={sigma}, expected a positive number")
-    moved = as_work(logits_of(x + sigma * noise)) - as_work(logits_of(x))
+    moved = as_work(logits_of(x + sigma * noise))
+    moved = moved - as_work(logits_of(x) if known is None else known)
     return (moved / sigma if divide else moved).square().mean()
 
 

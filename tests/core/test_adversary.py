@@ -149,6 +149,8 @@ def test_penalties_of_a_linear_discriminator():
     assert approximate_penalty(logits_of, x, noise, 0.05, divide=True).item() == pytest.approx(
         norm, rel=0.03
     )
+    given = approximate_penalty(logits_of, x, noise, 0.05, known=logits_of(x))
+    assert given == approximate_penalty(logits_of, x, noise, 0.05)
     with pytest.raises(ValueError, match="sigma=0"):
         approximate_penalty(logits_of, x, noise, 0)
 
