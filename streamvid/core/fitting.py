@@ -8,7 +8,7 @@ law of t that distribution matching evaluates it at.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -43,6 +43,12 @@ def flow_matching_loss(
 Weighting = Literal["v", "x0", "eps", "edm", "dmd2_edm", "swiftbrush"]
 
 
+@overload
+def loss_weight(kind: Weighting, t: Tensor, sigma_data: float = 0.5) -> Tensor: ...
+@overload
+def loss_weight(kind: Weighting, t: float, sigma_data: float = 0.5) -> float: ...
+@overload
+def loss_weight(kind: Weighting, t: Time, sigma_data: float = 0.5) -> Time: ...
 def loss_weight(kind: Weighting, t: Time, sigma_data: float = 0.5) -> Time:
     """The weight on the squared error of the velocity that makes it the loss that others write.
 

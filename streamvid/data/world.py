@@ -152,7 +152,9 @@ def positions(spec: WorldSpec, num_frames: int) -> np.ndarray:
 # ---- drawing -------------------------------------------------------------------------------------
 
 
-def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+def signed_distance(
+    shape: str, dx: np.ndarray, dy: np.ndarray, radius: float | np.ndarray
+) -> np.ndarray:
     """Distance to the outline, negative inside; every shape fits in the circle of ``radius`` or
     nearly so.
     """

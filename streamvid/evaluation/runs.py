@@ -233,7 +233,8 @@ def measure_cost(
 def _time_clip(
     runner: Runner, codec: VideoCodec, embedding: Tensor, num_frames: int
 ) -> tuple[float, float, float]:
-    started, first_frame_s, denoise_s, decode_s = time.perf_counter(), None, 0.0, 0.0
+    first_frame_s = denoise_s = decode_s = 0.0
+    started = time.perf_counter()
     chunks = stream(
         runner.model,
         codec,
@@ -245,7 +246,8 @@ def _time_clip(
         num_frames=num_frames,
     )
     for chunk in chunks:
-        if first_frame_s is None:
+        if chunk.index == 0:
             first_frame_s = time.perf_counter() - started
-        denoise_s, decode_s = denoise_s + chunk.denoise_s, decode_s + chunk.decode_s
+        denoise_s += chunk.denoise_s
+        decode_s += chunk.decode_s
     return denoise_s, decode_s, first_frame_s

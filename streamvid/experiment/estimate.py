@@ -179,15 +179,14 @@ def estimate(config: RunConfig, steps: int = SAMPLED_STEPS) -> Estimate:
     """
     config = locate_shipped(config)
     method, roles = build_on_meta(config)
-    depth = max(
-        (int(n.config.num_layers) for n in find_networks(method).values() if hasattr(n, "config")),
-        default=0,
-    )
-    sharing = {"sharded": config.train.shard == "full", "processes": count_processes()}
+    networks: list[Any] = list(find_networks(method).values())
+    depth = max((int(n.config.num_layers) for n in networks if hasattr(n, "config")), default=0)
+    sharded = config.train.shard == "full"
     if depth <= max(DEPTHS):
-        return Estimate(roles, turns_of(config, method, steps), **sharing)
+        return Estimate(roles, turns_of(config, method, steps), sharded, count_processes())
     few, more = (turns_of(config, build_on_meta(config, depth)[0], steps) for depth in DEPTHS)
-    return Estimate(roles, tuple(_extrapolate(a, b, depth) for a, b in zip(few, more)), **sharing)
+    turns = tuple(_extrapolate(a, b, depth) for a, b in zip(few, more))
+    return Estimate(roles, turns, sharded, count_processes())
 
 
 def ensure_memory(config: RunConfig, device: torch.device) -> None:
@@ -293,7 +292,7 @@ def sizes_of(path: str, option: str) -> dict[str, Any]:
     )
 
 
-def _student(config: StudentConfig, depth: int | None) -> nn.Module:
+def _student(config: StudentConfig, depth: int | None) -> Any:
     """The network that is trained, of a checkpoint's sizes or of those that the run gives."""
     if config.path is None:
         sizes = {name: getattr(config.geometry, name) for name in Geometry.__dataclass_fields__}
@@ -360,8 +359,10 @@ def _depth_of(config: RunConfig) -> int | None:
 
 def _roles(config: RunConfig, method: Method) -> tuple[Role, ...]:
     """What each network takes, with its optimiser and average as the trainer makes them."""
-    trained, roles, counted = method.networks(), [], set()
+    trained = method.networks()
     networks = find_networks(method)
+    roles: list[Role] = []
+    counted: set[int] = set()
     # frozen ones first: adapters stand on these
     for name in sorted(networks, key=trained.__contains__):
         network = networks[name]
@@ -483,7 +484,8 @@ def measure_turn(
 
 def batch_on_meta(config: RunConfig, method: Method) -> dict[str, Any]:
     """A batch of the shapes that the run's data has."""
-    size, student = config.train.batch_size, method.networks()["student"]
+    size = config.train.batch_size
+    student: Any = method.networks()["student"]
     frames, channels = latent_frames_of_run(config), int(student.config.in_channels)
     latents = torch.empty(size, channels, frames, *config.latent_size, device="meta")
     batch: dict[str, Any] = {

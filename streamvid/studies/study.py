@@ -225,6 +225,7 @@ def _run_config(job: Job) -> Any:
         overrides.append(f"student.path={replace(job, name=job.variant.after).run_dir / 'student'}")
     if job.study.max_steps is not None:
         overrides.append(f"train.max_steps={job.study.max_steps}")
+    assert job.variant.run is not None
     return load_run(job.home / job.variant.run, overrides)
 
 
@@ -257,6 +258,7 @@ def _run_variant(job: Job) -> str:
 def _train(job: Job) -> dict[str, Any]:
     """The student's folder, and what its training has to tell."""
     if job.variant.run is None:
+        assert job.variant.student is not None
         return {
             "path": str(job.home / job.variant.student),
             "steps": 0,
@@ -298,10 +300,10 @@ def evaluate(job: Job, path: str) -> list[dict[str, Any]]:
     noise_seeds = range(job.variant.noise_seeds) if job.variant.run is not None else [job.seed]
     rows = []
     for label, fields in job.variant.deploy.items():
-        stream = replace(
-            student.stream,
-            **{name: None if value == "none" else value for name, value in fields.items()},
-        )
+        changed: dict[str, Any] = {
+            name: None if value == "none" else value for name, value in fields.items()
+        }
+        stream = replace(student.stream, **changed)
         runner = student_runner(label, student.transformer, stream)
         by_seed = runs.score_by_seed(
             runner, student.codec, embeddings, prompts, noise_seeds, study.num_frames
@@ -395,7 +397,7 @@ def _run_reference(job: Job) -> str:
     (scores,) = runs.score_by_seed(
         runner, codec, teacher.encode_prompt(prompts), prompts, [0], study.num_frames
     )
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "label": runner.label,
             "scores": scores,

@@ -88,7 +88,7 @@ class Trainer:
         config: TrainConfig,
         method: Method,
         source: BatchSource,
-        save_fn: Callable[[Path], None] | None = None,
+        save_fn: Callable[[Path], Any] | None = None,
         resolved: Any = None,
         progress: bool = True,
         lock: RunLock | None = None,
