@@ -138,7 +138,7 @@ def clips_by_seed(
 
 
 def evaluation_keys(seed: int, num: int) -> list[int]:
-    """A seed a prompt; they don't depend on the runner, so that all are compared on the same
+    """A seed per prompt; they don't depend on the runner, so that all are compared on the same
     noise.
     """
     return [key_to_seed("evaluation", seed, index) for index in range(num)]
@@ -153,7 +153,7 @@ def score_by_seed(
     num_frames: int,
     batch_size: int = 16,
 ) -> list[dict[str, float]]:
-    """Mean scores of all prompts, one dictionary a seed."""
+    """Mean scores of all prompts, one dictionary per seed."""
     clips = clips_by_seed(runner, codec, embeddings, seeds, num_frames, batch_size)
     return [mean_scores(score_clips(each, prompts)) for each in clips]
 

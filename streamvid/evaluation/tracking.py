@@ -362,7 +362,7 @@ def _visible_share(patches: Patches, shape: str, centre: np.ndarray, radius: flo
 
 
 def _measure(pieces: Pieces, patches: Patches, num_frames: int) -> TrackedBody:
-    """One body from its pieces, at most one a frame."""
+    """One body from its pieces, at most one per frame."""
     mass = (np.clip(patches.coverage, 0.0, 1.0) * patches.weight).sum(axis=(1, 2))
     whole = ~pieces.touching | (mass >= WELL_VISIBLE * np.quantile(mass, 0.9))
     centres, radii, misfits = fit_shapes(patches, pieces.centre)

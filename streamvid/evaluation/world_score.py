@@ -60,7 +60,7 @@ PRESENT = 0.5  # share of a window for which a body must be there to belong to i
 FEWEST_FRAMES = 4  # measured frames that a law can be fitted to
 # what tells whom the caption means
 IDENTITY = {"colour": 1.0, "shape": 1.0, "size": 1.0, "direction": 0.5}
-CREEP = 0.3  # pixels a frame, half of slow: below it a body that should fly has stopped
+CREEP = 0.3  # pixels per frame, half of slow: below it a body that should fly has stopped
 STALL_WEIGHT = 4.0  # one stalled frame in 32 costs an eighth of the physics score
 
 # (value that still scores 1, value that scores 0)

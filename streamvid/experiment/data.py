@@ -56,9 +56,9 @@ def build_source(
         source = open_latents(config, Path(data.path), prompts, device, made_by)
     if source.text_dim != prompts.embedding_dim:
         raise ValueError(
-            f"{data.path} has embeddings of {source.text_dim} numbers a token, the text encoder of"
-            f" {config.components} gives {prompts.embedding_dim}; make it again, or set components"
-            " to the folder that it was made with"
+            f"{data.path} has embeddings of {source.text_dim} numbers per token, the text encoder"
+            f" of {config.components} gives {prompts.embedding_dim}; make it again, or set"
+            " components to the folder that it was made with"
         )
     return source
 

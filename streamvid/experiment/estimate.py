@@ -52,7 +52,7 @@ from streamvid.training.trainer import switch_on
 from streamvid.weights import read_json
 
 TEXT_TOKENS = 512  # of a published text encoder
-TEMPORAL_RATIO = 4  # pixel frames a latent frame, of all codecs here
+TEMPORAL_RATIO = 4  # pixel frames per latent frame, of all codecs here
 DEPTHS = (4, 6)  # at which deeper networks are measured
 EXAMPLE_PROCESSES = 8  # that a sharded run is shown for, if it is asked about in one process
 SAMPLED_STEPS = 64  # over which random exits are averaged

@@ -58,7 +58,7 @@ def stream(
         codec: decodes chunk by chunk.
         encoder_hidden_states: the prompts ``[B, L, D]``.
         config: how the student wants to be streamed.
-        seeds: one a prompt; a sample depends on its prompt and its seed, up to rounding of the
+        seeds: one per prompt; a sample depends on its prompt and its seed, up to rounding of the
             batch's matrix products.
         height, width: of the frames, in pixels.
         num_frames: None streams for ever.

@@ -2,7 +2,7 @@
 
 A schedule is data, a lazily generated sequence of ``Denoise`` events, finite or endless. One event
 is one student forward over one or several neighbouring chunks. ``rollout.loop`` runs it; nothing
-else decides an order. For two steps a chunk, at times 1 and .8 (a row is a chunk, a column an
+else decides an order. For two steps per chunk, at times 1 and .8 (a row is a chunk, a column an
 event):
 
     autoregressive       rolling             full_sequence
