@@ -118,9 +118,7 @@ class Estimate:
 
     @property
     def least_peak_bytes(self) -> float:
-        """Of sharded networks gradients are divided as they are made; here none is counted at a
-        turn's worst moment.
-        """
+        """The peak without gradients of sharded networks, which are divided as they are made."""
         if not self.sharded or self.processes == 1:
             return self.peak_bytes
         gradients = {role.name: role.weights for role in self.roles}
@@ -130,7 +128,7 @@ class Estimate:
 
     @property
     def flops(self) -> float:
-        """Of an average step."""
+        """Floating-point operations of an average step."""
         return sum(turn.per_step * turn.flops for turn in self.turns)
 
     def table(self) -> str:
@@ -457,8 +455,8 @@ def _turn(config: RunConfig, method: Method, turn: str, per_step: float, sampled
 
 
 def _choice(method: Method, turn: str, step: int) -> Any:
-    """What of a step's random choices its cost depends on; of a method that does not tell, each
-    step costs its own.
+    """The random choices that a step's cost depends on; the step itself, if the method does not
+    tell.
     """
     choices = getattr(method, "choices", None)
     return step if choices is None else choices(turn, step)

@@ -75,7 +75,7 @@ class Variant:
     curves: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Lines of the picture, and which labels of ``deploy`` are on each; [] is all of them."""
     minutes: float = 0.0
-    """What its training has been measured to take, for the forecast of a study's time."""
+    """Minutes that its training takes, as measured, for the forecast of a study's time."""
 
 
 @dataclass
@@ -84,7 +84,7 @@ class StudyConfig:
 
     variants: dict[str, Variant] = field(default_factory=dict)
     about: str = ""
-    """What its report begins with."""
+    """The first lines of its report."""
     prompts: int = 100
     """Held-out prompts for every score."""
     num_frames: int = 33
@@ -93,7 +93,7 @@ class StudyConfig:
     """Windows of a long stream, each of ``num_frames`` - 1 frames."""
     long_prompts: int = 16
     guidance_scale: float = 2.0
-    """Of the teacher, sampled with 50 Euler steps."""
+    """Guidance of the teacher, which is sampled with 50 Euler steps."""
     minutes_per_run: float = 10.0
     """The most that a training takes."""
     max_steps: int | None = None
@@ -165,7 +165,7 @@ class Job:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What of the study file its numbers rest on; kept with the result, and compared before
+        """The settings that its numbers rest on; they are kept with a result, and compared before
         that is used again.
         """
         of_study = {
