@@ -1,4 +1,4 @@
-# make quickstart | make test | make test-slow | make test-lowest | make venv. PYTHON chooses the interpreter (3.10 to 3.13),
+# make quickstart | make test | make lint | make test-slow | make test-lowest | make venv. PYTHON chooses the interpreter (3.10 to 3.13),
 # TORCH the torch requirement.
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +13,7 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-.PHONY: venv quickstart test test-slow test-lowest clean
+.PHONY: venv quickstart test lint test-slow test-lowest clean
 
 venv: $(VENV)/.installed
 
@@ -42,6 +42,16 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest
+
+$(VENV)/.lint-installed: $(VENV)/.installed
+	$(PIP) install --quiet -e ".[lint]"
+	touch $@
+
+# Format, style and types.
+lint: $(VENV)/.lint-installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # What `make test` leaves out: above about 20 seconds a test.
 test-slow: $(VENV)/.test-installed

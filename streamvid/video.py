@@ -119,7 +119,7 @@ class VideoWriter:
 
     Args:
         path: see ``ensure_writable``.
-        fps: frames a second.
+        fps: frames per second.
         live: a folder of PNGs is there from the start and each PNG as soon as it is complete; they
             stay on an error.
 
@@ -130,7 +130,7 @@ class VideoWriter:
 
     def __init__(self, path: str | Path, fps: float, live: bool = False):
         if not fps > 0:
-            raise ValueError(f"fps={fps}, expected a positive number of frames a second")
+            raise ValueError(f"fps={fps}, expected a positive number of frames per second")
         self.path = ensure_writable(path)
         self.suffix = suffix_of(path)
         self.fps = fps
@@ -240,7 +240,7 @@ def write_video(frames: Tensor, path: str | Path, fps: float) -> None:
 
 def read_video(path: str | Path) -> tuple[Tensor, float]:
     """All frames ``[T, 3, H, W]`` in [0, 1], of square pixels, of a file or a folder of PNGs, and
-    its frames a second on average (PNGs and single frames: 0).
+    its frames per second on average (PNGs and single frames: 0).
 
     Raises:
         ValueError: if it is missing, damaged or no video.

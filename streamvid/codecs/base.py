@@ -7,10 +7,11 @@ and unit variance a channel. A clip of ``1 + r k`` frames has ``1 + k`` latent f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class VideoCodec(Protocol):
@@ -24,6 +25,12 @@ class VideoCodec(Protocol):
     latent_channels: int
     temporal_ratio: int
     spatial_ratio: int
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its weights, which tell its device."""
+
+    def to(self, device: torch.device | str) -> Any:
+        """Move its weights."""
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Frames ``[B, 1 + r k, 3, H, W]`` in [0, 1] to normalised latents ``[B, C, 1 + k, h,

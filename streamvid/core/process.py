@@ -11,7 +11,7 @@ A *velocity field* is any callable ``v(x_t, t) -> Tensor`` with its prompt close
 the loss core takes networks as such.
 
 Shapes: tensors are images ``[B, C, H, W]`` or videos ``[B, C, T, H, W]``. A time is a float, a
-scalar tensor, ``[B]`` (one a sample) or, for videos, ``[B, T]`` (one a latent frame); it is
+scalar tensor, ``[B]`` (one per sample) or, for videos, ``[B, T]`` (one per latent frame); it is
 continuous in [0, 1] and already shifted. Results are float32, or float64 where an input is.
 """
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ def as_work(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@overload
+def expand_time(t: Tensor, x: Tensor) -> Tensor: ...
+@overload
+def expand_time(t: float, x: Tensor) -> float: ...
+@overload
+def expand_time(t: Time, x: Tensor) -> Time: ...
 def expand_time(t: Time, x: Tensor) -> Time:
     """``t`` shaped to broadcast over ``x`` (``[B, C, H, W]`` or ``[B, C, T, H, W]``), in its work
     precision.

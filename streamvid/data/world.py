@@ -1,6 +1,6 @@
 """The verifiable world: procedural clips whose captions can be checked against their pixels.
 
-Three families, on a plain dark floor of 64 x 64 pixels at 16 frames a second, of any length:
+Three families, on a plain dark floor of 64 x 64 pixels at 16 frames per second, of any length:
 
 - ``move``: one shape with constant velocity that bounces off the walls;
 - ``fall``: a ball under gravity that bounces on the floor with a stated elasticity;
@@ -10,7 +10,7 @@ Three families, on a plain dark floor of 64 x 64 pixels at 16 frames a second, o
 paraphrases of a small English grammar and ``read_caption`` reads any of them back. What is measured
 from pixels is in ``streamvid.evaluation.world_score``.
 
-Units: pixels and frames; x to the right, y downwards; a velocity is in pixels a frame.
+Units: pixels and frames; x to the right, y downwards; a velocity is in pixels per frame.
 """
 
 from __future__ import annotations
@@ -152,7 +152,9 @@ def positions(spec: WorldSpec, num_frames: int) -> np.ndarray:
 # ---- drawing -------------------------------------------------------------------------------------
 
 
-def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+def signed_distance(
+    shape: str, dx: np.ndarray, dy: np.ndarray, radius: float | np.ndarray
+) -> np.ndarray:
     """Distance to the outline, negative inside; every shape fits in the circle of ``radius`` or
     nearly so.
     """

@@ -33,7 +33,7 @@ def result_row(
     """One line of a report.
 
     Args:
-        rows: mean scores, one dictionary a seed.
+        rows: mean scores, one dictionary per seed.
         cost: None where nothing was run, for true clips.
         reference: the cost that speed-ups and work are compared with.
         reference_overall: the overall score that this one is compared with.

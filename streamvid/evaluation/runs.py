@@ -138,7 +138,7 @@ def clips_by_seed(
 
 
 def evaluation_keys(seed: int, num: int) -> list[int]:
-    """A seed a prompt; they don't depend on the runner, so that all are compared on the same
+    """A seed per prompt; they don't depend on the runner, so that all are compared on the same
     noise.
     """
     return [key_to_seed("evaluation", seed, index) for index in range(num)]
@@ -153,7 +153,7 @@ def score_by_seed(
     num_frames: int,
     batch_size: int = 16,
 ) -> list[dict[str, float]]:
-    """Mean scores of all prompts, one dictionary a seed."""
+    """Mean scores of all prompts, one dictionary per seed."""
     clips = clips_by_seed(runner, codec, embeddings, seeds, num_frames, batch_size)
     return [mean_scores(score_clips(each, prompts)) for each in clips]
 
@@ -233,7 +233,8 @@ def measure_cost(
 def _time_clip(
     runner: Runner, codec: VideoCodec, embedding: Tensor, num_frames: int
 ) -> tuple[float, float, float]:
-    started, first_frame_s, denoise_s, decode_s = time.perf_counter(), None, 0.0, 0.0
+    first_frame_s = denoise_s = decode_s = 0.0
+    started = time.perf_counter()
     chunks = stream(
         runner.model,
         codec,
@@ -245,7 +246,8 @@ def _time_clip(
         num_frames=num_frames,
     )
     for chunk in chunks:
-        if first_frame_s is None:
+        if chunk.index == 0:
             first_frame_s = time.perf_counter() - started
-        denoise_s, decode_s = denoise_s + chunk.denoise_s, decode_s + chunk.decode_s
+        denoise_s += chunk.denoise_s
+        decode_s += chunk.decode_s
     return denoise_s, decode_s, first_frame_s

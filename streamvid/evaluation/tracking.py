@@ -188,8 +188,8 @@ def find_pieces(contrast: np.ndarray) -> Pieces:
     inner = np.where(
         (total(deep) >= MIN_CORE)[piece], deep, np.where((total(shallow) > 0)[piece], shallow, 1.0)
     )
-    paint = np.stack([total(inner * contrast[frame, c, row, column]) for c in range(3)], axis=1)
-    paint /= total(inner)[:, None]
+    tinted = np.stack([total(inner * contrast[frame, c, row, column]) for c in range(3)], axis=1)
+    paint = tinted / total(inner)[:, None]
     frames_of = (total(frame) / total(None)).round().astype(int)
     touching = (eligible.sum(axis=1) > 1)[np.nonzero(eligible)[0]]
     kept = _keep_largest(frames_of, mass)
@@ -345,7 +345,8 @@ def fit_shapes(patches: Patches, centre: np.ndarray) -> tuple[np.ndarray, np.nda
         start = np.clip(np.sqrt(mass / AREAS[shape]), 2.0, 14.0)
         at, radius = fit_template(patches, shape, centre, start, steps=3, fit_radius=True)
         fits.append((at, radius, _misfit(patches, shape, at, radius)))
-    return tuple(np.stack(part, axis=1) for part in zip(*fits))
+    centres, radii, misfits = (np.stack(part, axis=1) for part in zip(*fits))
+    return centres, radii, misfits
 
 
 # ---- bodies --------------------------------------------------------------------------------------
@@ -361,7 +362,7 @@ def _visible_share(patches: Patches, shape: str, centre: np.ndarray, radius: flo
 
 
 def _measure(pieces: Pieces, patches: Patches, num_frames: int) -> TrackedBody:
-    """One body from its pieces, at most one a frame."""
+    """One body from its pieces, at most one per frame."""
     mass = (np.clip(patches.coverage, 0.0, 1.0) * patches.weight).sum(axis=(1, 2))
     whole = ~pieces.touching | (mass >= WELL_VISIBLE * np.quantile(mass, 0.9))
     centres, radii, misfits = fit_shapes(patches, pieces.centre)
@@ -400,7 +401,7 @@ def _over_time(
     return out
 
 
-def _continue_track(track: np.ndarray, known: np.ndarray, frame: np.ndarray) -> np.ndarray:
+def _continue_track(track: np.ndarray, known: np.ndarray, frame: np.ndarray | int) -> np.ndarray:
     """Centres ``[frames, 2]`` on the line through the first and last of the ``known`` frames."""
     span = max(1, known[-1] - known[0])
     velocity = (track[known[-1]] - track[known[0]]) / span
@@ -468,7 +469,7 @@ def _compare(
         for which, (body, other) in enumerate(((first, second), (second, first))):
             if other.present[frame] and not body.present[frame]:
                 cover = ~_area(other, tracks[1 - which][frame])
-                places = _guesses(body, tracks[which], frame)
+                places = _guesses(body, tracks[which], int(frame))
                 excused[which, frame] = any(
                     _too_little_to_see(_area(body, place) & cover) for place in places
                 )

@@ -23,11 +23,13 @@ hundredth bounce.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import permutations
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import least_squares
 from torch import Tensor
 
@@ -58,7 +60,7 @@ PRESENT = 0.5  # share of a window for which a body must be there to belong to i
 FEWEST_FRAMES = 4  # measured frames that a law can be fitted to
 # what tells whom the caption means
 IDENTITY = {"colour": 1.0, "shape": 1.0, "size": 1.0, "direction": 0.5}
-CREEP = 0.3  # pixels a frame, half of slow: below it a body that should fly has stopped
+CREEP = 0.3  # pixels per frame, half of slow: below it a body that should fly has stopped
 STALL_WEIGHT = 4.0  # one stalled frame in 32 costs an eighth of the physics score
 
 # (value that still scores 1, value that scores 0)
@@ -107,7 +109,7 @@ class WorldScore:
 ATTRIBUTES = tuple(name for name in WorldScore.__dataclass_fields__ if name != "windows")
 
 
-def _ramp(value, band: tuple[float, float]):
+def _ramp(value: ArrayLike, band: tuple[float, float]) -> np.ndarray:
     """1 up to ``band[0]``, 0 from ``band[1]``, linear between; NaN stays NaN."""
     return np.clip((band[1] - np.asarray(value)) / (band[1] - band[0]), 0.0, 1.0)
 
@@ -144,9 +146,8 @@ def _colour_score(body: TrackedBody, word: str | None) -> float | None:
 def _shape_score(body: TrackedBody, word: str | None) -> float | None:
     if word is None or np.isnan(_mush(body)):
         return None
-    return _against_best_other(body.shape_errors, SHAPES.index(word), SHAPE_BAND) * float(
-        _ramp(_mush(body), FORM_BAND)
-    )
+    score = _against_best_other(body.shape_errors, SHAPES.index(word), SHAPE_BAND)
+    return None if score is None else score * float(_ramp(_mush(body), FORM_BAND))
 
 
 def _size_score(body: TrackedBody, word: str | None) -> float | None:
@@ -225,7 +226,9 @@ def _speed_score(body: TrackedBody, word: str | None) -> float | None:
 # ---- laws ----------------------------------------------------------------------------------------
 
 
-def _fit(law, starts: list[tuple[float, float]], measured: np.ndarray) -> np.ndarray:
+def _fit(
+    law: Callable[..., np.ndarray], starts: list[tuple[float, float]], measured: np.ndarray
+) -> np.ndarray:
     """Values of the two-parameter ``law`` closest to what was measured: best start, then least
     squares.
     """
@@ -357,9 +360,9 @@ def _match(
     agrees.
     """
     names = len(said.bodies)
-    options = [*range(count), *[None] * max(0, names - count)]
+    options: list[int | None] = [*range(count), *[None] * max(0, names - count)]
 
-    def agreement(choice: tuple[int | None, ...]) -> float:
+    def agreement(choice: Iterable[int | None]) -> float:
         pairs = [looks[i][j] for i, j in enumerate(choice) if j is not None]
         return sum(
             IDENTITY[name] * (value or 0.0) for look in pairs for name, value in look.items()
@@ -404,7 +407,7 @@ def _scene(parsed: ParsedClip) -> list[int]:
         if body.present.any() and not _mush(body) >= FORM_BAND[1]
     }
     most = [i for i, share in shares.items() if share >= PRESENT]
-    return most or sorted(shares, key=shares.get)[-1:]
+    return most or sorted(shares, key=lambda i: shares[i])[-1:]
 
 
 def _score_window(
@@ -412,7 +415,8 @@ def _score_window(
 ) -> WorldScore:
     main = _scene(parsed)
     if not main:
-        return WorldScore(**{name: 0.0 for name in _find_stated(said)})
+        nothing: dict[str, Any] = dict.fromkeys(_find_stated(said), 0.0)
+        return WorldScore(**nothing)
     scene = [parsed.bodies[i] for i in main]
     looks = [
         [_look_scores(body, word, said.family, initial) for body in scene] for word in said.bodies
@@ -421,15 +425,18 @@ def _score_window(
     found = [(i, j) for i, j in enumerate(match) if j is not None]
     count = np.median(sum((body.present | body.hidden).astype(int) for body in parsed.bodies))
     physics = [_physics_score(scene[j], said) for _, j in found]
-    ordered = said.ordered and len(found) == 2
+    order = None
+    if said.ordered and len(found) == 2:
+        order = _order_score(parsed, main[found[0][1]], main[found[1][1]])
+    look_means: dict[str, Any] = {
+        name: _mean(looks[i][j][name] for i, j in found)
+        for name in ("colour", "shape", "size", "direction")
+    }
     result = WorldScore(
-        **{
-            name: _mean(looks[i][j][name] for i, j in found)
-            for name in ("colour", "shape", "size", "direction")
-        },
+        **look_means,
         speed=_mean(_speed_score(scene[j], said.speed) for _, j in found),
         number=max(0.0, 1.0 - abs(float(count) - len(said.bodies)) / len(said.bodies)),
-        order=_order_score(parsed, main[match[0]], main[match[1]]) if ordered else None,
+        order=order,
         physics=min((value for value in physics if value is not None), default=None),
         permanence=_permanence_score(
             scene,
@@ -440,9 +447,9 @@ def _score_window(
     )
     if len(parsed.floors) < FEWEST_FRAMES:
         return result
-    return replace(
-        result, **{name: 0.0 for name in _find_stated(said) if getattr(result, name) is None}
-    )
+    unmeasured = [name for name in _find_stated(said) if getattr(result, name) is None]
+    missed: dict[str, Any] = dict.fromkeys(unmeasured, 0.0)
+    return replace(result, **missed)
 
 
 def _window_bounds(num_frames: int, window: int) -> list[tuple[int, int]]:

@@ -27,12 +27,13 @@ from streamvid.experiment.config import (
 from streamvid.experiment.data import build_source, ensure_same_latents
 from streamvid.experiment.export import export
 from streamvid.hub import resolve_checkpoint
+from streamvid.metering import GIB
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.jump_embedding import add_jump_embedding
 from streamvid.models.lora import LoraConfig, adapt, share_weights
 from streamvid.settings.video import OF_TEACHER, VideoSetting
 from streamvid.students.folder import load_transformer
-from streamvid.teachers.base import Teacher, check_width
+from streamvid.teachers.base import ModelTeacher, Teacher, check_width
 from streamvid.teachers.load import open_teacher
 from streamvid.teachers.wan import load_wan_transformer
 from streamvid.training.checks import check_same_run, check_trackers
@@ -49,6 +50,7 @@ def build_student(config: StudentConfig, seed: int = 0, jumps: bool = False) -> 
     Args:
         jumps: whether it is told where to land, see ``models.jump_embedding``.
     """
+    network: Any
     if config.path is not None:
         load = load_transformer if config.kind == "causal" else load_wan_transformer
         network = load(config.path, DTYPES[config.lora.dtype])
@@ -82,14 +84,13 @@ def text_device(components: str, device: torch.device) -> torch.device:
     """Where prompts are encoded: on the run's device if the text encoder fits there in float32,
     else on the CPU.
     """
-    needed = (
-        1.2 * 4 * sum(map(num_values, (Path(components) / "text_encoder").glob("*.safetensors")))
-    )
+    files = (Path(components) / "text_encoder").glob("*.safetensors")
+    needed = 1.2 * 4 * sum(map(num_values, files))
     if device.type == "cpu" or needed < torch.cuda.mem_get_info(device)[0]:
         return device
     log.info(
         "the text encoder needs about %.0f GiB, more than is free on %s: it runs on the CPU",
-        needed / 2**30,
+        needed / GIB,
         device,
     )
     return torch.device("cpu")
@@ -156,7 +157,7 @@ def build_method(
     )
 
 
-def share_teacher(config: RunConfig, student: nn.Module, teacher: Teacher) -> None:
+def share_teacher(config: RunConfig, student: nn.Module, teacher: ModelTeacher) -> None:
     """An adapted student of the teacher's own checkpoint stands on the teacher's weights, which are
     so held once.
     """
@@ -173,13 +174,15 @@ def stands_on_teacher(config: RunConfig) -> bool:
     ):
         return False
     own, theirs = config.student.path, config.teacher.path
+    if own is None:
+        return False
     return own == theirs or Path(own).resolve() == resolve_checkpoint(theirs).resolve()
 
 
 def build_fake_score(
     config: RunConfig,
-    teacher: Teacher | None,
-    load: Callable[[str, torch.dtype], nn.Module] = load_wan_transformer,
+    teacher: ModelTeacher | None,
+    load: Callable[[str, torch.dtype], Any] = load_wan_transformer,
 ) -> nn.Module | None:
     """The transformer that `fake_score.path` names, or adapters on that or on the teacher's
     weights; None takes a copy of the teacher's.
@@ -194,6 +197,7 @@ def build_fake_score(
     rank = own.rank(lora)
     if not rank:
         return None if own.path is None else load(own.path, torch.float32)
+    base: nn.Module | None
     if own.path is not None:
         base = load(own.path, DTYPES[config.teacher.dtype])
     elif config.teacher.offload:
@@ -202,7 +206,7 @@ def build_fake_score(
             " fake_score.lora_rank=0"
         )
     else:
-        base = getattr(teacher, "transformer", None)
+        base = None if teacher is None else teacher.transformer
     if "fake_score" not in config.options.networks():
         base = None
     if base is None and own.lora_rank:
@@ -221,7 +225,7 @@ def build_fake_score(
     )
 
 
-def build_teacher(config: TeacherConfig, prompts: PromptEncoder) -> Teacher:
+def build_teacher(config: TeacherConfig, prompts: PromptEncoder) -> ModelTeacher:
     """The teacher without a text encoder of its own: that of the run serves both."""
     options = {"offload": True} if config.offload else {}  # of families with experts
     teacher = open_teacher(

@@ -250,15 +250,15 @@ def _check_kind(config: RunConfig) -> None:
 
 def locate_shipped(config: RunConfig) -> RunConfig:
     """The same run, with the places of the folders that ship with the package."""
-    student, fake_score = (
-        part if part.path is None else replace(part, path=locate_path(part.path))
-        for part in (config.student, config.fake_score)
-    )
-    teacher = replace(config.teacher, path=locate_path(config.teacher.path))
+    student, fake_score = config.student, config.fake_score
+    if student.path is not None:
+        student = replace(student, path=locate_path(student.path))
+    if fake_score.path is not None:
+        fake_score = replace(fake_score, path=locate_path(fake_score.path))
     return replace(
         config,
         student=student,
-        teacher=teacher,
+        teacher=replace(config.teacher, path=locate_path(config.teacher.path)),
         fake_score=fake_score,
         components=locate_path(config.components),
     )
@@ -269,10 +269,11 @@ def fetch_checkpoints(config: RunConfig) -> RunConfig:
     package.
     """
     config = locate_shipped(config)
-    student, fake_score = (
-        part if part.path is None else replace(part, path=str(resolve_checkpoint(part.path)))
-        for part in (config.student, config.fake_score)
-    )
+    student, fake_score = config.student, config.fake_score
+    if student.path is not None:
+        student = replace(student, path=str(resolve_checkpoint(student.path)))
+    if fake_score.path is not None:
+        fake_score = replace(fake_score, path=str(resolve_checkpoint(fake_score.path)))
     return replace(
         config,
         student=student,

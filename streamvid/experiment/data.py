@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from streamvid.codecs.load import open_codec
 from streamvid.codecs.text import PromptEncoder
@@ -47,31 +47,37 @@ def build_source(
     if data.path is None:
         raise ValueError(f"data.kind={data.kind} needs data.path, the file to read or to make")
     made_by = {"text_encoder": checkpoint_key(config.components, "text_encoder", "tokenizer")}
+    source: Trajectories | LatentClips
     if data.kind == "trajectories":
         source = Trajectories(data.path, seed)
         ensure_made_of(data.path, source.settings, made_by, only_known=True)
     else:
         made_by |= {"codec": checkpoint_key(config.components, "vae")}
-        source = open_latents(config, prompts, device, made_by)
+        source = open_latents(config, Path(data.path), prompts, device, made_by)
     if source.text_dim != prompts.embedding_dim:
         raise ValueError(
-            f"{data.path} has embeddings of {source.text_dim} numbers a token, the text encoder of"
-            f" {config.components} gives {prompts.embedding_dim}; make it again, or set components"
-            " to the folder that it was made with"
+            f"{data.path} has embeddings of {source.text_dim} numbers per token, the text encoder"
+            f" of {config.components} gives {prompts.embedding_dim}; make it again, or set"
+            " components to the folder that it was made with"
         )
     return source
 
 
 def open_latents(
-    config: RunConfig, prompts: PromptEncoder, device: torch.device | str, made_by: dict[str, str]
+    config: RunConfig,
+    path: Path,
+    prompts: PromptEncoder,
+    device: torch.device | str,
+    made_by: dict[str, str],
 ) -> LatentClips:
     """A latent set; of the world or of a folder it is made if it is not there.
 
     Args:
+        path: of the set, or of the folder of clips.
         made_by: keys of the codec and the text encoder.
     """
     data = config.data
-    path, of = Path(data.path), made_by
+    of: dict[str, Any] = dict(made_by)
     if data.kind == "world":
         of = {**asdict(data.world), **made_by}
         if not path.exists():
@@ -88,7 +94,7 @@ def open_latents(
                 device,
             )
     if data.kind == "clips":
-        path = encode_folder(config, prompts, device, made_by)
+        path = encode_folder(config, path, prompts, device, made_by)
     source = LatentClips(
         path, config.train.seed, data.latent_frames, data.window_stride, data.first_share
     )
@@ -97,13 +103,17 @@ def open_latents(
 
 
 def encode_folder(
-    config: RunConfig, prompts: PromptEncoder, device: torch.device | str, made_by: dict[str, str]
+    config: RunConfig,
+    folder: Path,
+    prompts: PromptEncoder,
+    device: torch.device | str,
+    made_by: dict[str, str],
 ) -> Path:
     """The latent set of a folder of clips, made if it is not there; its name tells clips and codec
     apart from others.
     """
-    data = config.data
-    teacher, home = ClipFolder(data.path, data.clips), Path(data.cache_dir) / "clips"
+    teacher = ClipFolder(folder, config.data.clips)
+    home = Path(config.data.cache_dir) / "clips"
     name = teacher.folder.resolve().name
     path = home / f"{name}-{key_to_seed(teacher.fingerprint(), *made_by.values()):016x}.safetensors"
     if not path.exists():
@@ -120,7 +130,7 @@ def encode_folder(
     return path
 
 
-def ensure_same_latents(config: RunConfig, source: BatchSource, student: nn.Module) -> None:
+def ensure_same_latents(config: RunConfig, source: BatchSource, student: Any) -> None:
     """A ValueError if a set's latents are not those of the student's codec."""
     made, taken = getattr(source, "latent_channels", None), student.config.out_channels
     if made is not None and made != taken:

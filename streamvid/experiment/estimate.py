@@ -53,7 +53,7 @@ from streamvid.training.trainer import switch_on
 from streamvid.weights import read_json
 
 TEXT_TOKENS = 512  # of a published text encoder
-TEMPORAL_RATIO = 4  # pixel frames a latent frame, of all codecs here
+TEMPORAL_RATIO = 4  # pixel frames per latent frame, of all codecs here
 DEPTHS = (4, 6)  # at which deeper networks are measured
 EXAMPLE_PROCESSES = 8  # that a sharded run is shown for, if it is asked about in one process
 SAMPLED_STEPS = 64  # over which random exits are averaged
@@ -119,9 +119,7 @@ class Estimate:
 
     @property
     def least_peak_bytes(self) -> float:
-        """Of sharded networks gradients are divided as they are made; here none is counted at a
-        turn's worst moment.
-        """
+        """The peak without gradients of sharded networks, which are divided as they are made."""
         if not self.sharded or self.processes == 1:
             return self.peak_bytes
         gradients = {role.name: role.weights for role in self.roles}
@@ -131,7 +129,7 @@ class Estimate:
 
     @property
     def flops(self) -> float:
-        """Of an average step."""
+        """Floating-point operations of an average step."""
         return sum(turn.per_step * turn.flops for turn in self.turns)
 
     def table(self) -> str:
@@ -180,15 +178,14 @@ def estimate(config: RunConfig, steps: int = SAMPLED_STEPS) -> Estimate:
     """
     config = locate_shipped(config)
     method, roles = build_on_meta(config)
-    depth = max(
-        (int(n.config.num_layers) for n in find_networks(method).values() if hasattr(n, "config")),
-        default=0,
-    )
-    sharing = {"sharded": config.train.shard == "full", "processes": count_processes()}
+    networks: list[Any] = list(find_networks(method).values())
+    depth = max((int(n.config.num_layers) for n in networks if hasattr(n, "config")), default=0)
+    sharded = config.train.shard == "full"
     if depth <= max(DEPTHS):
-        return Estimate(roles, turns_of(config, method, steps), **sharing)
+        return Estimate(roles, turns_of(config, method, steps), sharded, count_processes())
     few, more = (turns_of(config, build_on_meta(config, depth)[0], steps) for depth in DEPTHS)
-    return Estimate(roles, tuple(_extrapolate(a, b, depth) for a, b in zip(few, more)), **sharing)
+    turns = tuple(_extrapolate(a, b, depth) for a, b in zip(few, more))
+    return Estimate(roles, turns, sharded, count_processes())
 
 
 def ensure_memory(config: RunConfig, device: torch.device) -> None:
@@ -294,7 +291,7 @@ def sizes_of(path: str, option: str) -> dict[str, Any]:
     )
 
 
-def _student(run: RunConfig, depth: int | None) -> nn.Module:
+def _student(run: RunConfig, depth: int | None) -> Any:
     """The network that is trained, of a checkpoint's sizes or of those that the run gives."""
     config, jumps = run.student, "jumps" in run.options.needs
     if config.path is None:
@@ -365,8 +362,10 @@ def _depth_of(config: RunConfig) -> int | None:
 
 def _roles(config: RunConfig, method: Method) -> tuple[Role, ...]:
     """What each network takes, with its optimiser and average as the trainer makes them."""
-    trained, roles, counted = method.networks(), [], set()
+    trained = method.networks()
     networks = find_networks(method)
+    roles: list[Role] = []
+    counted: set[int] = set()
     # frozen ones first: adapters stand on these
     for name in sorted(networks, key=trained.__contains__):
         network = networks[name]
@@ -461,8 +460,8 @@ def _turn(config: RunConfig, method: Method, turn: str, per_step: float, sampled
 
 
 def _choice(method: Method, turn: str, step: int) -> Any:
-    """What of a step's random choices its cost depends on; of a method that does not tell, each
-    step costs its own.
+    """The random choices that a step's cost depends on; the step itself, if the method does not
+    tell.
     """
     choices = getattr(method, "choices", None)
     return step if choices is None else choices(turn, step)
@@ -488,7 +487,8 @@ def measure_turn(
 
 def batch_on_meta(config: RunConfig, method: Method) -> dict[str, Any]:
     """A batch of the shapes that the run's data has."""
-    size, student = config.train.batch_size, method.networks()["student"]
+    size = config.train.batch_size
+    student: Any = method.networks()["student"]
     frames, channels = latent_frames_of_run(config), int(student.config.in_channels)
     latents = torch.empty(size, channels, frames, *config.latent_size, device="meta")
     batch: dict[str, Any] = {

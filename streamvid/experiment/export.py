@@ -40,7 +40,7 @@ def export(trainer: Trainer, run_dir: Path, config: RunConfig) -> Path:
         return target
     weights = trainer.ema_weights("student") if learner.ema is not None else nullcontext()
     with weights:
-        network = trainer.whole("student")
+        network: Any = trainer.whole("student")
         if not trainer.is_main:
             return target
         if config.student.kind == "causal":

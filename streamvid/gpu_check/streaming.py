@@ -1,4 +1,4 @@
-"""What streaming a student of Wan 2.1 1.3B's size costs: frames a second, where the time goes,
+"""What streaming a student of Wan 2.1 1.3B's size costs: frames per second, where the time goes,
 memory, compilation.
 
 Weights are random, frames are 480 x 832, a chunk is 3 latent frames, hence 12 pixel frames, over a

@@ -186,8 +186,11 @@ def share_weights(network: nn.Module, source: nn.Module) -> None:
     """
     theirs = base_parameters(source)
     own = base_parameters(network)
-    for name in sorted(own.keys() ^ theirs.keys()):
-        raise ValueError(f"these networks cannot share weights: only one of them has {name}")
+    differing = sorted(own.keys() ^ theirs.keys())
+    if differing:
+        raise ValueError(
+            f"these networks cannot share weights: only one of them has {differing[0]}"
+        )
     for name, parameter in own.items():
         alike = parameter.dtype == theirs[name].dtype and parameter.shape == theirs[name].shape
         if not alike or not (parameter.is_meta or torch.equal(parameter, theirs[name])):
@@ -251,11 +254,12 @@ def load_adapter(network: nn.Module, path: str | Path) -> None:
     }
     own = {_file_name(name): p for name, p in network.named_parameters()}
     _check_alpha(file, network.peft_config[ADAPTER].lora_alpha)
-    for name in sorted(own.keys() ^ tensors.keys()):
-        has = "lacks" if name in own else "has"
+    differing = sorted(own.keys() ^ tensors.keys())
+    if differing:
+        has = "lacks" if differing[0] in own else "has"
         raise ValueError(
             f"{file} is an adapter of another network, or of other layers than lora.targets: it"
-            f" {has} {name}"
+            f" {has} {differing[0]}"
         )
     for name, parameter in own.items():
         if tensors[name].shape != parameter.shape:

@@ -314,6 +314,7 @@ _TARGETS = {
 
 
 def _finish(index: int, chunk: _Chunk) -> ChunkResult:
+    assert chunk.prediction is not None, "a chunk has been denoised before it is finished"
     return ChunkResult(index, chunk.x_t, chunk.prediction, chunk.prediction_t, chunk.nfe)
 
 

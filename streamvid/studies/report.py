@@ -66,7 +66,7 @@ def restore_results(report: Path, jobs: Sequence[Job], redo: Set[str] = frozense
 
 
 def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a variant and way of streaming: mean and greatest distance between seeds of each
+    """One row per variant and way of streaming: mean and greatest distance between seeds of each
     score.
     """
     keys = list(dict.fromkeys((r["variant"], row["label"]) for r in results for row in r["rows"]))
@@ -290,7 +290,7 @@ def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
 
 
 def draw(path: Path, study: StudyConfig, rows: Sequence[dict[str, Any]]) -> None:
-    """World score against forwards a clip: a curve a method, the teacher as a line."""
+    """World score against forwards per clip: a curve per method, the teacher as a line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -323,7 +323,7 @@ def draw(path: Path, study: StudyConfig, rows: Sequence[dict[str, Any]]) -> None
                 linewidth=1,
                 label=row["label"],
             )
-    axes.set_xlabel("student forwards a clip, commits included")
+    axes.set_xlabel("student forwards per clip, commits included")
     axes.set_ylabel("world score, overall")
     # beside the picture, not over its points
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))

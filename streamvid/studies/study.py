@@ -75,7 +75,7 @@ class Variant:
     curves: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Lines of the picture, and which labels of ``deploy`` are on each; [] is all of them."""
     minutes: float = 0.0
-    """What its training has been measured to take, for the forecast of a study's time."""
+    """Minutes that its training takes, as measured, for the forecast of a study's time."""
 
 
 @dataclass
@@ -84,7 +84,7 @@ class StudyConfig:
 
     variants: dict[str, Variant] = field(default_factory=dict)
     about: str = ""
-    """What its report begins with."""
+    """The first lines of its report."""
     prompts: int = 100
     """Held-out prompts for every score."""
     num_frames: int = 33
@@ -93,7 +93,7 @@ class StudyConfig:
     """Windows of a long stream, each of ``num_frames`` - 1 frames."""
     long_prompts: int = 16
     guidance_scale: float = 2.0
-    """Of the teacher, sampled with 50 Euler steps."""
+    """Guidance of the teacher, which is sampled with 50 Euler steps."""
     minutes_per_run: float = 10.0
     """The most that a training takes."""
     max_steps: int | None = None
@@ -165,7 +165,7 @@ class Job:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What of the study file its numbers rest on; kept with the result, and compared before
+        """The settings that its numbers rest on; they are kept with a result, and compared before
         that is used again.
         """
         of_study = {
@@ -225,6 +225,7 @@ def _run_config(job: Job) -> Any:
         overrides.append(f"student.path={replace(job, name=job.variant.after).run_dir / 'student'}")
     if job.study.max_steps is not None:
         overrides.append(f"train.max_steps={job.study.max_steps}")
+    assert job.variant.run is not None
     return load_run(job.home / job.variant.run, overrides)
 
 
@@ -257,6 +258,7 @@ def _run_variant(job: Job) -> str:
 def _train(job: Job) -> dict[str, Any]:
     """The student's folder, and what its training has to tell."""
     if job.variant.run is None:
+        assert job.variant.student is not None
         return {
             "path": str(job.home / job.variant.student),
             "steps": 0,
@@ -298,10 +300,10 @@ def evaluate(job: Job, path: str) -> list[dict[str, Any]]:
     noise_seeds = range(job.variant.noise_seeds) if job.variant.run is not None else [job.seed]
     rows = []
     for label, fields in job.variant.deploy.items():
-        stream = replace(
-            student.stream,
-            **{name: None if value == "none" else value for name, value in fields.items()},
-        )
+        changed: dict[str, Any] = {
+            name: None if value == "none" else value for name, value in fields.items()
+        }
+        stream = replace(student.stream, **changed)
         runner = student_runner(label, student.transformer, stream)
         by_seed = runs.score_by_seed(
             runner, student.codec, embeddings, prompts, noise_seeds, study.num_frames
@@ -395,7 +397,7 @@ def _run_reference(job: Job) -> str:
     (scores,) = runs.score_by_seed(
         runner, codec, teacher.encode_prompt(prompts), prompts, [0], study.num_frames
     )
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "label": runner.label,
             "scores": scores,

@@ -62,13 +62,31 @@ class Teacher(Protocol):
     def encode_prompt(self, prompts: list[str]) -> Tensor:
         """Embeddings ``[B, L, D]``."""
 
+
+class ModelTeacher(Teacher, Protocol):
+    """A teacher with a network of its own, on a checkpoint."""
+
+    transformer: nn.Module
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that it takes."""
+
+    @property
+    def text_dim(self) -> int:
+        """Width of the embeddings that it takes."""
+
+    def step_times(self, num_steps: int) -> tuple[float, ...]:
+        """The times of its own sampler, falling, without the final 0."""
+
+    def to(self, device: torch.device | str) -> ModelTeacher:
+        """Move its networks."""
+
     def trainable_copy(self) -> nn.Module:
-        """Its network in float32, to be trained as a score: what ``score_velocity`` takes. Of
-        teachers with weights.
-        """
+        """Its network in float32, to be trained as a score: what ``score_velocity`` takes."""
 
 
-def score_velocity(network: nn.Module, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+def score_velocity(network: Any, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
     """The velocity that a trainable score says, in the conventions of ``Teacher.predict``.
 
     Args:

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from streamvid.hub import resolve_checkpoint
-from streamvid.teachers.base import Teacher, transformer_class
+from streamvid.teachers.base import ModelTeacher, transformer_class
 from streamvid.teachers.cogvideox import CogVideoXTeacher
 from streamvid.teachers.wan import WanTeacher
 
-FAMILIES: dict[str, type] = {
+FAMILIES: dict[str, type[Any]] = {
     "WanTransformer3DModel": WanTeacher,
     "CogVideoXTransformer3DModel": CogVideoXTeacher,
 }
 """By the class name in ``transformer/config.json``."""
 
 
-def open_teacher(path: str | Path, **options: Any) -> Teacher:
+def open_teacher(path: str | Path, **options: Any) -> ModelTeacher:
     """The teacher in a folder in the diffusers layout, or of that name on the Hugging Face hub.
 
     Args:

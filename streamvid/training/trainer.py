@@ -88,7 +88,7 @@ class Trainer:
         config: TrainConfig,
         method: Method,
         source: BatchSource,
-        save_fn: Callable[[Path], None] | None = None,
+        save_fn: Callable[[Path], Any] | None = None,
         resolved: Any = None,
         progress: bool = True,
         lock: RunLock | None = None,
@@ -538,7 +538,7 @@ def switch_on(networks: dict[str, Module], config: TrainConfig) -> None:
             network.compile_repeated_blocks()
 
 
-def _some(networks: list[Module], option: str) -> list[Module]:
+def _some(networks: list[Any], option: str) -> list[Any]:
     if not networks:
         raise ValueError(
             f"{option}=true, but no network of the method supports it; set it to false"

@@ -149,6 +149,8 @@ def test_penalties_of_a_linear_discriminator():
     assert approximate_penalty(logits_of, x, noise, 0.05, divide=True).item() == pytest.approx(
         norm, rel=0.03
     )
+    given = approximate_penalty(logits_of, x, noise, 0.05, known=logits_of(x))
+    assert given == approximate_penalty(logits_of, x, noise, 0.05)
     with pytest.raises(ValueError, match="sigma=0"):
         approximate_penalty(logits_of, x, noise, 0)
 
@@ -199,6 +201,11 @@ def test_gradients_reach_the_sample_and_the_heads_but_not_the_trunk(kind):
     assert x.grad.abs().sum() > 0
     assert all(p.grad is not None for p in heads.parameters())
     assert all(p.grad is None for p in trunk.parameters())
+
+
+def test_a_head_that_looks_at_the_times_asks_for_them():
+    with pytest.raises(ValueError, match="t=None"):
+        FeatureHeads([6], "film")([torch.zeros(2, 3, 6)])
 
 
 def test_heads_see_only_what_was_captured_and_hooks_go_away():

@@ -22,7 +22,7 @@ def test_a_stream_is_measured(tmp_path):
     from streamvid.students.folder import TINY_STUDENT, load_student
 
     rows = bench_suites.streams(load_student(TINY_STUDENT), [1, 4], 33, (64, 64), CPU, 1)
-    assert [row[""] for row in rows] == ["1 steps a chunk", "4 steps a chunk"]
+    assert [row[""] for row in rows] == ["1 steps per chunk", "4 steps per chunk"]
     assert all(row["frames/s"] > 0 and row["cache MiB"] > 0 for row in rows)
     text = write_bench(tmp_path / "stream.json", rows)
     assert "frames/s" in text and json.loads((tmp_path / "stream.json").read_text())["rows"] == rows

@@ -93,7 +93,7 @@ def test_embeddings_of_another_width_are_refused(tmp_path, prompts):
     tensors = {"latents": torch.zeros(1, 16, 2, 8, 8), "embeddings": torch.zeros(1, 1, 4, 7)}
     save_file(tensors, path, metadata={"captions": '[["a"]]'})
     with pytest.raises(
-        ValueError, match="embeddings of 7 numbers a token, the text encoder of .* gives 64"
+        ValueError, match="embeddings of 7 numbers per token, the text encoder of .* gives 64"
     ):
         source(prompts, path, "data.kind=latents")
 
