@@ -38,7 +38,7 @@ $(VENV)/.test-installed: $(VENV)/.installed
 	touch $@
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python tools/quickstart.py
+	$(BIN)/streamvid quickstart
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest

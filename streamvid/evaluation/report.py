@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from streamvid.command_line import invocation
 from streamvid.evaluation.runs import Cost
 from streamvid.files import atomic_file
 from streamvid.printing import markdown_text
@@ -41,7 +40,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "streamvid": streamvid.__version__,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": invocation(),
     }
 
 

@@ -72,7 +72,7 @@ RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 MAX_SEED = 2**31 - 1  # so that each process may add its rank
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ValueError):
     """Training can't go on, such as after a loss that is not a number. The message is one line for
     the user.
     """
