@@ -1,5 +1,5 @@
-# make quickstart | make test | make test-slow | make test-lowest | make venv. PYTHON chooses the interpreter (3.10 to 3.13),
-# TORCH the torch requirement.
+# make quickstart | make test | make test-slow | make test-lowest | make lint | make venv.
+# PYTHON chooses the interpreter (3.10 to 3.13), TORCH the torch requirement.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-.PHONY: venv quickstart test test-slow test-lowest clean
+.PHONY: venv quickstart test test-slow test-lowest lint clean
 
 venv: $(VENV)/.installed
 
@@ -37,6 +37,10 @@ $(VENV)/.test-installed: $(VENV)/.installed
 	$(PIP) install --quiet -e ".[test]"
 	touch $@
 
+$(VENV)/.lint-installed: $(VENV)/.installed
+	$(PIP) install --quiet -e ".[lint]"
+	touch $@
+
 quickstart: $(VENV)/.installed
 	$(BIN)/streamvid quickstart
 
@@ -46,6 +50,9 @@ test: $(VENV)/.test-installed
 # What `make test` leaves out: above about 20 seconds a test.
 test-slow: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(VENV)/.lint-installed
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 # The tests with the lowest version of everything that pyproject.toml allows; several gigabytes: such a torch is a CUDA build
 # where only PyPI is reached. TESTS narrows it: make test-lowest TESTS=tests/codecs
