@@ -20,6 +20,8 @@ LEVELS = [
         "printing",
         "command_line",
         "hub",
+        "metering",
+        "reports",
     },
     {"core"},
     {"models", "codecs", "data", "teachers", "training"},

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from streamvid.codecs.base import VideoCodec
-    from streamvid.evaluation.runs import Runner
+    from streamvid.rollout.runner import Runner
     from streamvid.students.folder import Student
 
 NUM_SHOWN = 4
@@ -126,6 +126,7 @@ class Job:
 def evaluate(args: argparse.Namespace) -> None:
     """Score all models, and write and print the report."""
     from streamvid.evaluation import report, runs
+    from streamvid.rollout.runner import student_runner
     from streamvid.students.card import add_scores
     from streamvid.students.folder import choose_device, load_student
     from streamvid.video import contact_sheet
@@ -139,7 +140,7 @@ def evaluate(args: argparse.Namespace) -> None:
     teacher_jobs = teachers_of(args, prompts, device) if args.teacher_steps else []
     jobs = teacher_jobs + [
         Job(
-            runs.student_runner(label, student.transformer, student.stream),
+            student_runner(label, student.transformer, student.stream),
             student.codec,
             student.prompts.encode(prompts).to(device),
             args.seeds,
@@ -201,7 +202,7 @@ def teachers_of(args: argparse.Namespace, prompts: list[str], device: torch.devi
     """The teacher at each of its numbers of steps."""
     from streamvid.codecs.base import latent_frames_of
     from streamvid.codecs.load import open_codec
-    from streamvid.evaluation.runs import teacher_runner
+    from streamvid.rollout.runner import teacher_runner
     from streamvid.students.folder import TINY_TEACHER
     from streamvid.teachers.load import open_teacher
 

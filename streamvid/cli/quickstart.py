@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(minutes: float, num_prompts: int, output_dir: Path) -> None:
-    from streamvid.experiment.build import build_trainer, load_run
+    from streamvid.experiment.build import build_trainer
+    from streamvid.experiment.config import load_run
 
     if num_prompts < 1:
         raise ValueError(f"--num-prompts={num_prompts}, expected at least 1")
@@ -102,10 +103,9 @@ def compare(run_dir: Path, num_prompts: int) -> None:
         make_clips,
         measure_cost,
         score_clips,
-        student_runner,
-        teacher_runner,
     )
     from streamvid.evaluation.world_score import mean_scores
+    from streamvid.rollout.runner import student_runner, teacher_runner
     from streamvid.students.folder import TINY_START, TINY_TEACHER, load_student
     from streamvid.teachers.wan import WanTeacher
     from streamvid.video import contact_sheet, write_video

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from streamvid.codecs.base import VideoCodec
     from streamvid.codecs.text import PromptEncoder
-    from streamvid.evaluation.runs import Runner
+    from streamvid.rollout.runner import Runner
 
 SLOWEST = 0.01  # frames per second that players know
 FASTEST = 1000.0
@@ -153,7 +153,7 @@ def build_runner(
 
     from streamvid.codecs.base import latent_frames_of
     from streamvid.codecs.load import open_codec
-    from streamvid.evaluation.runs import student_runner, teacher_runner
+    from streamvid.rollout.runner import student_runner, teacher_runner
     from streamvid.students.folder import TINY_STUDENT, deployed, load_student
     from streamvid.teachers.load import open_teacher
 

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def study(args: argparse.Namespace) -> int:
     from streamvid.studies.report import restore_results, write_report
-    from streamvid.studies.study import TEACHER, all_jobs, forecast, load_study, still_to_do
+    from streamvid.studies.study import TEACHER, all_jobs, find_unfinished, forecast, load_study
     from streamvid.video import ensure_place
 
     path = (
@@ -101,7 +101,9 @@ def study(args: argparse.Namespace) -> int:
             shutil.rmtree(job.run_dir, ignore_errors=True)
     kept = restore_results(out, jobs, redo)
     wanted = [job for job in jobs if job.name in (TEACHER, *names)]
-    left = [] if args.report else still_to_do(wanted, jobs, kept if args.only is None else set())
+    left = (
+        [] if args.report else find_unfinished(wanted, jobs, kept if args.only is None else set())
+    )
     failed = []
     if left:
         hours, most = forecast(left, args.jobs)
@@ -135,14 +137,14 @@ def done(jobs: list, num_at_once: int):
     """A line about each run, as it ends; several at once have a process and a thread each."""
     import torch
 
-    from streamvid.studies.study import do
+    from streamvid.studies.study import run_job
 
     if num_at_once == 1:
-        yield from map(do, jobs)
+        yield from map(run_job, jobs)
         return
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(num_at_once, torch.set_num_threads, (1,), maxtasksperchild=1) as pool:
-        yield from pool.imap_unordered(do, jobs)
+        yield from pool.imap_unordered(run_job, jobs)
         pool.close()
         pool.join()
 

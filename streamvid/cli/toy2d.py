@@ -56,15 +56,8 @@ def compare(args: argparse.Namespace) -> None:
     from streamvid.objectives import all_presets
     from streamvid.settings.targets import COVERAGE, TARGETS
     from streamvid.studies import plane_report as report
-    from streamvid.studies.plane import (
-        QUICK,
-        Effort,
-        baselines,
-        load_start,
-        read_result,
-        result_file,
-        run_job,
-    )
+    from streamvid.studies.jobs import read_result, result_file
+    from streamvid.studies.plane import QUICK, Effort, baselines, load_start, run_job
     from streamvid.video import ensure_place
 
     known = all_presets()

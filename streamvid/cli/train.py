@@ -50,7 +50,8 @@ def train(args: argparse.Namespace) -> None:
     """Train, or say what that would take; what can be refused at once is refused first."""
     read_config(args.config, args.overrides)
     launch_all_processes()
-    from streamvid.experiment.build import build_trainer, check_run, load_run
+    from streamvid.experiment.build import build_trainer, check_run
+    from streamvid.experiment.config import load_run
     from streamvid.experiment.estimate import ensure_memory, estimate
     from streamvid.experiment.room import ensure_room, room_of
     from streamvid.students.folder import choose_device

@@ -39,10 +39,14 @@ SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a weight file, for its fingerprint
 class Recipe:
     """How a pipeline encodes with a kind of text encoder."""
 
-    encoder_class: str  # of transformers
-    max_length: int  # tokens that a prompt is padded or cut to
-    cleaned: bool  # whether prompts pass `clean_prompt`
-    masked: bool  # whether padding is hidden from the encoder, and zero after it
+    encoder_class: str
+    """Of transformers."""
+    max_length: int
+    """Tokens that a prompt is padded or cut to."""
+    cleaned: bool
+    """Whether prompts pass `clean_prompt`."""
+    masked: bool
+    """Whether padding is hidden from the encoder, and zero after it."""
 
 
 RECIPES = {

@@ -21,7 +21,7 @@ from torch.nn.functional import relu, scaled_dot_product_attention, softplus
 
 from streamvid.core.process import Time, as_work, euler_step
 
-# ---- loss pairs ---------------------------------------------------------------------------------------
+# ---- loss pairs ----------------------------------------------------------------------------------
 
 AdversaryKind = Literal["ns", "hinge", "hinge_margin", "lsgan", "wgan", "paired"]
 
@@ -42,16 +42,17 @@ _PAIRS: dict[
 def generator_loss(kind: AdversaryKind, fake: Tensor, real: Tensor | None = None) -> Tensor:
     """What the student lowers, a scalar.
 
-    =================  ===============  ================================  ====================================================
-    kind               student          discriminator                     source
-    =================  ===============  ================================  ====================================================
-    ``ns``             softplus(-f)     softplus(f) + softplus(-r)        non-saturating (arXiv 1406.2661)
-    ``hinge``          -f               relu(1 + f) + relu(1 - r)         arXiv 1705.02894
-    ``hinge_margin``   relu(1 - f)      the same                          PCM's and TDD's code: stops at the margin
-    ``lsgan``          (f - 1)^2        f^2 + (r - 1)^2                   arXiv 1611.04076
-    ``wgan``           -f               f - r                             arXiv 1701.07875, with a penalty
-    ``paired``         softplus(r - f)  softplus(f - r)                   relativistic, by index (R3GAN, arXiv 2501.05441)
-    =================  ===============  ================================  ====================================================
+    ================  ===============  ==========================  ================================
+    kind              student          discriminator               source
+    ================  ===============  ==========================  ================================
+    ``ns``            softplus(-f)     softplus(f) + softplus(-r)  non-saturating, arXiv 1406.2661
+    ``hinge``         -f               relu(1 + f) + relu(1 - r)   arXiv 1705.02894
+    ``hinge_margin``  relu(1 - f)      the same                    PCM, TDD: stops at the margin
+    ``lsgan``         (f - 1)^2        f^2 + (r - 1)^2             arXiv 1611.04076
+    ``wgan``          -f               f - r                       arXiv 1701.07875, with a penalty
+    ``paired``        softplus(r - f)  softplus(f - r)             relativistic, compares by index
+                                                                   (R3GAN, arXiv 2501.05441)
+    ================  ===============  ==========================  ================================
 
     Args:
         fake: logits of student samples, with gradient.
@@ -91,21 +92,7 @@ def _shape(x: Tensor | None) -> str:
     return "None" if x is None else str(tuple(x.shape))
 
 
-# ---- penalties ----------------------------------------------------------------------------------------
-
-
-def exact_penalty(logits: Tensor, x: Tensor) -> Tensor:
-    """``E |d D(x) / d x|^2``, the squared norm of each sample's gradient, averaged (R1 on reals, R2
-    on fakes).
-
-    Mescheder et al., arXiv 1801.04406; multiply by gamma / 2. Needs second derivatives of
-    everything between.
-
-    Args:
-        logits: ``[B, K]`` of ``x``, which requires grad; the K logits of a sample are averaged.
-    """
-    (slope,) = torch.autograd.grad(as_work(logits).mean(1).sum(), x, create_graph=True)
-    return slope.flatten(1).square().sum(1).mean()
+# ---- penalties -----------------------------------------------------------------------------------
 
 
 def approximate_penalty(
@@ -114,9 +101,10 @@ def approximate_penalty(
     noise: Tensor,
     sigma: float,
     divide: bool = False,
+    known: Tensor | None = None,
 ) -> Tensor:
-    """``E |D(x + sigma noise) - D(x)|^2``, about sigma^2 times ``exact_penalty`` and equal to it on
-    average for a linear D.
+    """``E |D(x + sigma noise) - D(x)|^2``, about sigma^2 times the squared norm of D's gradient (R1
+    on reals, R2 on fakes, arXiv 1801.04406), and equal to it on average for a linear D.
 
     APT, arXiv 2501.08316: first derivatives only, so that attention kernels will do.
 
@@ -125,17 +113,19 @@ def approximate_penalty(
         noise: standard normal, as ``x``.
         sigma: small against the data; APT has 0.01 for images, 0.1 for video, ASD 0.05.
         divide: divide the difference by sigma first, as Self-Forcing's code does.
+        known: the logits of ``x``, where they are there already.
 
     Raises:
         ValueError: unless ``sigma`` > 0.
     """
     if sigma <= 0:
         raise ValueError(f"sigma={sigma}, expected a positive number")
-    moved = as_work(logits_of(x + sigma * noise)) - as_work(logits_of(x))
+    moved = as_work(logits_of(x + sigma * noise))
+    moved = moved - as_work(logits_of(x) if known is None else known)
     return (moved / sigma if divide else moved).square().mean()
 
 
-# ---- features and heads -------------------------------------------------------------------------------
+# ---- features and heads --------------------------------------------------------------------------
 
 
 @contextmanager
@@ -395,7 +385,7 @@ class HeadPool(nn.Module):
         return sorted(chosen)
 
 
-# ---- adversarial distribution matching ----------------------------------------------------------------
+# ---- adversarial distribution matching -----------------------------------------------------------
 
 
 def euler_pair(

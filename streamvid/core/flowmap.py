@@ -9,19 +9,26 @@ is the jump, F(x, t -> t) = x needs no boundary condition, and u(x_t, t, t) is t
 A consistency model is the jump to s = 0. Consistency distillation says that a jump from x_t and a
 jump from where the teacher takes x_t within a short time, x_r, land in the same place:
 
-    dist( F_student(x_in, t -> s),  sg F_target(x_r, r -> s) ),     x_r = teacher's step t -> r,   s <= r < t
+    dist( F_student(x_in, t -> s),  sg F_target(x_r, r -> s) ),
+    x_r = teacher's step t -> r,    s <= r < t
 
-=========  ======================================  ======================  ===================================================
-method     s                                       teacher's step          besides
-=========  ======================================  ======================  ===================================================
-CD, LCM    0                                       Euler                   target: average of the student (2303.01469, 2310.04378)
-CTM        ``times.uniform_target``                Euler, several          both ends mapped on to 0 (2310.02279)
-TCD        ``times.uniform_target``                Euler                   ``process.gamma_step`` to sample (2402.19159)
-PCM        ``times.phase_target``                  Euler                   a hinge GAN (2405.18407)
-TDD        ``times.scheduled_target``              Euler                   target: the student itself (2409.01347)
-SCott      0                                       ``process.eta_step``    a hinge GAN; eta 1 only blurs (2403.01505)
-SLAM       0                                       Euler                   ``subpath_input`` as x_in (2404.13903)
-=========  ======================================  ======================  ===================================================
+=======  ==========================  ====================  ===================================
+method   s                           teacher's step        besides
+=======  ==========================  ====================  ===================================
+CD, LCM  0                           Euler                 target: average of the student
+                                                           (2303.01469, 2310.04378)
+CTM      ``times.uniform_target``    Euler, several        both ends mapped on to 0
+                                                           (2310.02279)
+TCD      ``times.uniform_target``    Euler                 ``process.gamma_step`` to sample
+                                                           (2402.19159)
+PCM      ``times.phase_target``      Euler                 a hinge GAN (2405.18407)
+TDD      ``times.scheduled_target``  Euler                 target: the student itself
+                                                           (2409.01347)
+SCott    0                           ``process.eta_step``  a hinge GAN; eta 1 only blurs
+                                                           (2403.01505)
+SLAM     0                           Euler                 ``subpath_input`` as x_in
+                                                           (2404.13903)
+=======  ==========================  ====================  ===================================
 
 With the exact derivative in place of a short step the same condition is sCM and MeanFlow
 (``total_derivative``). Shapes: B batch; points are images or clips, times a number, ``[B]`` or, for
@@ -41,7 +48,7 @@ from streamvid.core.process import Time, VelocityField, as_work, euler_step, exp
 FlowMap = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-# ---- the consistency pair -----------------------------------------------------------------------------
+# ---- the consistency pair ------------------------------------------------------------------------
 
 
 def consistency_pair(
@@ -108,7 +115,8 @@ def subpath_input(
     """A point between ``x_t`` and the scaled ``x_r``, and the share of noise in it (SLAM, arXiv
     2404.13903).
 
-        x_in = gamma x_t + (1 - gamma) a x_r,  a = (1 - t) / (1 - r),     x0 = (x_in - sigma eps) / (1 - t)
+        x_in = gamma x_t + (1 - gamma) a x_r,  a = (1 - t) / (1 - r),
+        x0 = (x_in - sigma eps) / (1 - t)
 
     Args:
         gamma: in [0, 1]; 1 is plain consistency: ``x_t`` and sigma = t.
@@ -146,7 +154,7 @@ def bootstrap_target(y_t: Tensor, x0_real: Tensor, t: Time, s: Time) -> Tensor:
     return k * y_t + (1 - k) * x0_real
 
 
-# ---- exact tangents -----------------------------------------------------------------------------------
+# ---- exact tangents ------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -207,7 +215,7 @@ def normalized_tangent(u: Tensor, target: Tensor, c: float = 0.1) -> Tensor:
     return u + g / (norm + c)
 
 
-# ---- secants ------------------------------------------------------------------------------------------
+# ---- secants -------------------------------------------------------------------------------------
 
 
 def secant_velocity(x_t: Tensor, x_s: Tensor, t: Time, s: Time) -> Tensor:
@@ -231,7 +239,7 @@ def straightness(u_early: Tensor, u_late: Tensor) -> Tensor:
     return (as_work(u_late) - as_work(u_early).detach()).square().mean()  # sg
 
 
-# ---- distances ----------------------------------------------------------------------------------------
+# ---- distances -----------------------------------------------------------------------------------
 
 
 def distance(
@@ -266,38 +274,24 @@ def adaptive(losses: Tensor, power: float = 1.0, c: float = 1e-2) -> Tensor:
     return losses / (losses.detach() + c) ** power  # sg
 
 
-# ---- ArcFlow's momentum -------------------------------------------------------------------------------
+# ---- ArcFlow's momentum --------------------------------------------------------------------------
 
 
-def arc_velocity(
-    velocities: Tensor, logits: Tensor, log_rates: Tensor, t_source: Time, t: Time
+def arc_displacement(
+    velocities: Tensor, logits: Tensor, log_rates: Tensor, t_source: Time, t: Time, s: Time
 ) -> Tensor:
-    """The velocity at ``t`` of a mixture of exponentials that a network gave at ``t_source``
-    (ArcFlow, arXiv 2602.09014).
+    """The integral from ``s`` up to ``t`` of the velocity that a network gave at ``t_source``, in
+    closed form: a jump is ``x_s = x_t - displacement`` (ArcFlow, arXiv 2602.09014).
 
         v(t) = sum_k softmax(logits)_k velocities_k exp(log_rates_k (t_source - t))
 
     Args:
         velocities: ``[B, K, C, ...]``.
         logits, log_rates: ``[B, K, 1, ...]``, broadcasting over the velocities; a component with
-            rate 0 is a straight line.
+            rate 0 is a straight line, and all rates 0 make it an Euler step.
 
     Returns:
         ``[B, C, ...]``.
-    """
-    span = _component_time(t_source, velocities) - _component_time(t, velocities)
-    return (
-        as_work(logits).softmax(1) * as_work(velocities) * (as_work(log_rates) * span).exp()
-    ).sum(1)
-
-
-def arc_displacement(
-    velocities: Tensor, logits: Tensor, log_rates: Tensor, t_source: Time, t: Time, s: Time
-) -> Tensor:
-    """The integral of ``arc_velocity`` from ``s`` up to ``t``, in closed form: a jump is ``x_s =
-    x_t - displacement``.
-
-    Arguments and shapes are those of ``arc_velocity``; all rates 0 make it an Euler step.
     """
     start = _component_time(t_source, velocities) - _component_time(t, velocities)
     span = _component_time(t, velocities) - _component_time(s, velocities)

@@ -27,28 +27,11 @@ def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     other.
 
     It applies to velocities, data predictions and scores alike, which are affine in one another.
-    ``scale`` is a number or ``[B]``.
+    ``scale`` is a number or ``[B]``. Others write ``cond + w (cond - uncond)``: their w is our
+    scale less 1 (Self-Forcing, CausVid, DiagDistill, LCM, TDD).
     """
     cond, uncond = as_work(cond), as_work(uncond)
     return uncond + expand_time(scale, cond) * (cond - uncond)
-
-
-CONVENTIONS = {
-    "standard": 0.0,  # uncond + w (cond - uncond): diffusers, DMD2, rCM, FastGen
-    # cond + w (cond - uncond): Self-Forcing, CausVid, DiagDistill, One-Forcing, LCM, TDD
-    "extra": 1.0,
-}
-
-
-def scale_from(convention: str, value: float) -> float:
-    """Our guidance scale of a value that is written in another repository's convention.
-
-    Raises:
-        ValueError: if the convention is unknown.
-    """
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention={convention!r}, expected one of {tuple(CONVENTIONS)}")
-    return value + CONVENTIONS[convention]
 
 
 @dataclass(frozen=True)
@@ -126,10 +109,3 @@ def zero_guidance() -> GuidanceSpec:
     prompt.
     """
     return GuidanceSpec(fake=0.0)
-
-
-def anti_guidance(scale: float = -1.0) -> GuidanceSpec:
-    """Anti-CFG of few-step SiD (arXiv 2505.12674): a plain teacher, a fake score guided away from
-    the prompt.
-    """
-    return GuidanceSpec(fake=scale)

@@ -5,7 +5,8 @@ Distribution matching distillation (Yin et al., arXiv 2311.18828, eq. 7; for flo
 Self-Forcing, arXiv 2506.08009): the gradient of KL(student || teacher) at a student sample is the
 difference of two scores of its noised version, so of two data predictions,
 
-    g = (x0_fake - x0_real) / mean |x - x0_real|,     L = 1/2 mean (x - sg(x - g))^2,     dL/dx = g / numel.
+    g = (x0_fake - x0_real) / mean |x - x0_real|,
+    L = 1/2 mean (x - sg(x - g))^2,                  dL/dx = g / numel.
 
 ``x0_fake`` estimates the student's distribution, without guidance; ``x0_real`` is the (guided)
 teacher.
@@ -114,9 +115,10 @@ def surrogate(
 ) -> Tensor:
     """A scalar whose gradient at ``x`` is ``w g / numel`` ("sum": ``w g``).
 
-        mse    1/2 mean (x - sg(x - w g))^2                       its value, 1/2 mean (w g)^2, is worth logging
-        dot    mean sg(w g) x                                     the same gradient, a meaningless value
-        huber  mean sqrt((x - sg(x - w g))^2 + c^2) - c           gradient w g / sqrt((w g)^2 + c^2): nearly the sign of g
+        mse    1/2 mean (x - sg(x - w g))^2              its value is 1/2 mean (w g)^2
+        dot    mean sg(w g) x                            the same gradient, a meaningless value
+        huber  mean sqrt((x - sg(x - w g))^2 + c^2) - c  gradient w g / sqrt((w g)^2 + c^2), nearly
+                                                         the sign of g
 
     Written with ``x - sg(x) + sg(g)``, the same thing with no rounding: a small ``g`` is not lost
     in ``x - g``.

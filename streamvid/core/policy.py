@@ -101,15 +101,6 @@ def pairwise(
     return -logsigmoid(beta * (winner - loser)).mean()
 
 
-def clipped_ratio(logp: Tensor, logp_old: Tensor, advantage: Tensor, clip: float = 0.2) -> Tensor:
-    """``-mean min(r A, clip(r, 1 - e, 1 + e) A)``, r = exp(logp - sg(logp_old)) (PPO, arXiv
-    1707.06347, eq. 7), a scalar.
-    """
-    ratio = (as_work(logp) - as_work(logp_old).detach()).exp()  # sg
-    advantage = as_work(advantage).detach()  # sg
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
-
-
 def nft_loss(
     v: Tensor,
     v_old: Tensor,
@@ -122,7 +113,8 @@ def nft_loss(
     """Negative-aware flow matching, ``r |v+ - v*|^2 + (1 - r) |v- - v*|^2`` (DiffusionNFT, arXiv
     2509.16117; AFD, 2605.26105).
 
-        v+ = (1 - b) v_old + b v        v- = (1 + b) v_old - b v        v* = eps - x0 of the policy's own clean sample
+        v+ = (1 - b) v_old + b v        v- = (1 + b) v_old - b v
+        v* = eps - x0 of the policy's own clean sample
 
     Good samples (r > 1/2) draw v on, bad ones push it off, both measured from the policy that drew
     them. Where v_old is the mean of v* the optimum is v_old + (2 / b) Cov(r, v* | x_t), so r = 1/2

@@ -128,7 +128,7 @@ def renoise_step(x0: Tensor, eps_new: Tensor, t_next: Time) -> Tensor:
     return add_noise(x0, eps_new, t_next)
 
 
-# ---- stochastic steps ---------------------------------------------------------------------------------
+# ---- stochastic steps ----------------------------------------------------------------------------
 
 
 def transition(x_s: Tensor, noise: Tensor, s: Time, t: Time) -> Tensor:
@@ -177,7 +177,7 @@ def _root(square: Time) -> Time:
     return square.clamp_min(0).sqrt() if isinstance(square, Tensor) else math.sqrt(max(square, 0.0))
 
 
-# ---- networks of other processes ----------------------------------------------------------------------
+# ---- networks of other processes -----------------------------------------------------------------
 
 Clock = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """From our t, any shape, to (the network's own time, alpha, sigma) of its process ``alpha x0 +
@@ -195,7 +195,7 @@ def adapt(network: VelocityField, kind: Literal["eps", "x0", "v"], clock: Clock)
         kind: what it predicts: "eps", "x0", or "v" = alpha eps - sigma x0, of processes with
             alpha^2 + sigma^2 = 1 (Salimans and Ho, arXiv 2202.00512). Of pure noise an "eps"
             network says nothing about x0: not finite at t = 1.
-        clock: ``edm_clock``, ``trig_clock`` or one of ``vp_clock``.
+        clock: gives the network's own time, alpha and sigma at t; see ``vp_clock``.
 
     Raises:
         ValueError: on another kind.
@@ -218,24 +218,6 @@ _X0_OF = {
     "x0": lambda x, out, alpha, sigma: out,
     "v": lambda x, out, alpha, sigma: alpha * x - sigma * out,
 }
-
-
-def edm_clock(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """EDM (arXiv 2206.00364): alpha = 1, and its time is sigma = t / (1 - t); a denoiser D(x;
-    sigma) is of kind "x0".
-    """
-    sigma = t / (1 - t)
-    return sigma, torch.ones_like(t), sigma
-
-
-def trig_clock(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """TrigFlow (sCM, arXiv 2410.11081): alpha = cos tau, sigma = sin tau, t = sin / (sin + cos);
-    its F is of kind "v".
-
-    For data of unit variance; scale the network's input and output where sigma_d is not 1.
-    """
-    tau = torch.atan2(t, 1 - t)
-    return tau, tau.cos(), tau.sin()
 
 
 def vp_clock(alpha_bar: Sequence[float]) -> Clock:

@@ -119,7 +119,7 @@ def choose_times(times: Sequence[float], n: int, generator: torch.Generator) -> 
     return torch.tensor(times, dtype=torch.float32, device=generator.device)[index]
 
 
-# ---- where a flow map lands: s for a pair (t, r), s <= r < t ------------------------------------------------
+# ---- where a flow map lands: s for a pair (t, r), s <= r < t -------------------------------------
 
 
 def uniform_target(r: Tensor, generator: torch.Generator) -> Tensor:

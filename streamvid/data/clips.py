@@ -70,7 +70,7 @@ class ClipFormat:
             raise ValueError(f"fps={self.fps}, expected a positive number of frames per second")
 
 
-# ---- captions -----------------------------------------------------------------------------------------
+# ---- captions ------------------------------------------------------------------------------------
 
 
 def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
@@ -199,7 +199,7 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-# ---- frames -------------------------------------------------------------------------------------------
+# ---- frames --------------------------------------------------------------------------------------
 
 
 def read_clip(path: str | Path, form: ClipFormat) -> Tensor:

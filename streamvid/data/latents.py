@@ -93,7 +93,7 @@ def clips_at_once(num_frames: int, height: int, width: int) -> int:
     return max(1, min(16, PIXELS_AT_ONCE // (num_frames * height * width)))
 
 
-# ---- writing ------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def write_latents(
@@ -242,7 +242,7 @@ def _joined(name: str, parts: list[Path]) -> Tensor:
     return torch.cat(tensors).contiguous()
 
 
-# ---- reading ------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def ensure_made_of(
@@ -351,7 +351,8 @@ class LatentClips:
         when files are copied.
         """
         made_by = {name: value for name, value in self.settings.items() if name != "clips"}
-        return f"{key_to_seed(json.dumps([made_by, self.captions, list(self.latents.shape)], sort_keys=True)):016x}"
+        told = json.dumps([made_by, self.captions, list(self.latents.shape)], sort_keys=True)
+        return f"{key_to_seed(told):016x}"
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
         """Samples ``indices`` of the joint batch: latents ``[B, C, T, h, w]``, cond ``[B, L, D]``,

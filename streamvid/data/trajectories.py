@@ -5,7 +5,7 @@ A set is a folder of parts ``part-00000-of-00016.safetensors``, each with
 
     states      [N, K, C, T, h, w]  float16, at K falling times, the last of which is 0
     embeddings  [N, L, D]           float16
-    metadata "about"                JSON: ``times``, ``captions``, ``settings`` (how the set was made)
+    metadata "about"                JSON: ``times``, ``captions``, ``settings`` (how it was made)
 
 A part appears when it is complete, so that an interrupted job goes on with the first missing one,
 and several processes may do one job in one folder. Parts may also lie in folders inside the set's:
@@ -163,7 +163,9 @@ class Trajectories:
     def fingerprint(self) -> str:
         """Changes with what the batches are made of."""
         made_by = {name: value for name, value in self.settings.items() if name not in PLACES}
-        return f"{key_to_seed(json.dumps([self.times, made_by, [text for *_, text in self._rows]], sort_keys=True)):016x}"
+        captions = [text for *_, text in self._rows]
+        told = json.dumps([self.times, made_by, captions], sort_keys=True)
+        return f"{key_to_seed(told):016x}"
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
         """Samples ``indices`` of the joint batch: states ``[B, K, C, T, h, w]``, their times ``[B,

@@ -25,7 +25,6 @@ from torch import Tensor
 from streamvid.seeding import key_to_seed
 
 SIZE = 64
-FPS = 16
 BACKGROUND = (0.10, 0.10, 0.12)
 COLOURS = {
     "red": (0.90, 0.15, 0.15),
@@ -100,10 +99,11 @@ class Caption:
     bodies: tuple[CaptionedBody, ...]
     speed: str | None = None
     elasticity: str | None = None
-    ordered: bool = False  # True when the caption says who is in front
+    ordered: bool = False
+    """True when the caption says who is in front."""
 
 
-# ---------------------------------------------------------------- motion
+# ---- motion --------------------------------------------------------------------------------------
 
 
 def fold(position: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -149,7 +149,7 @@ def positions(spec: WorldSpec, num_frames: int) -> np.ndarray:
     return np.stack(tracks)
 
 
-# ---------------------------------------------------------------- drawing
+# ---- drawing -------------------------------------------------------------------------------------
 
 
 def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
@@ -187,7 +187,7 @@ def render(spec: WorldSpec, num_frames: int) -> Tensor:
     return torch.from_numpy(frames)
 
 
-# ---------------------------------------------------------------- sampling
+# ---- sampling ------------------------------------------------------------------------------------
 
 
 def _start(
@@ -284,7 +284,7 @@ def sample_spec(seed: int, *, family: str | None = None, held_out: bool = False)
             return spec
 
 
-# ---------------------------------------------------------------- captions
+# ---- captions ------------------------------------------------------------------------------------
 
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 SPEED_ADVERBS = {

@@ -55,42 +55,37 @@ def win_rate(
             " expected the same shape and at least 4 prompts"
         )
     judge = VideoDiscriminator(copy.deepcopy(trunk).float(), seed=seed).to(true.device)
-    optimizer = torch.optim.Adam(
-        [p for p in judge.parameters() if p.requires_grad], lr, betas=(0.0, 0.99)
-    )
+    trained = [p for p in judge.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr, betas=(0.0, 0.99))
     num_train = max(2, round(len(true) * (1 - test_share)))
     for step in range(num_steps):
-        rows = torch.randint(
-            num_train, (batch_size,), generator=keyed_generator("judge", seed, step)
-        ).to(true.device)
+        generator = keyed_generator("judge", seed, step)
+        rows = torch.randint(num_train, (batch_size,), generator=generator).to(true.device)
         optimizer.param_groups[0]["lr"] = lr * (1 - step / num_steps)
         optimizer.zero_grad()
-        _loss(
-            judge, true[rows], made[rows], cond[rows], penalty, ("judge noise", seed, step)
-        ).backward()
+        key = ("judge noise", seed, step)
+        _loss(judge, true[rows], made[rows], cond[rows], penalty, key).backward()
         optimizer.step()
-    with torch.no_grad():
-        logits = [
-            torch.cat(
-                [
-                    judge(x, c)
-                    for x, c in zip(clips[num_train:].split(16), cond[num_train:].split(16))
-                ]
-            )
-            for clips in (true, made)
-        ]
-    gap = (logits[0] - logits[1])[:, 0]
+    asked = slice(num_train, None)
+    gap = _logits(judge, true[asked], cond[asked]) - _logits(judge, made[asked], cond[asked])
     return {"win_rate": (gap < 0).float().mean().item(), "gap": gap.mean().item()}
 
 
 def _loss(
     judge: nn.Module, true: Tensor, made: Tensor, cond: Tensor, penalty: float, key: tuple
 ) -> Tensor:
-    logits = judge(torch.cat([true, made]), torch.cat([cond, cond])).chunk(2)
-    loss = discriminator_loss("paired", logits[1], logits[0])
-    for side, x, known in zip(("true", "made"), (true, made), logits):
+    """The paired loss, with R1 on true clips and R2 on made ones."""
+    of_true, of_made = judge(torch.cat([true, made]), torch.cat([cond, cond])).chunk(2)
+    loss = discriminator_loss("paired", of_made, of_true)
+    for side, x, known in (("true", true, of_true), ("made", made, of_made)):
         noise = keyed_normal(tuple(x.shape), *key, side).to(x)
-        loss = loss + penalty * approximate_penalty(
-            lambda y: known if y is x else judge(y, cond), x, noise, 0.05
-        )  # noqa: B023
+        slope = approximate_penalty(lambda y: judge(y, cond), x, noise, 0.05, known=known)
+        loss = loss + penalty * slope
     return loss
+
+
+@torch.no_grad()
+def _logits(judge: nn.Module, clips: Tensor, cond: Tensor) -> Tensor:
+    """The judge's logits ``[N]``, in batches."""
+    batches = zip(clips.split(16), cond.split(16))
+    return torch.cat([judge(x, c)[:, 0] for x, c in batches])

@@ -19,32 +19,24 @@ from tqdm import tqdm
 from streamvid.codecs.base import VideoCodec, latent_frames_of
 from streamvid.data.world import SIZE, caption, render, sample_spec
 from streamvid.evaluation.world_score import WorldScore, mean_scores, score
-from streamvid.rollout.sampler import GuidedModel, generate, stream
-from streamvid.rollout.schedule import StreamConfig, build_schedule, cost_of
+from streamvid.rollout.runner import Runner
+from streamvid.rollout.sampler import generate, stream
+from streamvid.rollout.schedule import build_schedule, cost_of
 from streamvid.seeding import key_to_seed
 
 HELD_OUT_SEED = 5_000_000
 
 
 @dataclass(frozen=True)
-class Runner:
-    """A model as it is run: a student under its stream configuration, or a guided teacher."""
-
-    label: str
-    model: Any  # a causal student, or a GuidedModel
-    stream: StreamConfig
-    passes: int = 1  # forwards of the network a model call; 2 with guidance
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a clip takes: ``nfe`` and ``commits`` are network forwards, ``latent_frames`` what they
-    push through, the seconds are medians at batch 1.
-    """
+class ClipCost:
+    """What a clip takes; seconds are medians at batch 1."""
 
     nfe: int
+    """Forwards of the network that denoise."""
     commits: int
+    """Forwards that write context."""
     latent_frames: int
+    """What all forwards push through."""
     denoise_s: float
     decode_s: float
     first_frame_s: float
@@ -52,33 +44,6 @@ class Cost:
     @property
     def clip_s(self) -> float:
         return self.denoise_s + self.decode_s
-
-
-def student_runner(label: str, student: Any, config: StreamConfig) -> Runner:
-    """A student as it streams."""
-    return Runner(label, student, config)
-
-
-def teacher_runner(
-    label: str,
-    teacher: Any,
-    num_steps: int,
-    guidance_scale: float,
-    latent_frames: int,
-    shift: float | None = None,
-) -> Runner:
-    """A teacher with Euler steps over the whole clip; ``shift`` None takes the times of the model's
-    own sampler.
-    """
-    model = GuidedModel(teacher.predict, teacher.uncond[None], guidance_scale)
-    times = (
-        {"step_table": (teacher.step_times(num_steps),)}
-        if shift is None
-        else {"num_steps": num_steps, "shift": shift}
-    )
-    # one chunk, the clip
-    config = StreamConfig(**times, chunk_frames=latent_frames, commit="none", stepper="euler")
-    return Runner(label, model, config, 1 if guidance_scale == 1 else 2)
 
 
 def held_out_prompts(num: int, first_seed: int = HELD_OUT_SEED) -> list[str]:
@@ -193,20 +158,17 @@ def score_by_seed(
     return [mean_scores(score_clips(each, prompts)) for each in clips]
 
 
-def score_windows(
-    runner: Runner,
-    codec: VideoCodec,
-    embeddings: Tensor,
-    prompts: Sequence[str],
-    seed: int,
-    num_frames: int,
-    window: int,
-    batch_size: int = 16,
-) -> list[dict[str, float]]:
-    """Mean scores of each time window of ``window`` frames of long streams, first to last."""
-    clips = make_clips(
-        runner, codec, embeddings, evaluation_keys(seed, len(prompts)), num_frames, batch_size
-    )
+def make_long_clips(
+    runner: Runner, codec: VideoCodec, embeddings: Tensor, num_times: int, window: int
+) -> Tensor:
+    """Clips ``[B, T, 3, H, W]`` of the prompts, ``num_times`` windows long, on the CPU."""
+    num_frames = long_frames(num_times, window, runner.stream.chunk_frames, codec.temporal_ratio)
+    keys = evaluation_keys(0, len(embeddings))
+    return make_clips(runner, codec, embeddings, keys, num_frames, batch_size=8)
+
+
+def score_windows(clips: Tensor, prompts: Sequence[str], window: int) -> list[dict[str, float]]:
+    """Mean scores of each time window of ``window`` frames of long clips, first to last."""
     scores = score_clips(clips, prompts, window)
     return [mean_scores(column) for column in zip(*(each.windows for each in scores))]
 
@@ -220,12 +182,12 @@ def score_long(
     window: int,
 ) -> dict[str, Any]:
     """Scores of streams ``num_times`` windows long, window by window, as a row of a report."""
-    num_frames = long_frames(num_times, window, runner.stream.chunk_frames, codec.temporal_ratio)
-    windows = score_windows(runner, codec, embeddings, prompts, 0, num_frames, window, batch_size=8)
+    clips = make_long_clips(runner, codec, embeddings, num_times, window)
+    windows = score_windows(clips, prompts, window)
     overall = [each["overall"] for each in windows]
     return {
         "label": runner.label,
-        "num_frames": num_frames,
+        "num_frames": clips.shape[1],
         "window": window,
         "prompts": len(prompts),
         "windows": windows,
@@ -245,7 +207,7 @@ def long_frames(num_times: int, window: int, chunk_frames: int, temporal_ratio: 
 
 def measure_cost(
     runner: Runner, codec: VideoCodec, embedding: Tensor, num_frames: int, repeats: int = 3
-) -> Cost:
+) -> ClipCost:
     """Count a clip's forwards and time it at batch 1, the median of ``repeats`` after one to warm
     up.
 
@@ -258,7 +220,7 @@ def measure_cost(
     )
     times = [_time_clip(runner, codec, embedding, num_frames) for _ in range(repeats + 1)][1:]
     denoise_s, decode_s, first_frame_s = (statistics.median(column) for column in zip(*times))
-    return Cost(
+    return ClipCost(
         count.nfe * runner.passes,
         count.commits,
         count.latent_frames * runner.passes,

@@ -83,7 +83,7 @@ class TrackedBody:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ParsedClip:
     """What a clip shows: bodies by first appearance, ``floors [T, 3]``, and for each pair that
     overlaps the share of the shared area in which the first is seen, ``overlaps[i, j] [T]``, NaN in
     frames without overlap.
@@ -94,7 +94,7 @@ class Estimate:
     overlaps: dict[tuple[int, int], np.ndarray]
 
 
-# ---------------------------------------------------------------- pieces
+# ---- pieces --------------------------------------------------------------------------------------
 
 
 def colour_angles(paint: np.ndarray) -> np.ndarray:
@@ -224,7 +224,7 @@ def link_pieces(pieces: Pieces) -> np.ndarray:
     return body
 
 
-# ---------------------------------------------------------------- template fits
+# ---- template fits -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -348,7 +348,7 @@ def fit_shapes(patches: Patches, centre: np.ndarray) -> tuple[np.ndarray, np.nda
     return tuple(np.stack(part, axis=1) for part in zip(*fits))
 
 
-# ---------------------------------------------------------------- bodies
+# ---- bodies --------------------------------------------------------------------------------------
 
 
 def _visible_share(patches: Patches, shape: str, centre: np.ndarray, radius: float) -> np.ndarray:
@@ -400,14 +400,14 @@ def _over_time(
     return out
 
 
-def _continued(track: np.ndarray, known: np.ndarray, frame: np.ndarray) -> np.ndarray:
+def _continue_track(track: np.ndarray, known: np.ndarray, frame: np.ndarray) -> np.ndarray:
     """Centres ``[frames, 2]`` on the line through the first and last of the ``known`` frames."""
     span = max(1, known[-1] - known[0])
     velocity = (track[known[-1]] - track[known[0]]) / span
     return track[known[-1]] + velocity * (np.asarray(frame) - known[-1])[..., None]
 
 
-def filled_track(body: TrackedBody) -> np.ndarray:
+def fill_track(body: TrackedBody) -> np.ndarray:
     """The track ``[T, 2]`` with gaps bridged linearly and ends continued at the nearest known
     velocity.
     """
@@ -417,8 +417,8 @@ def filled_track(body: TrackedBody) -> np.ndarray:
         return np.full((len(time), 2), np.inf)
     track = np.stack([np.interp(time, known, body.track[known, axis]) for axis in (0, 1)], axis=1)
     early, late = time < known[0], time > known[-1]
-    track[early] = _continued(body.track, known[:5], time[early])
-    track[late] = _continued(body.track, known[-5:], time[late])
+    track[early] = _continue_track(body.track, known[:5], time[early])
+    track[late] = _continue_track(body.track, known[-5:], time[late])
     return track
 
 
@@ -428,7 +428,10 @@ def _guesses(body: TrackedBody, filled: np.ndarray, frame: int) -> list[np.ndarr
     """
     known = np.nonzero(~np.isnan(body.track[:, 0]))[0]
     sides = (known[known < frame][-5:], known[known > frame][:5])
-    return [filled[frame], *(_continued(body.track, side, frame) for side in sides if len(side))]
+    return [
+        filled[frame],
+        *(_continue_track(body.track, side, frame) for side in sides if len(side)),
+    ]
 
 
 GRID_Y, GRID_X = np.meshgrid(np.arange(SIZE) + 0.5, np.arange(SIZE) + 0.5, indexing="ij")
@@ -453,7 +456,7 @@ def _compare(
     one's absence is excused because too little of it would show beside the other ``[T]``.
     """
     first, second = bodies[i], bodies[j]
-    tracks = filled_track(first), filled_track(second)
+    tracks = fill_track(first), fill_track(second)
     num_frames = len(contrast)
     share = np.full(num_frames, np.nan)
     excused = np.zeros((2, num_frames), dtype=bool)
@@ -477,7 +480,7 @@ def _compare(
     return share, excused[0], excused[1]
 
 
-def parse(frames: Tensor) -> Estimate:
+def parse(frames: Tensor) -> ParsedClip:
     """Bodies of a clip ``frames [T, 3, 64, 64]`` in [0, 1], measured from its pixels alone.
 
     Raises:
@@ -492,7 +495,7 @@ def parse(frames: Tensor) -> Estimate:
     contrast = pixels - floors[:, :, None, None]
     pieces = find_pieces(contrast)
     if len(pieces.frame) == 0:
-        return Estimate((), floors, {})
+        return ParsedClip((), floors, {})
     chain = link_pieces(pieces)
     patches = cut_patches(contrast, pieces, chain)
     bodies = []
@@ -510,4 +513,4 @@ def parse(frames: Tensor) -> Estimate:
             bodies[j].hidden[second_hidden] = True
             if not np.isnan(share).all():
                 overlaps[i, j] = share
-    return Estimate(tuple(bodies), floors, overlaps)
+    return ParsedClip(tuple(bodies), floors, overlaps)

@@ -4,17 +4,17 @@
 ``tracking.parse``, and compares. Every attribute is 1 within a tolerance that codecs need and falls
 linearly to 0 where the next word would be right:
 
-=============  ====================================================================================================
-colour         hue of each body against its word
-shape          misfit of the stated shape against that of the best other one
-size           radius against its word (only where the prompt says one)
-direction      initial heading; in later windows, where bounces have flipped signs, the axis of motion
-speed          speed of free flight against its word (families ``move`` and ``cross``)
-number         how many bodies there are most of the time
-order          who is in front where two bodies overlap (``cross``; None in a window without overlap)
-physics        residual of the tracks against the law of motion, walls, gravity and elasticity included; stalls
-permanence     share of frames in which every body is there, alone, and looks as it did; nothing flickers
-=============  ====================================================================================================
+===========  =======================================================================================
+colour       hue of each body against its word
+shape        misfit of the stated shape against that of the best other one
+size         radius against its word (only where the prompt says one)
+direction    initial heading; in later windows, after bounces, the axis of motion
+speed        speed of free flight against its word (families ``move`` and ``cross``)
+number       how many bodies there are most of the time
+order        who is in front where two bodies overlap (``cross``; None in a window without overlap)
+physics      residual of the tracks against the law of motion with walls and gravity; stalls
+permanence   share of frames in which every body is there, alone, and looks as it did
+===========  =======================================================================================
 
 An attribute that the prompt leaves open, or that too few frames show, is None. A clip is scored in
 windows, each with its own fit of the law, so that a long stream is not judged by the phase of its
@@ -46,9 +46,9 @@ from streamvid.data.world import (
     fold,
     read_caption,
 )
-from streamvid.evaluation.tracking import FLOOR, Estimate, TrackedBody, colour_angles, parse
+from streamvid.evaluation.tracking import FLOOR, ParsedClip, TrackedBody, colour_angles, parse
 
-__all__ = ["ATTRIBUTES", "WorldScore", "mean_scores", "parse", "score", "score_estimate"]
+__all__ = ["ATTRIBUTES", "WorldScore", "mean_scores", "parse", "score", "score_parsed"]
 
 WINDOW = 32  # frames of a window where the caller names none
 # frame pairs that show the initial direction; every scene flies freely for as long
@@ -117,7 +117,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-# ---------------------------------------------------------------- looks
+# ---- looks ---------------------------------------------------------------------------------------
 
 
 def _mush(body: TrackedBody) -> float:
@@ -155,7 +155,7 @@ def _size_score(body: TrackedBody, word: str | None) -> float | None:
     )
 
 
-# ---------------------------------------------------------------- motion
+# ---- motion --------------------------------------------------------------------------------------
 
 
 def _steps(track: np.ndarray, lag: int = 1) -> np.ndarray:
@@ -222,7 +222,7 @@ def _speed_score(body: TrackedBody, word: str | None) -> float | None:
     return float(_ramp(abs(np.log(max(speed, 1e-3) / SPEEDS[word])), SPEED_BAND))
 
 
-# ---------------------------------------------------------------- laws
+# ---- laws ----------------------------------------------------------------------------------------
 
 
 def _fit(law, starts: list[tuple[float, float]], measured: np.ndarray) -> np.ndarray:
@@ -302,7 +302,7 @@ def _physics_score(body: TrackedBody, said: Caption) -> float | None:
     )
 
 
-# ---------------------------------------------------------------- permanence
+# ---- permanence ----------------------------------------------------------------------------------
 
 
 def _first_look(values: np.ndarray) -> np.ndarray:
@@ -347,7 +347,7 @@ def _permanence_score(
     return float(np.mean(np.min(sameness, axis=0) * steady / (1.0 + intruders)))
 
 
-# ---------------------------------------------------------------- windows
+# ---- windows -------------------------------------------------------------------------------------
 
 
 def _match(
@@ -379,16 +379,14 @@ def _look_scores(
     }
 
 
-def _order_score(estimate: Estimate, back: int, front: int) -> float | None:
+def _order_score(parsed: ParsedClip, back: int, front: int) -> float | None:
     """Share of the overlap in which the front body is seen."""
-    if (front, back) in estimate.overlaps:
-        return _mean(estimate.overlaps[front, back])
-    return (
-        _mean(1.0 - estimate.overlaps[back, front]) if (back, front) in estimate.overlaps else None
-    )
+    if (front, back) in parsed.overlaps:
+        return _mean(parsed.overlaps[front, back])
+    return _mean(1.0 - parsed.overlaps[back, front]) if (back, front) in parsed.overlaps else None
 
 
-def _stated(said: Caption) -> set[str]:
+def _find_stated(said: Caption) -> set[str]:
     """Attributes that this caption lets a long enough clip be judged by, wherever bodies overlap or
     not.
     """
@@ -398,11 +396,11 @@ def _stated(said: Caption) -> set[str]:
     return words | {"number", "physics", "permanence"} | ({"speed"} if said.speed else set())
 
 
-def _scene(estimate: Estimate) -> list[int]:
+def _scene(parsed: ParsedClip) -> list[int]:
     """The bodies that are there most of the time; failing that, the one that is there longest."""
     shares = {
         i: float(np.mean(body.present | body.hidden))
-        for i, body in enumerate(estimate.bodies)
+        for i, body in enumerate(parsed.bodies)
         if body.present.any() and not _mush(body) >= FORM_BAND[1]
     }
     most = [i for i, share in shares.items() if share >= PRESENT]
@@ -410,18 +408,18 @@ def _scene(estimate: Estimate) -> list[int]:
 
 
 def _score_window(
-    estimate: Estimate, sameness: list[np.ndarray], said: Caption, initial: bool
+    parsed: ParsedClip, sameness: list[np.ndarray], said: Caption, initial: bool
 ) -> WorldScore:
-    main = _scene(estimate)
+    main = _scene(parsed)
     if not main:
-        return WorldScore(**{name: 0.0 for name in _stated(said)})
-    scene = [estimate.bodies[i] for i in main]
+        return WorldScore(**{name: 0.0 for name in _find_stated(said)})
+    scene = [parsed.bodies[i] for i in main]
     looks = [
         [_look_scores(body, word, said.family, initial) for body in scene] for word in said.bodies
     ]
     match = _match(said, looks, len(scene))
     found = [(i, j) for i, j in enumerate(match) if j is not None]
-    count = np.median(sum((body.present | body.hidden).astype(int) for body in estimate.bodies))
+    count = np.median(sum((body.present | body.hidden).astype(int) for body in parsed.bodies))
     physics = [_physics_score(scene[j], said) for _, j in found]
     ordered = said.ordered and len(found) == 2
     result = WorldScore(
@@ -431,18 +429,20 @@ def _score_window(
         },
         speed=_mean(_speed_score(scene[j], said.speed) for _, j in found),
         number=max(0.0, 1.0 - abs(float(count) - len(said.bodies)) / len(said.bodies)),
-        order=_order_score(estimate, main[match[0]], main[match[1]]) if ordered else None,
+        order=_order_score(parsed, main[match[0]], main[match[1]]) if ordered else None,
         physics=min((value for value in physics if value is not None), default=None),
         permanence=_permanence_score(
             scene,
             [sameness[i] for i in main],
-            [body for i, body in enumerate(estimate.bodies) if i not in main],
-            estimate.floors,
+            [body for i, body in enumerate(parsed.bodies) if i not in main],
+            parsed.floors,
         ),
     )
-    if len(estimate.floors) < FEWEST_FRAMES:
+    if len(parsed.floors) < FEWEST_FRAMES:
         return result
-    return replace(result, **{name: 0.0 for name in _stated(said) if getattr(result, name) is None})
+    return replace(
+        result, **{name: 0.0 for name in _find_stated(said) if getattr(result, name) is None}
+    )
 
 
 def _window_bounds(num_frames: int, window: int) -> list[tuple[int, int]]:
@@ -453,7 +453,7 @@ def _window_bounds(num_frames: int, window: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], num_frames]))
 
 
-def _between(estimate: Estimate, start: int, stop: int) -> Estimate:
+def _between(parsed: ParsedClip, start: int, stop: int) -> ParsedClip:
     cut = slice(start, stop)
     bodies = tuple(
         replace(
@@ -465,16 +465,16 @@ def _between(estimate: Estimate, start: int, stop: int) -> Estimate:
             present=body.present[cut],
             hidden=body.hidden[cut],
         )
-        for body in estimate.bodies
+        for body in parsed.bodies
     )
-    return Estimate(
+    return ParsedClip(
         bodies,
-        estimate.floors[cut],
-        {pair: share[cut] for pair, share in estimate.overlaps.items()},
+        parsed.floors[cut],
+        {pair: share[cut] for pair, share in parsed.overlaps.items()},
     )
 
 
-def score_estimate(estimate: Estimate, prompt: str, window: int | None = None) -> WorldScore:
+def score_parsed(parsed: ParsedClip, prompt: str, window: int | None = None) -> WorldScore:
     """``score`` of a clip that is already parsed; one parse serves several prompts.
 
     Raises:
@@ -485,11 +485,11 @@ def score_estimate(estimate: Estimate, prompt: str, window: int | None = None) -
             f"window={window}: the law of motion needs windows of at least {FEWEST_FRAMES} frames"
         )
     said = read_caption(prompt)
-    sameness = [_sameness(body) for body in estimate.bodies]
-    bounds = _window_bounds(len(estimate.floors), window or WINDOW)
+    sameness = [_sameness(body) for body in parsed.bodies]
+    bounds = _window_bounds(len(parsed.floors), window or WINDOW)
     windows = tuple(
         _score_window(
-            _between(estimate, start, stop),
+            _between(parsed, start, stop),
             [same[start:stop] for same in sameness],
             said,
             start == 0,
@@ -511,7 +511,7 @@ def score(frames: Tensor, prompt: str, window: int | None = None) -> WorldScore:
         ValueError: if the frames have another shape, ``window`` is under 4, or the prompt names no
             shape.
     """
-    return score_estimate(parse(frames), prompt, window)
+    return score_parsed(parse(frames), prompt, window)
 
 
 def mean_scores(scores: Iterable[WorldScore]) -> dict[str, float]:

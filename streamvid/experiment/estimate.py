@@ -16,61 +16,41 @@ waste, kernels' workspaces and the context of a device, together some 1 to 2 GiB
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch import nn
 
 from streamvid.codecs.base import latent_frames_of
 from streamvid.experiment.build import (
-    DTYPES,
-    Geometry,
-    RunConfig,
-    StudentConfig,
     build_fake_score,
     build_method,
     build_student,
     needs_teacher,
     stands_on_teacher,
-    with_shipped,
 )
+from streamvid.experiment.config import DTYPES, Geometry, RunConfig, StudentConfig, locate_shipped
 from streamvid.hub import HUB_NAME
+from streamvid.metering import GIB, Meter, as_on_accelerator
 from streamvid.methods.trajectory import chunk_times
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import adapt, share_weights
 from streamvid.models.published import EXPERTS, PUBLISHED
 from streamvid.teachers.wan import WanTeacher
 from streamvid.training.checks import check_names
-from streamvid.training.launch import launched_processes
+from streamvid.training.launch import count_processes
 from streamvid.training.method import Method, loss_parts
 from streamvid.training.optimizers import OptimizerConfig, build_optimizer, optimizer_tensors
-from streamvid.training.sharding import held_networks
+from streamvid.training.sharding import find_networks
 from streamvid.training.trainer import switch_on
 from streamvid.weights import read_json
 
-GIB = 2**30
-_aten = torch.ops.aten
-FLOPS = {  # torch knows no formula for the CPU's attention
-    **flop_registry,
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        _aten._scaled_dot_product_flash_attention
-    ],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _aten._scaled_dot_product_flash_attention_backward
-    ],
-}
 TEXT_TOKENS = 512  # of a published text encoder
 TEMPORAL_RATIO = 4  # pixel frames a latent frame, of all codecs here
 DEPTHS = (4, 6)  # at which deeper networks are measured
@@ -84,7 +64,7 @@ WINDOW_STEPS = 256  # consecutive ones, longer than any cycle of turns that is i
 
 
 class UnknownSizes(ValueError):
-    """Of a network there is nothing here to tell its sizes from."""
+    """The sizes of a network are not known here."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +75,8 @@ class Role:
     parameters: int
     weights: int
     optimizer: int = 0
-    average: int = 0  # the moving average
+    average: int = 0
+    """Bytes of the moving average."""
 
     @property
     def bytes(self) -> int:
@@ -107,19 +88,25 @@ class Turn:
     """The update of one network."""
 
     name: str
-    a_step: float  # how often in an average step of the run
-    flops: float  # of all its accumulation passes, mean over random exits
-    peak: float  # bytes beyond the roles' at its worst moment: activations, caches, gradients
+    per_step: float
+    """Updates per average step of the run."""
+    flops: float
+    """Operations of all accumulation passes, mean over random exits."""
+    peak: float
+    """Bytes at the worst moment besides the networks': activations, caches, gradients."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one process; with several, each has all of this, but for sharded networks."""
+    """What one process of a run needs; with several, each needs all of this, but for sharded
+    networks.
+    """
 
     roles: tuple[Role, ...]
     turns: tuple[Turn, ...] = ()
     sharded: bool = False
-    processes: int = 1  # that divide sharded networks
+    processes: int = 1
+    """Processes that divide sharded networks."""
 
     @property
     def state_bytes(self) -> int:
@@ -144,7 +131,7 @@ class Estimate:
     @property
     def flops(self) -> float:
         """Of an average step."""
-        return sum(turn.a_step * turn.flops for turn in self.turns)
+        return sum(turn.per_step * turn.flops for turn in self.turns)
 
     def table(self) -> str:
         """For people."""
@@ -158,15 +145,15 @@ class Estimate:
             )
             lines.append(f"{role.name:16}{role.parameters:14,}{parts}")
         lines.append(
-            f"\n{'turn':16}{'a step':>8}{'TFLOP':>12}{'peak beyond the networks, GiB':>34}"
+            f"\n{'turn':16}{'per step':>8}{'TFLOP':>12}{'peak beyond the networks, GiB':>34}"
         )
         lines += [
-            f"{t.name:16}{t.a_step:8.2f}{t.flops / 1e12:12.3f}{t.peak / GIB:34.3f}"
+            f"{t.name:16}{t.per_step:8.2f}{t.flops / 1e12:12.3f}{t.peak / GIB:34.3f}"
             for t in self.turns
         ]
         lines.append(
-            f"\nin all, a process: {self.state_bytes / GIB:.2f} GiB of networks,"
-            f" {self.peak_bytes / GIB:.2f} GiB at the peak, {self.flops / 1e12:.3f} TFLOP a step"
+            f"\nin all, per process: {self.state_bytes / GIB:.2f} GiB of networks,"
+            f" {self.peak_bytes / GIB:.2f} GiB at the peak, {self.flops / 1e12:.3f} TFLOP per step"
         )
         if self.sharded:
             count = self.processes if self.processes > 1 else EXAMPLE_PROCESSES
@@ -190,17 +177,17 @@ def estimate(config: RunConfig, steps: int = SAMPLED_STEPS) -> Estimate:
     Raises:
         ValueError: one line, if a network's sizes can't be known, or for what the method refuses.
     """
-    config = with_shipped(config)
+    config = locate_shipped(config)
     method, roles = build_on_meta(config)
     depth = max(
-        (int(n.config.num_layers) for n in held_networks(method).values() if hasattr(n, "config")),
+        (int(n.config.num_layers) for n in find_networks(method).values() if hasattr(n, "config")),
         default=0,
     )
-    sharing = {"sharded": config.train.shard == "full", "processes": launched_processes()}
+    sharing = {"sharded": config.train.shard == "full", "processes": count_processes()}
     if depth <= max(DEPTHS):
         return Estimate(roles, turns_of(config, method, steps), **sharing)
     few, more = (turns_of(config, build_on_meta(config, depth)[0], steps) for depth in DEPTHS)
-    return Estimate(roles, tuple(_extrapolated(a, b, depth) for a, b in zip(few, more)), **sharing)
+    return Estimate(roles, tuple(_extrapolate(a, b, depth) for a, b in zip(few, more)), **sharing)
 
 
 def ensure_memory(config: RunConfig, device: torch.device) -> None:
@@ -214,11 +201,11 @@ def ensure_memory(config: RunConfig, device: torch.device) -> None:
         ValueError: one line, with what is needed and what is there.
     """
     try:
-        roles, sharded = build_on_meta(with_shipped(config))[1], config.train.shard == "full"
+        roles, sharded = build_on_meta(locate_shipped(config))[1], config.train.shard == "full"
     except UnknownSizes:
         return
     needed, there = (
-        Estimate(roles, (), sharded, launched_processes()).state_bytes,
+        Estimate(roles, (), sharded, count_processes()).state_bytes,
         memory_of(device),
     )
     if needed > there:
@@ -250,7 +237,7 @@ def memory_of(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-# ---- the networks ---------------------------------------------------------------------------------------
+# ---- the networks --------------------------------------------------------------------------------
 
 
 def build_on_meta(config: RunConfig, depth: int | None = None) -> tuple[Method, tuple[Role, ...]]:
@@ -273,7 +260,7 @@ def build_on_meta(config: RunConfig, depth: int | None = None) -> tuple[Method, 
         teacher.uncond = uncond
     as_image = lambda latents: latents[:, :, -1:]  # the codec is not counted
     method = build_method(
-        _at_depth(config, student, depth), student, uncond, teacher, fake_score, as_image
+        _move_layers(config, student, depth), student, uncond, teacher, fake_score, as_image
     )
     check_names(config.train, method.networks())
     for network in method.networks().values():
@@ -311,7 +298,7 @@ def _student(config: StudentConfig, depth: int | None) -> nn.Module:
     if config.path is None:
         sizes = {name: getattr(config.geometry, name) for name in Geometry.__dataclass_fields__}
         with torch.device("meta"):
-            return build_student(replace(config, geometry=Geometry(**_changed(sizes, depth))))
+            return build_student(replace(config, geometry=Geometry(**_with_depth(sizes, depth))))
     network = _transformer(
         config.path, "student.path", depth, DTYPES[config.lora.dtype], config.kind == "causal"
     )
@@ -334,7 +321,7 @@ def _transformer(
         )
     with torch.device("meta"):
         network = (CausalWanTransformer3DModel if causal else WanTransformer3DModel).from_config(
-            _changed(sizes, depth)
+            _with_depth(sizes, depth)
         )
     kept = tuple(network._keep_in_fp32_modules or ())
     for key, parameter in network.named_parameters():
@@ -343,11 +330,11 @@ def _transformer(
     return network
 
 
-def _changed(sizes: dict[str, Any], depth: int | None) -> dict[str, Any]:
+def _with_depth(sizes: dict[str, Any], depth: int | None) -> dict[str, Any]:
     return sizes if depth is None else {**sizes, "num_layers": depth}
 
 
-def _at_depth(config: RunConfig, student: nn.Module, depth: int | None) -> RunConfig:
+def _move_layers(config: RunConfig, student: nn.Module, depth: int | None) -> RunConfig:
     """Blocks that discriminators read move with the depth."""
     named = {"layers", "discriminator_layers"} & set(vars(config.options))
     whole = _depth_of(config)
@@ -374,7 +361,7 @@ def _depth_of(config: RunConfig) -> int | None:
 def _roles(config: RunConfig, method: Method) -> tuple[Role, ...]:
     """What each network takes, with its optimiser and average as the trainer makes them."""
     trained, roles, counted = method.networks(), [], set()
-    networks = held_networks(method)
+    networks = find_networks(method)
     # frozen ones first: adapters stand on these
     for name in sorted(networks, key=trained.__contains__):
         network = networks[name]
@@ -422,7 +409,7 @@ def _optimizer_bytes(parameters: dict[str, nn.Parameter], config: OptimizerConfi
     )
 
 
-# ---- the turns ------------------------------------------------------------------------------------------
+# ---- the turns -----------------------------------------------------------------------------------
 
 
 def turns_of(config: RunConfig, method: Method, steps: int = SAMPLED_STEPS) -> tuple[Turn, ...]:
@@ -447,7 +434,7 @@ def counted_steps(max_steps: int) -> Iterator[int]:
         yield from range(start, start + WINDOW_STEPS)
 
 
-def _turn(config: RunConfig, method: Method, turn: str, a_step: float, sampled: int) -> Turn:
+def _turn(config: RunConfig, method: Method, turn: str, per_step: float, sampled: int) -> Turn:
     """The mean over the random choices of some steps; those that cost the same are measured
     once.
     """
@@ -465,7 +452,7 @@ def _turn(config: RunConfig, method: Method, turn: str, a_step: float, sampled: 
     flops, peaks = zip(*costs)
     optimizer = config.train.optimizers.get(turn)
     passes = 1 if optimizer is None else optimizer.accumulate
-    return Turn(turn, a_step, passes * sum(flops) / len(flops), max(peaks))
+    return Turn(turn, per_step, passes * sum(flops) / len(flops), max(peaks))
 
 
 def _choice(method: Method, turn: str, step: int) -> Any:
@@ -487,99 +474,11 @@ def measure_turn(
     for name, network in method.networks().items():
         network.requires_grad_(name == turn)
         network.zero_grad(set_to_none=True)
-    with as_on_accelerator(config.train.mixed_precision), Watch() as watch:
+    with as_on_accelerator(config.train.mixed_precision), Meter() as meter:
         for loss, _ in loss_parts(method, turn, batch, step):
             loss.backward()
     method.networks()[turn].zero_grad(set_to_none=True)
-    return watch.flops, watch.peak
-
-
-class Watch(TorchDispatchMode):
-    """Counts floating-point operations, and the bytes of the storages that were made inside and are
-    alive.
-
-    Attributes:
-        flops, peak: what it is for.
-        now: bytes alive.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = self.now = self.peak = 0
-        self._alive: dict[int, weakref.ref] = {}  # what was there before too, as 0 bytes
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage(), made_here=False)
-        out = func(*args, **kwargs)
-        if func._overloadpacket in FLOPS:
-            self.flops += FLOPS[func._overloadpacket](*args, **kwargs, out_val=out)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
-        return out
-
-    def _see(self, storage: torch.UntypedStorage, made_here: bool = True) -> None:
-        key = storage._cdata
-        if key in self._alive:
-            return
-        size = storage.nbytes() if made_here else 0
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        self._alive[key] = weakref.ref(storage, lambda _: self._forget(key, size))
-
-    def _forget(self, key: int, size: int) -> None:
-        del self._alive[key]
-        self.now -= size
-
-
-@contextmanager
-def as_on_accelerator(mixed_precision: str = "no") -> Iterator[None]:
-    """Inside, attention is one fused operation, and autocast is played on the meta device, which
-    has none.
-
-    The functions are replaced, not intercepted, because what checkpointing recomputes in the
-    backward pass escapes torch's function modes.
-    """
-    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
-    copies: dict[int, Tensor] = {}  # autocast casts each leaf that is trained once
-
-    def cast(x: Any) -> Any:
-        if (
-            dtype is None
-            or not isinstance(x, Tensor)
-            or x.dtype == dtype
-            or not x.is_floating_point()
-        ):
-            return x
-        if not (x.is_leaf and x.requires_grad and torch.is_grad_enabled()):
-            return x.to(dtype)
-        if id(x) not in copies:
-            copies[id(x)] = x.to(dtype)
-        return copies[id(x)]
-
-    def casting(function: Any) -> Any:
-        return lambda *args, **kwargs: function(
-            *map(cast, args), **{key: cast(value) for key, value in kwargs.items()}
-        )
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _aten._scaled_dot_product_flash_attention(cast(query), cast(key), cast(value))[0]
-
-    names = ("linear", "conv2d", "conv3d")
-    kept = {name: getattr(F, name) for name in (*names, "scaled_dot_product_attention")}
-    try:
-        for name in names:
-            setattr(F, name, casting(kept[name]))
-        F.scaled_dot_product_attention = attend
-        yield
-    finally:
-        for name, function in kept.items():
-            setattr(F, name, function)
+    return meter.flops, meter.peak
 
 
 def batch_on_meta(config: RunConfig, method: Method) -> dict[str, Any]:
@@ -630,7 +529,7 @@ def latent_frames_of_run(config: RunConfig) -> int:
     return chunks * config.stream.chunk_frames if chunks is not None else 21
 
 
-def _extrapolated(few: Turn, more: Turn, depth: int) -> Turn:
+def _extrapolate(few: Turn, more: Turn, depth: int) -> Turn:
     """The line through two depths, at a third."""
     a, b = DEPTHS
     share = (depth - a) / (b - a)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from torch import nn
 
-from streamvid.experiment.build import RunConfig, with_shipped
-from streamvid.experiment.estimate import GIB, UnknownSizes, build_on_meta
+from streamvid.experiment.config import RunConfig, locate_shipped
+from streamvid.experiment.estimate import UnknownSizes, build_on_meta
+from streamvid.metering import GIB
 from streamvid.students.folder import COMPONENTS
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,8 @@ class Room:
     """What a run writes; bytes."""
 
     checkpoint: int
-    num_checkpoints: int  # at once: those that are kept and the one that is being written
+    num_checkpoints: int
+    """Checkpoints on the disk at once: those that are kept and the one being written."""
     export: int
 
     @property
@@ -44,7 +46,7 @@ def room_of(config: RunConfig) -> Room:
     Raises:
         UnknownSizes: if a network's sizes can't be known.
     """
-    config = with_shipped(config)
+    config = locate_shipped(config)
     method, roles = build_on_meta(config)
     beside = {role.name: role.optimizer + role.average for role in roles}
     saved = sum(

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streamvid.files import atomic_file
+from streamvid import reports
 
 ROOT = Path(__file__).parents[2]
 LEAST_S = 8.0  # with less time left than this no part begins
@@ -55,11 +55,13 @@ class Result:
     """What came of a part."""
 
     part: str
-    status: str = "skipped"  # or: ok, partly, failed, out of time
+    status: str = "skipped"
+    """skipped, ok, partly, failed or out of time."""
     seconds: float = 0.0
     measurements: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
-    log: list[str] = field(default_factory=list)  # its last lines, of a part that went wrong
+    log: list[str] = field(default_factory=list)
+    """The last lines of a part that went wrong."""
 
 
 def chosen(names: str | None) -> tuple[Part, ...]:
@@ -184,29 +186,19 @@ class Child:
             self.process.stdin.close()
 
 
-# ---- the report -----------------------------------------------------------------------------------------
+# ---- the report ----------------------------------------------------------------------------------
 
 
 def write_report(out: Path, results: Sequence[Result]) -> None:
-    with atomic_file(out) as temporary:
-        temporary.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
-    with atomic_file(out.with_suffix(".md")) as temporary:
-        temporary.write_text("\n".join(markdown_of(result) for result in results))
+    text = "\n".join(markdown_of(result) for result in results)
+    reports.write_report(out, text, [asdict(result) for result in results])
 
 
 def markdown_of(result: Result) -> str:
     lines = [f"## {result.part}: {result.status}, {result.seconds} s\n"]
     rows = rows_of(result.measurements)
-    lines += (
-        [
-            "| measurement | value |",
-            "|---|---|",
-            *(f"| {name} | {value} |" for name, value in rows),
-            "",
-        ]
-        if rows
-        else []
-    )
+    if rows:
+        lines += [reports.markdown([("measurement", "value"), *rows]), ""]
     lines += [
         f"- error in {name}: {' '.join(error.split())}" for name, error in result.errors.items()
     ]

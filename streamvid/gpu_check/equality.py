@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from streamvid.codecs.load import open_codec
-from streamvid.experiment.build import build_method, load_run
+from streamvid.experiment.build import build_method
+from streamvid.experiment.config import load_run
 from streamvid.gpu_check.check import ROOT
 from streamvid.gpu_check.measure import (
     Report,
@@ -44,7 +45,7 @@ TEXT_TOKENS = 64
 FRAMES, MORE_FRAMES = 33, 57  # pixel frames of a short stream, and of one that goes on
 
 
-# ---- gradients ------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 
 
 def gradients(report: Report) -> None:
@@ -141,7 +142,7 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).item()
 
 
-# ---- streams --------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
 
 
 def equality(report: Report) -> None:
@@ -232,7 +233,7 @@ def _velocity_behind_context(
     return network(x, 500.0, prompt, cache=cache).sample
 
 
-# ---- attention ------------------------------------------------------------------------------------------
+# ---- attention -----------------------------------------------------------------------------------
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

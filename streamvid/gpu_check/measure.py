@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from streamvid.files import atomic_file
+from streamvid.metering import GIB, MIB, seconds_of
 
 ERROR_LINES = 3
 
@@ -82,21 +83,7 @@ def as_plain(value: Any) -> Any:
     return value if isinstance(value, (int, str, bool, type(None))) else str(value)
 
 
-# ---- times and memory -----------------------------------------------------------------------------------
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed_s(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, until the device is done."""
-    synchronize(device)
-    started = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - started
+# ---- times and memory ----------------------------------------------------------------------------
 
 
 def median_ms(
@@ -105,7 +92,7 @@ def median_ms(
     """Milliseconds of a call."""
     for _ in range(warm_up):
         work()
-    return 1000 * statistics.median(timed_s(work, device) for _ in range(repeats))
+    return 1000 * statistics.median(seconds_of(work, device) for _ in range(repeats))
 
 
 def reset_peak(device: torch.device) -> None:
@@ -116,20 +103,20 @@ def reset_peak(device: torch.device) -> None:
 
 def peak_gib(device: torch.device) -> float | None:
     """The most that was allocated since ``reset_peak``; None on a CPU, which doesn't count."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
 
 
 def allocated_mib(device: torch.device) -> float | None:
     """What is allocated now; of a CPU all that the process holds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        return torch.cuda.memory_allocated(device) / 2**20
+        return torch.cuda.memory_allocated(device) / MIB
     import psutil
 
-    return psutil.Process().memory_info().rss / 2**20
+    return psutil.Process().memory_info().rss / MIB
 
 
-# ---- differences ----------------------------------------------------------------------------------------
+# ---- differences ---------------------------------------------------------------------------------
 
 
 def difference(came: Tensor, expected: Tensor) -> dict[str, float]:
@@ -149,7 +136,7 @@ def psnr(came: Tensor, expected: Tensor) -> float:
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
-# ---- networks -------------------------------------------------------------------------------------------
+# ---- networks ------------------------------------------------------------------------------------
 
 
 def random_network(

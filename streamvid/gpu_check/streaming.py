@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from streamvid.codecs.taehv import AutoencoderTAEHV
-from streamvid.experiment.estimate import Watch
 from streamvid.gpu_check.machine import matmul
 from streamvid.gpu_check.measure import (
     Report,
@@ -31,8 +30,8 @@ from streamvid.gpu_check.measure import (
     random_prompt,
     reset_peak,
     student_sizes,
-    timed_s,
 )
+from streamvid.metering import Meter, seconds_of
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import StreamChunk, new_cache, stream, stream_latents
@@ -59,7 +58,8 @@ class Setting:
     student: nn.Module
     codec: Any
     prompt: Tensor
-    height: int  # in pixels
+    height: int
+    """In pixels."""
     width: int
     device: torch.device
 
@@ -103,7 +103,7 @@ def setting(
     return Setting(network, codec, prompt, height, width, report.device)
 
 
-# ---- the part stream_1.3b -------------------------------------------------------------------------------
+# ---- the part stream_1.3b ------------------------------------------------------------------------
 
 
 def stream_1_3b(report: Report) -> None:
@@ -193,13 +193,13 @@ def _flops(report: Report, here: Setting) -> dict[str, float]:
     """Of one denoising pass over a full window, against the matrix units' own pace."""
     cache, x = steady_cache(here, config_of()), latents_of(here)
     run = lambda: here.student(x, 500.0, here.prompt, cache=cache)
-    with Watch() as watch:
+    with Meter() as meter:
         run()
     ms = median_ms(run, here.device, repeats=8, warm_up=2)
     ceiling = matmul(here.device, 256 if report.tiny else 8192, torch.bfloat16)["tflops"]
-    achieved = watch.flops / ms / 1e9
+    achieved = meter.flops / ms / 1e9
     return {
-        "tflop_a_pass": watch.flops / 1e12,
+        "tflop_a_pass": meter.flops / 1e12,
         "tflops": achieved,
         "matmul_tflops": ceiling,
         "share": achieved / ceiling,
@@ -222,9 +222,9 @@ def _kernels(here: Setting) -> dict[str, Any]:
         here.codec.decode_chunk(x, state)
 
     chunk()
-    wall_ms = 1000 * timed_s(chunk, here.device)
+    wall_ms = 1000 * seconds_of(chunk, here.device)
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:
-        timed_s(chunk, here.device)
+        seconds_of(chunk, here.device)
     field = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = sorted(profiled.key_averages(), key=lambda event: -getattr(event, field))
     busy_ms = sum(getattr(event, field) for event in events) / 1000
@@ -236,7 +236,7 @@ def _kernels(here: Setting) -> dict[str, Any]:
     return {"wall_ms": wall_ms, "busy_ms": busy_ms, "launches": launches, "top": top}
 
 
-# ---- the part memory ------------------------------------------------------------------------------------
+# ---- the part memory -----------------------------------------------------------------------------
 
 
 def memory(report: Report) -> None:
@@ -261,7 +261,7 @@ def long_stream(here: Setting, count: int) -> dict[str, Any]:
     }
 
 
-# ---- the part compile -----------------------------------------------------------------------------------
+# ---- the part compile ----------------------------------------------------------------------------
 
 
 def compiled(report: Report) -> None:
@@ -298,7 +298,7 @@ def _compiled(here: Setting, options: dict[str, Any], expected: Tensor) -> dict[
             next(endless)
             graphs.append(counters["stats"]["unique_graphs"])
 
-    compile_s = timed_s(eight, here.device)
+    compile_s = seconds_of(eight, here.device)
     breaks = Counter(dict(counters["graph_break"]))
     facts, velocity = _pass_and_stream(here, 8)
     return {

@@ -15,15 +15,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from streamvid.experiment.build import (
-    DTYPES,
-    RunConfig,
-    build_fake_score,
-    build_method,
-    load_run,
-    share_teacher,
-)
-from streamvid.experiment.estimate import GIB, estimate, sizes_of, text_tokens_of
+from streamvid.experiment.build import build_fake_score, build_method, share_teacher
+from streamvid.experiment.config import DTYPES, RunConfig, load_run
+from streamvid.experiment.estimate import estimate, sizes_of, text_tokens_of
 from streamvid.gpu_check.check import ROOT
 from streamvid.gpu_check.measure import (
     Report,
@@ -31,8 +25,8 @@ from streamvid.gpu_check.measure import (
     random_network,
     reset_peak,
     student_sizes,
-    timed_s,
 )
+from streamvid.metering import GIB, seconds_of
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import adapt
 from streamvid.seeding import keyed_normal
@@ -137,7 +131,7 @@ def run_turn(trainer: Trainer, turn: str, exit_index: int, report: Report) -> di
     """The trainer's own turn, with its optimiser and its average."""
     trainer.step = _step_of(trainer, turn, exit_index)
     reset_peak(report.device)
-    seconds = timed_s(lambda: trainer._run_turn(turn, 0), report.device)
+    seconds = seconds_of(lambda: trainer._run_turn(turn, 0), report.device)
     numbers = {
         key: value
         for key, value in trainer.means.take().items()

@@ -66,7 +66,7 @@ from streamvid.core.policy import group_advantage, nft_loss, optimality
 from streamvid.core.process import add_noise, v_from_x0, velocity
 from streamvid.core.times import TimeLaw, choose_times, sample_times
 from streamvid.models.video_discriminator import VideoDiscriminator
-from streamvid.rollout.loop import ChunkResult, rollout, unwrapped
+from streamvid.rollout.loop import ChunkResult, rollout
 from streamvid.rollout.noise import KeyedNoise, Noise
 from streamvid.rollout.sampler import new_cache
 from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, move_tap, table
@@ -198,7 +198,7 @@ class AFD:
 
     Args:
         config: see ``Config``.
-        student: a causal Wan transformer, possibly wrapped for data parallelism.
+        student: a causal Wan transformer.
         stream: how it is streamed; its rollouts in training are the same.
         discriminator: from latents ``[B, C, T, h, w]`` and prompts ``[B, L, D]`` to logits ``[B,
             J]``; None makes a ``VideoDiscriminator`` of a copy of the student.
@@ -285,7 +285,7 @@ class AFD:
             and self.old is not None
             and (step + 1) % self.config.refresh_every == 0
         ):
-            old, new = self._placed(self.old).parameters(), unwrapped(self.student).parameters()
+            old, new = self._placed(self.old).parameters(), self.student.parameters()
             torch._foreach_lerp_(list(old), [p.detach() for p in new], 1 - self.config.old_decay)
 
     def extra_state(self) -> dict[str, Tensor]:
@@ -463,7 +463,7 @@ class AFD:
         """
         if self.config.logit != "token":
             return r.T.expand(self._num_chunks(clips), -1).flatten()
-        patch, sizes = unwrapped(self.student).config.patch_size, clips.shape[2:]
+        patch, sizes = self.student.config.patch_size, clips.shape[2:]
         of_patches = r.unflatten(1, [size // p for size, p in zip(sizes, patch)])
         p, q, s = patch
         places = repeat(of_patches, "n t h w -> n 1 (t p) (h q) (w s)", p=p, q=q, s=s)
@@ -529,7 +529,7 @@ class AFD:
     def _new_discriminator(self) -> VideoDiscriminator:
         c = self.config
         return VideoDiscriminator(
-            copy.deepcopy(unwrapped(self.student)),
+            copy.deepcopy(self.student),
             c.discriminator_layers,
             c.discriminator_t,
             c.train_trunk,
@@ -629,7 +629,7 @@ def _gathered(logits: Tensor) -> tuple[Tensor, int]:
 
 
 def _frozen_copy(network: nn.Module) -> nn.Module:
-    return copy.deepcopy(unwrapped(network)).requires_grad_(False).eval()
+    return copy.deepcopy(network).requires_grad_(False).eval()
 
 
 Method = AFD

@@ -55,7 +55,7 @@ from streamvid.core.inject import dmd_gradient, surrogate
 from streamvid.core.process import add_noise, x0_from_v
 from streamvid.core.times import TimeLaw, sample_times
 from streamvid.models.step_labels import add_step_labels, labelled
-from streamvid.rollout.loop import rollout, unwrapped
+from streamvid.rollout.loop import rollout
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import new_cache
 from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, move_tap, truncate
@@ -178,7 +178,7 @@ class DistributionMatching:
 
     Args:
         config: see ``Config``.
-        student: a causal Wan transformer, possibly wrapped for data parallelism.
+        student: a causal Wan transformer.
         teacher: gives the score of the data.
         stream: how the student is streamed; its rollouts in training are the same.
         latent_shape: (C, h, w).
@@ -411,7 +411,7 @@ class DistributionMatching:
     def _fake_velocity(
         self, x_t: Tensor, t: Tensor, cond: Tensor, label: int | None = None
     ) -> Tensor:
-        with labelled(unwrapped(self.fake_score), label):
+        with labelled(self.fake_score, label):
             return score_velocity(self.fake_score, x_t, t, cond)
 
     def _label(self, decision: Decision) -> int | None:

@@ -92,7 +92,7 @@ _OUTSIDE_BACK = {new: old for old, new in _OUTSIDE.items()}
 _IN_BLOCK_BACK = {new: old for old, new in _IN_BLOCK.items()}
 
 
-# ---- names --------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def diffusers_name(name: str) -> str | None:
@@ -138,7 +138,7 @@ def _renamed(name: str, outside: Mapping[str, str], in_block: Mapping[str, str])
     return f"{place}{table[module]}{dot}{parameter}" if module in table else None
 
 
-# ---- files --------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def open_original(
@@ -302,7 +302,7 @@ def _roles(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-# ---- geometry -----------------------------------------------------------------------------------------
+# ---- geometry ------------------------------------------------------------------------------------
 
 
 def geometry(
@@ -467,7 +467,7 @@ def _few(names: list[str]) -> str:
     )
 
 
-# ---- LoRA ---------------------------------------------------------------------------------------------
+# ---- LoRA ----------------------------------------------------------------------------------------
 
 _LORA_KEY = re.compile(r"^(.+)\.(lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.(weight|bias)$")
 _SIDES = {

@@ -212,7 +212,7 @@ def merged(network: nn.Module) -> nn.Module:
     return plain
 
 
-# ---- adapters on disk ---------------------------------------------------------------------------------
+# ---- adapters on disk ----------------------------------------------------------------------------
 
 
 def save_adapter(network: nn.Module, folder: str | Path) -> None:
@@ -267,7 +267,7 @@ def load_adapter(network: nn.Module, path: str | Path) -> None:
         parameter.copy_(tensors[name])
 
 
-# ---- parts --------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------
 
 
 def _import_peft() -> Any:

@@ -63,8 +63,7 @@ def rollout(
     """Run a schedule; yields each chunk as soon as it is finished, in order.
 
     Args:
-        student: ``models.causal_wan`` or anything with its call, possibly wrapped for data
-            parallelism.
+        student: ``models.causal_wan`` or anything with its call and its ``commit``.
         encoder_hidden_states: the prompts ``[B, L, D]``, on the student's device.
         schedule: from ``rollout.schedule``; may be endless.
         noise: one sample a prompt.
@@ -118,11 +117,6 @@ def rollout(
         after_x0=after_x0 or _unchanged,
     )
     return run.results(schedule, commit_last)
-
-
-def unwrapped(student: Any) -> Any:
-    """The student inside a data-parallel wrapper, which forwards calls but no other method."""
-    return getattr(student, "module", student)
 
 
 @dataclass
@@ -260,9 +254,7 @@ class _Run:
             latents = result.latents
             if self.context_t > 0:
                 latents = add_noise(latents, self.draw(result.index, CONTEXT_EVENT), self.context_t)
-            unwrapped(self.student).commit(
-                latents, self.timestep((self.context_t,)), self.prompts, self.cache
-            )
+            self.student.commit(latents, self.timestep((self.context_t,)), self.prompts, self.cache)
 
     def draw(self, chunk: int, event: int) -> Tensor:
         """Noise ``[B, C, f, h, w]``, in the precision of the states."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from streamvid.codecs.base import VideoCodec, latent_frames_of
 from streamvid.core.guidance import guide
-from streamvid.rollout.loop import ChunkHook, ChunkResult, rollout, unwrapped
+from streamvid.rollout.loop import ChunkHook, ChunkResult, rollout
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.schedule import StreamConfig, build_schedule
 
@@ -165,7 +165,7 @@ def new_cache(
     if config.commit == "none":
         return None
     _, height, width = latent_shape
-    return unwrapped(student).new_cache(
+    return student.new_cache(
         batch_size,
         height,
         width,
@@ -280,7 +280,7 @@ def _latent_shape(codec: VideoCodec, student: Any, height: int, width: int) -> t
             " pixels, 8K"
         )
     ratio = codec.spatial_ratio
-    patch = getattr(getattr(unwrapped(student), "config", None), "patch_size", (1, 1, 1))
+    patch = getattr(getattr(student, "config", None), "patch_size", (1, 1, 1))
     units = [ratio * side for side in patch[1:]]
     if any(size < unit or size % unit for size, unit in zip((height, width), units)):
         nearest = " x ".join(

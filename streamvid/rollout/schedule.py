@@ -52,7 +52,7 @@ class Denoise:
     tap: tuple[bool, ...]
 
 
-# ---- orders -------------------------------------------------------------------------------------------
+# ---- orders --------------------------------------------------------------------------------------
 
 
 def autoregressive(
@@ -76,12 +76,14 @@ def table(step_table: Sequence[Times], num_chunks: int | None = None) -> Iterato
         )
     for times in step_table:
         _check_times(times)
-    return (
-        _event([(chunk, times, step)])
-        for chunk in _chunk_range(num_chunks)
-        for times in [step_table[min(chunk, len(step_table) - 1)]]
-        for step in range(len(times))
-    )
+    return _one_by_one(step_table, _chunk_range(num_chunks))
+
+
+def _one_by_one(step_table: Sequence[Times], chunks: Iterable[int]) -> Iterator[Denoise]:
+    for chunk in chunks:
+        times = step_table[min(chunk, len(step_table) - 1)]
+        for step in range(len(times)):
+            yield _event([(chunk, times, step)])
 
 
 def rolling(times: Times, num_chunks: int | None = None) -> Iterator[Denoise]:
@@ -141,7 +143,7 @@ def _check_times(times: Times) -> None:
         )
 
 
-# ---- what can be done to a schedule -------------------------------------------------------------------
+# ---- what can be done to a schedule --------------------------------------------------------------
 
 
 def truncate(
@@ -243,7 +245,7 @@ def cost_of(
     return Cost(nfe, commits, frames + commits * chunk_frames)
 
 
-# ---- how a student wants to be streamed ---------------------------------------------------------------
+# ---- how a student wants to be streamed ----------------------------------------------------------
 
 _CHOICES = {
     "commit": ("clean", "reuse", "none"),

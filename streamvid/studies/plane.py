@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from streamvid.objectives import all_presets
 from streamvid.objectives.base import Context, Preset
 from streamvid.settings.plane import Laboratory, PointNet
 from streamvid.settings.targets import COVERAGE, TARGETS, Target
+from streamvid.studies.jobs import result_file, write_result
 from streamvid.studies.plane_metrics import NUM_POINTS, median_distance, modes_covered
 
 
@@ -279,23 +279,6 @@ Job = tuple[str, str, int, Path, Effort]
 """A preset, a target, a seed, the folder of finished runs, and the effort."""
 
 
-def result_file(folder: Path, name: str, target: str, seed: int) -> Path:
-    """Where a finished run is kept."""
-    return folder / f"{name}-{target}-{seed}.json"
-
-
-def read_result(file: Path) -> dict[str, Any]:
-    """A finished run.
-
-    Raises:
-        ValueError: if the file is damaged.
-    """
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); delete it and run again") from error
-
-
 def run_job(job: Job) -> str:
     """One run on one thread, unless it is done; a line about it. A run that diverges leaves no
     file.
@@ -319,8 +302,7 @@ def run_job(job: Job) -> str:
         )
     except ValueError as error:
         return f"{name} on {target_name}: {error}"
-    with atomic_file(file) as temporary:
-        temporary.write_text(json.dumps(result))
+    write_result(file, result)
     return (
         f"{name} on {target_name}: {result['ratio']:.2f} times the floor, {result['seconds']:.0f} s"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from streamvid.evaluation.report import environment, markdown
-from streamvid.files import atomic_file
+from streamvid import reports
 from streamvid.objectives.base import Preset
 from streamvid.settings.targets import TARGETS
 
@@ -68,7 +66,7 @@ def table(
                 role + note,
             ]
         )
-    return markdown(lines)
+    return reports.markdown(lines)
 
 
 def _mean_and_half_spread(values: Sequence[float]) -> str:
@@ -77,9 +75,8 @@ def _mean_and_half_spread(values: Sequence[float]) -> str:
     mean = statistics.mean(values)
     if mean > LOST:
         return "diverges"
-    return (
-        f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ±{(max(values) - min(values)) / 2:.2f}"
-    )
+    spread = max(values) - min(values) if len(values) > 1 else None
+    return reports.mean_cell(mean, spread, digits=2)
 
 
 def write_report(
@@ -91,7 +88,7 @@ def write_report(
     """Write ``path`` (.json), and the table (.md) and the picture (.png) beside it; returns the
     table.
     """
-    text, about = table(results, presets, notes or {}), environment()
+    text = table(results, presets, notes or {})
     head = (
         "Energy distance to the guided teacher's points over its sampling floor, at 1,024 points a"
         " set (median of 9 sets; 1 is as near as two sets of the teacher's own). The start is the"
@@ -100,12 +97,8 @@ def write_report(
         " seconds are a core's. On the prompts, guided scores that are compared settle elsewhere"
         " than the guided flow that is measured against; the flow maps follow it.\n\n"
     )
-    about_text = "".join(f"\n- {key}: {value}" for key, value in about.items())
-    with atomic_file(path.with_suffix(".md")) as temporary:
-        temporary.write_text(f"{head}{text}\n{about_text}\n")
     rows = [{key: value for key, value in result.items() if key != "points"} for result in results]
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+    reports.write_report(path, head + text, {"rows": rows}, reports.environment())
     picture(results).save(path.with_suffix(".png"))
     return text
 

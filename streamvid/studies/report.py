@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from streamvid.evaluation.report import environment, markdown
+from streamvid import reports
 from streamvid.files import atomic_file
 from streamvid.printing import markdown_text
-from streamvid.studies.study import TEACHER, TRUTH, Job, StudyConfig, mean_of, write_result
+from streamvid.studies.jobs import read_result, write_result
+from streamvid.studies.study import TEACHER, TRUTH, Job, StudyConfig
 
 SHOWN = ("overall", "physics", "speed", "direction", "colour", "shape", "permanence")
-
-
-def read_json(path: Path) -> Any:
-    """A result or a report.
-
-    Raises:
-        ValueError: if the file is damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
 
 
 def read_results(jobs: Sequence[Job]) -> list[dict[str, Any]]:
@@ -38,7 +26,7 @@ def read_results(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     results = []
     for job in jobs:
         if job.result_file.exists():
-            results.append(read_json(job.result_file))
+            results.append(read_result(job.result_file))
             _ensure_recipe(job, results[-1])
     return results
 
@@ -68,7 +56,7 @@ def restore_results(report: Path, jobs: Sequence[Job], redo: Set[str] = frozense
         ValueError: as ``read_results``, so that a result of other settings is found before the
             first run, not after it.
     """
-    former = read_json(report) if report.exists() else {}
+    former = read_result(report) if report.exists() else {}
     held = {(result["variant"], result["seed"]): result for result in former.get("results", [])}
     for job in jobs:
         if not job.result_file.exists() and (job.name, job.seed) in held and job.name not in redo:
@@ -96,7 +84,7 @@ def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if row["label"] == label
         ]
         scores = [row["scores"] for _, row in own]
-        means = mean_of(scores)
+        means, spread = reports.mean_and_spread(scores)
         first = own[0][1]
         rows.append(
             {
@@ -104,10 +92,7 @@ def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "label": label,
                 "seeds": [r["seed"] for r, _ in own],
                 "scores": means,
-                "spread": {
-                    name: max(e[name] for e in scores) - min(e[name] for e in scores)
-                    for name in means
-                },
+                "spread": spread,
                 "of_teacher": (
                     statistics.mean(each["overall"] for each in scores) / teacher
                     if teacher
@@ -123,7 +108,7 @@ def summary(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def in_order(rows: Sequence[dict[str, Any]], study: StudyConfig) -> list[dict[str, Any]]:
+def sort_rows(rows: Sequence[dict[str, Any]], study: StudyConfig) -> list[dict[str, Any]]:
     """Rows in the order of the study file, the teacher first."""
     order = {name: index for index, name in enumerate([TEACHER, *study.variants])}
     return sorted(rows, key=lambda row: order.get(row["variant"], len(order)))
@@ -151,14 +136,14 @@ def score_table(rows: Sequence[dict[str, Any]]) -> str:
                 str(row.get("work", "-")),
             ]
         )
-    return markdown(lines)
+    return reports.markdown(lines)
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
     if name not in row["scores"]:
         return "-"
-    mean = f"{row['scores'][name]:.3f}"
-    return f"{mean} ±{row['spread'][name] / 2:.3f}" if len(row["seeds"]) > 1 else mean
+    spread = row["spread"][name] if len(row["seeds"]) > 1 else None
+    return reports.mean_cell(row["scores"][name], spread)
 
 
 def _ends(runs: Sequence[dict[str, list[float]]], name: str) -> tuple[float, float]:
@@ -203,7 +188,7 @@ def long_table(rows: Sequence[dict[str, Any]]) -> str:
                     _change(runs, "contrast"),
                 ]
             )
-    return markdown(lines) if len(lines) > 1 else ""
+    return reports.markdown(lines) if len(lines) > 1 else ""
 
 
 def crossed_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -228,7 +213,7 @@ def crossed_table(rows: Sequence[dict[str, Any]]) -> str:
                 else "-"
             )
         lines.append([variant, *cells])
-    return markdown(lines) if len(labels) > 1 else ""
+    return reports.markdown(lines) if len(labels) > 1 else ""
 
 
 def judge_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -243,7 +228,7 @@ def judge_table(rows: Sequence[dict[str, Any]]) -> str:
                 for name in ("win_rate", "gap")
             ]
             lines.append([row["variant"], row["label"], str(len(row["judge"])), *means])
-    return markdown(lines) if len(lines) > 1 else ""
+    return reports.markdown(lines) if len(lines) > 1 else ""
 
 
 def metric_table(results: Sequence[dict[str, Any]]) -> str:
@@ -257,7 +242,7 @@ def metric_table(results: Sequence[dict[str, Any]]) -> str:
         shown = [f"{key} {value:.3g}" for key, value in result["metrics"].items() if wanted(key)]
         if shown:
             lines.append([result["variant"], str(result["seed"]), ", ".join(shown)])
-    return markdown(lines) if len(lines) > 1 else ""
+    return reports.markdown(lines) if len(lines) > 1 else ""
 
 
 def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
@@ -267,14 +252,14 @@ def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
     The .json holds all results, from which ``restore_results`` goes on, and what an earlier report
     at ``path`` kept as means over seeds (``kept``), unless these variants have results again.
     """
-    results, about = read_results(jobs), environment()
+    results, about = read_results(jobs), reports.environment()
     again = {result["variant"] for result in results}
-    former = read_json(path) if path.exists() else {}
+    former = read_result(path) if path.exists() else {}
     kept = [row for row in former.get("kept", []) if row["variant"] not in again]
     about["machine"] = "; ".join(
         dict.fromkeys(each.get("machine", about["machine"]) for each in [*results, *kept])
     )
-    rows = in_order([*summary(results), *kept], study)
+    rows = sort_rows([*summary(results), *kept], study)
     held = {row["variant"] for row in kept}
     missing = [
         f"{job.name}-{job.seed}"
@@ -297,14 +282,9 @@ def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
         judge_table(rows),
         metric_table(results),
     ]
-    notes = "".join(f"\n- {key}: {markdown_text(value)}" for key, value in about.items())
     text = "\n\n".join([head.rstrip("\n"), *filter(None, tables)])
-    with atomic_file(path.with_suffix(".md")) as temporary:
-        temporary.write_text(f"{text}\n{notes}\n")
-    write_result(
-        path,
-        {"environment": about, "missing": missing, "rows": rows, "kept": kept, "results": results},
-    )
+    content = {"missing": missing, "rows": rows, "kept": kept, "results": results}
+    reports.write_report(path, text, content, about)
     draw(path.with_suffix(".png"), study, rows)
     return text
 

@@ -9,7 +9,6 @@ interrupted goes on from its last checkpoint, so a study may take several days.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence, Set
@@ -27,13 +26,15 @@ from streamvid.data.latents import WorldSet, world_clips
 from streamvid.data.world import render, sample_spec
 from streamvid.evaluation import runs
 from streamvid.evaluation.judge import win_rate
-from streamvid.evaluation.report import machine
 from streamvid.evaluation.world_score import mean_scores
-from streamvid.experiment.build import build_trainer, load_run
-from streamvid.files import atomic_file
+from streamvid.experiment.build import build_trainer
+from streamvid.experiment.config import load_run
+from streamvid.reports import machine, mean_and_spread
+from streamvid.rollout.runner import Runner, student_runner, teacher_runner
 from streamvid.rollout.sampler import generate_latents
 from streamvid.rollout.schedule import StreamConfig, build_schedule, cost_of
 from streamvid.students.folder import TINY_TEACHER, Student, load_student
+from streamvid.studies.jobs import result_file, write_result
 from streamvid.teachers.wan import WanTeacher, load_wan_transformer
 from streamvid.training.metrics import read_metrics
 from streamvid.training.trainer import TrainingError
@@ -74,7 +75,7 @@ class Variant:
     curves: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Lines of the picture, and which labels of ``deploy`` are on each; [] is all of them."""
     minutes: float = 0.0
-    """What its training has been measured to take, for the time that is said beforehand."""
+    """What its training has been measured to take, for the forecast of a study's time."""
 
 
 @dataclass
@@ -149,12 +150,14 @@ class Job:
     seed: int
     variant: Variant
     study: StudyConfig
-    home: Path  # of the study file
-    folder: Path  # of the results
+    home: Path
+    """The folder of the study file."""
+    folder: Path
+    """The folder of the results."""
 
     @property
     def result_file(self) -> Path:
-        return self.folder / f"{self.name}-{self.seed}.json"
+        return result_file(self.folder, self.name, self.seed)
 
     @property
     def run_dir(self) -> Path:
@@ -225,10 +228,10 @@ def _run_config(job: Job) -> Any:
     return load_run(job.home / job.variant.run, overrides)
 
 
-# ---- one run ------------------------------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
 
 
-def run_job(job: Job) -> str:
+def _run_variant(job: Job) -> str:
     """Train and evaluate; a line about it. Where there is a result already, train only, if the
     student is not there.
     """
@@ -239,11 +242,11 @@ def run_job(job: Job) -> str:
             "seed": job.seed,
             "recipe": job.recipe,
             "machine": machine(),
-            **_trained(job),
+            **_train(job),
         }
         if job.result_file.exists():
             return f"{job.name}, seed {job.seed}: scored before"
-        result["rows"] = evaluated(job, result.pop("path"))
+        result["rows"] = evaluate(job, result.pop("path"))
     except (ValueError, OSError, TrainingError) as error:
         return f"{job.name}, seed {job.seed}: error: {' '.join(str(error).split())}"
     write_result(job.result_file, result)
@@ -251,7 +254,7 @@ def run_job(job: Job) -> str:
     return f"{job.name}, seed {job.seed}: {scores} ({(time.perf_counter() - began) / 60:.0f} min)"
 
 
-def _trained(job: Job) -> dict[str, Any]:
+def _train(job: Job) -> dict[str, Any]:
     """The student's folder, and what its training has to tell."""
     if job.variant.run is None:
         return {
@@ -287,7 +290,7 @@ def tail_means(metrics: Sequence[dict[str, float]], share: float = 0.25) -> dict
     }
 
 
-def evaluated(job: Job, path: str) -> list[dict[str, Any]]:
+def evaluate(job: Job, path: str) -> list[dict[str, Any]]:
     """A row for each way to stream the student."""
     study, student = job.study, load_student(path)
     prompts = runs.held_out_prompts(study.prompts)
@@ -299,33 +302,24 @@ def evaluated(job: Job, path: str) -> list[dict[str, Any]]:
             student.stream,
             **{name: None if value == "none" else value for name, value in fields.items()},
         )
-        runner = runs.student_runner(label, student.transformer, stream)
+        runner = student_runner(label, student.transformer, stream)
         by_seed = runs.score_by_seed(
             runner, student.codec, embeddings, prompts, noise_seeds, study.num_frames
         )
         row = {
             "label": label,
-            "scores": mean_of(by_seed),
+            "scores": mean_and_spread(by_seed)[0],
             **cost_row(stream, study.num_frames, student.codec.temporal_ratio),
         }
         if label in job.variant.long:
             row["long"] = long_row(runner, student.codec, embeddings, prompts, study)
         if job.variant.judge:
-            row["judge"] = judged(runner, student, job.variant.judge, study.num_frames)
+            row["judge"] = judge(runner, student, job.variant.judge, study.num_frames)
         rows.append(row)
     return rows
 
 
-def mean_of(scores: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The means of numbers that all have."""
-    return {
-        name: statistics.mean(each[name] for each in scores)
-        for name in scores[0]
-        if all(name in each for each in scores)
-    }
-
-
-def judged(runner: runs.Runner, student: Student, num: int, num_frames: int) -> dict[str, float]:
+def judge(runner: Runner, student: Student, num: int, num_frames: int) -> dict[str, float]:
     """How often clips of unseen prompts are taken for true ones, see ``evaluation.judge``."""
     frames, prompts = zip(
         *world_clips(WorldSet(num_clips=num, num_frames=num_frames, first_seed=JUDGE_SEED))
@@ -361,25 +355,16 @@ def cost_row(
 
 
 def long_row(
-    runner: runs.Runner, codec: Any, embeddings: Tensor, prompts: Sequence[str], study: StudyConfig
+    runner: Runner, codec: Any, embeddings: Tensor, prompts: Sequence[str], study: StudyConfig
 ) -> dict[str, Any]:
     """Scores, brightness and contrast of long streams, window by window."""
-    num, window = min(study.long_prompts, len(prompts)), study.num_frames - 1
-    frames = runs.long_frames(
-        study.long_times, window, runner.stream.chunk_frames, codec.temporal_ratio
-    )
-    clips = runs.make_clips(
-        runner, codec, embeddings[:num], runs.evaluation_keys(0, num), frames, batch_size=8
-    )
-    scores = [
-        mean_scores(column)
-        for column in zip(
-            *(each.windows for each in runs.score_clips(clips, prompts[:num], window))
-        )
-    ]
+    num = min(study.long_prompts, len(prompts))
+    window = study.num_frames - 1
+    clips = runs.make_long_clips(runner, codec, embeddings[:num], study.long_times, window)
+    windows = runs.score_windows(clips, prompts[:num], window)
     return {
-        "num_frames": frames,
-        "overall": [each["overall"] for each in scores],
+        "num_frames": clips.shape[1],
+        "overall": [each["overall"] for each in windows],
         **appearance(clips, window),
     }
 
@@ -395,16 +380,10 @@ def appearance(clips: Tensor, window: int) -> dict[str, list[float]]:
     }
 
 
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+# ---- what runs are compared with -----------------------------------------------------------------
 
 
-# ---- what runs are compared with ----------------------------------------------------------------------
-
-
-def reference_job(job: Job) -> str:
+def _run_reference(job: Job) -> str:
     """The teacher in 50 guided steps and the true clips, on the same prompts; a line about it."""
     study, file = job.study, job.result_file
     if file.exists():
@@ -412,7 +391,7 @@ def reference_job(job: Job) -> str:
     prompts = runs.held_out_prompts(study.prompts)
     codec, teacher = open_codec(TINY_TEACHER), WanTeacher.from_pretrained(TINY_TEACHER)
     frames = latent_frames_of(study.num_frames, codec.temporal_ratio)
-    runner = runs.teacher_runner("teacher, 50 steps", teacher, 50, study.guidance_scale, frames)
+    runner = teacher_runner("teacher, 50 steps", teacher, 50, study.guidance_scale, frames)
     (scores,) = runs.score_by_seed(
         runner, codec, teacher.encode_prompt(prompts), prompts, [0], study.num_frames
     )
@@ -426,13 +405,13 @@ def reference_job(job: Job) -> str:
     truth = runs.score_clips(
         runs.reconstructed_clips(codec, study.prompts, study.num_frames), prompts
     )
-    rows.append({"label": TRUTH, "scores": mean_scores(truth), "long": true_long(study)})
+    rows.append({"label": TRUTH, "scores": mean_scores(truth), "long": measure_true_clips(study)})
     about = {"variant": job.name, "seed": 0, "recipe": job.recipe, "machine": machine()}
     write_result(file, {**about, "steps": 0, "train_s": 0.0, "metrics": {}, "rows": rows})
     return f"{job.name}: {scores['overall']:.3f}, {TRUTH} {rows[1]['scores']['overall']:.3f}"
 
 
-def true_long(study: StudyConfig) -> dict[str, list[float]]:
+def measure_true_clips(study: StudyConfig) -> dict[str, list[float]]:
     """Brightness and contrast of true clips as long as the long streams."""
     window = study.num_frames - 1
     seeds = range(runs.HELD_OUT_SEED, runs.HELD_OUT_SEED + study.long_prompts)
@@ -442,12 +421,12 @@ def true_long(study: StudyConfig) -> dict[str, list[float]]:
     return appearance(clips, window)
 
 
-def do(job: Job) -> str:
+def run_job(job: Job) -> str:
     """A job of either kind."""
-    return reference_job(job) if job.name == TEACHER else run_job(job)
+    return _run_reference(job) if job.name == TEACHER else _run_variant(job)
 
 
-def still_to_do(
+def find_unfinished(
     wanted: Sequence[Job], jobs: Sequence[Job], kept: Set[str] = frozenset()
 ) -> list[Job]:
     """Those of ``wanted`` that have no result, and those of all ``jobs`` whose students they start

@@ -3,7 +3,8 @@
 For x_0 ~ N(m, S) and x_t = a x_0 + b eps, with a = 1 - t and b = t (diagonal, where frames differ
 in time),
 
-    r = (a S a + b^2)^-1 (x_t - a m),   E[x_0 | x_t] = m + S a r,   E[eps | x_t] = b r,   v = E[eps] - E[x_0]
+    r = (a S a + b^2)^-1 (x_t - a m),
+    E[x_0 | x_t] = m + S a r,   E[eps | x_t] = b r,   v = E[eps] - E[x_0]
 """
 
 from __future__ import annotations

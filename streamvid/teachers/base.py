@@ -123,7 +123,7 @@ def check_needs(method: Any, teacher: Any) -> None:
     )
 
 
-# ---- opening a checkpoint -----------------------------------------------------------------------------
+# ---- opening a checkpoint ------------------------------------------------------------------------
 
 
 def transformer_class(path: Path) -> str:

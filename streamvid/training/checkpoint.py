@@ -3,9 +3,10 @@
     student.safetensors             every parameter and buffer of the network
     student.optimizer.safetensors   what the optimiser remembers, by parameter name
     student.ema.safetensors         the averaged weights, if there are any
-    method.safetensors              other tensors of the method that change in training, if there are any
+    method.safetensors              other tensors of the method that change in training, if any
     rank-0.pt ...                   random states and running means of each process
-    trainer.json                    the step and other counters, the run's fingerprint, a checksum of each file and of itself
+    trainer.json                    the step and other counters, the run's fingerprint, a checksum
+                                    of each file and of itself
 
 A folder is written under a temporary name and renamed when complete; older ones are removed only
 after that. Nothing in it is unpickled except `rank-*.pt`, with weights_only.
@@ -47,9 +48,10 @@ class Snapshot:
     """What a checkpoint holds, on the way to the disk or back."""
 
     counters: dict[str, Any]
-    # by file: "student", "student.optimizer", "student.ema", "method"
     tensors: dict[str, dict[str, Tensor]]
-    ranks: list[dict[str, Any]]  # what differs between processes
+    """By file: student, student.optimizer, student.ema, method."""
+    ranks: list[dict[str, Any]]
+    """State of each process: random generators, running means."""
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
@@ -100,22 +102,24 @@ def read_counters(path: Path) -> dict[str, Any]:
         path / COUNTERS_FILE, lambda file: json.loads(file.read_text(encoding="utf-8"))
     )
     if not isinstance(counters, dict):
-        raise damaged(
+        raise DamagedCheckpoint(
             path, f"{COUNTERS_FILE} holds a {type(counters).__name__}, expected a JSON object"
         )
     written = counters.pop("checksum", None)
     if written is None:
-        raise damaged(path, f"{COUNTERS_FILE} has no checksum (streamvid wrote none at first)")
+        raise DamagedCheckpoint(
+            path, f"{COUNTERS_FILE} has no checksum (streamvid wrote none at first)"
+        )
     if written != _checksum_of(counters):
-        raise damaged(path, f"{COUNTERS_FILE} is not as it was written, by its checksum")
+        raise DamagedCheckpoint(path, f"{COUNTERS_FILE} is not as it was written, by its checksum")
     for key in COUNTED:
         value = counters.get(key)
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise damaged(
+            raise DamagedCheckpoint(
                 path, f"{COUNTERS_FILE} has {key}={value!r}, expected a number of at least 0"
             )
     if counters["step"] != int(path.name[5:]):
-        raise damaged(path, f"{COUNTERS_FILE} is of step {counters['step']}")
+        raise DamagedCheckpoint(path, f"{COUNTERS_FILE} is of step {counters['step']}")
     return counters
 
 
@@ -130,15 +134,15 @@ def read_checkpoint(path: Path, names: list[str], rank: int, verify: bool = True
     counters = read_counters(path)
     files = counters.pop("files", None)
     needed = [f"{name}.safetensors" for name in names] + [f"rank-{rank}.pt"]
-    if not isinstance(files, dict) or not files.keys() >= set(needed):
-        raise damaged(
-            path,
-            f"{COUNTERS_FILE} has no checksum of"
-            f" {next(f for f in needed if f not in (files or {}))}",
-        )
-    for name, expected in files.items() if verify else ():
-        if _read(path / name, checksum) != expected:
-            raise damaged(path, f"{name} is not as it was written, by its checksum")
+    if not isinstance(files, dict):
+        files = {}
+    unlisted = [file for file in needed if file not in files]
+    if unlisted:
+        raise DamagedCheckpoint(path, f"{COUNTERS_FILE} has no checksum of {unlisted[0]}")
+    if verify:
+        for name, expected in files.items():
+            if _read(path / name, checksum) != expected:
+                raise DamagedCheckpoint(path, f"{name} is not as it was written, by its checksum")
     tensors = {name: _read(path / f"{name}.safetensors", load_file) for name in names}
     own = _read(
         path / f"rank-{rank}.pt",
@@ -149,7 +153,7 @@ def read_checkpoint(path: Path, names: list[str], rank: int, verify: bool = True
 
 def _read(file: Path, reader: Any) -> Any:
     if not file.is_file():
-        raise damaged(file.parent, f"{file.name} is missing")
+        raise DamagedCheckpoint(file.parent, f"{file.name} is missing")
     with reading(file.parent, file.name):
         return reader(file)
 
@@ -162,20 +166,19 @@ def reading(path: Path, what: str) -> Iterator[None]:
     except DamagedCheckpoint:
         raise
     except (SafetensorError, ValueError, OSError, RuntimeError, EOFError) as error:
-        raise damaged(
+        raise DamagedCheckpoint(
             path, f"{what} can't be read ({' '.join(str(error).split())[:120]})"
         ) from None
     # a truncated .pt raises pickle.UnpicklingError, zipfile errors and others
     except Exception as error:
-        raise damaged(path, f"{what} can't be read ({type(error).__name__})") from None
+        raise DamagedCheckpoint(path, f"{what} can't be read ({type(error).__name__})") from None
 
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint that can't be resumed from. The message is one line for the user."""
 
-
-def damaged(path: Path, what: str) -> DamagedCheckpoint:
-    return DamagedCheckpoint(f"checkpoint {path} is damaged: {what}; {way_back(path)}")
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"checkpoint {path} is damaged: {what}; {way_back(path)}")
 
 
 def way_back(path: Path) -> str:
@@ -198,16 +201,18 @@ def restore_tensors(
     """Copies saved tensors into those that are in use; names, shapes and dtypes must be the same,
     and all numbers finite.
     """
-    for key in sorted(live.keys() ^ saved.keys()):
-        raise damaged(
-            path, f"{name}.safetensors {'lacks' if key in live else 'has the unknown'} {key}"
-        )
+    lacking = sorted(live.keys() - saved.keys())
+    if lacking:
+        raise DamagedCheckpoint(path, f"{name}.safetensors lacks {lacking[0]}")
+    unknown = sorted(saved.keys() - live.keys())
+    if unknown:
+        raise DamagedCheckpoint(path, f"{name}.safetensors has the unknown {unknown[0]}")
     for key, tensor in live.items():
         if tensor.shape != saved[key].shape:
             shapes = f"{tuple(saved[key].shape)}, expected {tuple(tensor.shape)}"
-            raise damaged(path, f"{key} of {name}.safetensors has shape {shapes}")
+            raise DamagedCheckpoint(path, f"{key} of {name}.safetensors has shape {shapes}")
         if tensor.dtype != saved[key].dtype:
-            raise damaged(
+            raise DamagedCheckpoint(
                 path, f"{key} of {name}.safetensors is {saved[key].dtype}, expected {tensor.dtype}"
             )
     check_finite(saved, path, name)
@@ -219,7 +224,9 @@ def check_finite(saved: dict[str, Tensor], path: Path, name: str) -> None:
     """Refuses a checkpoint that would go on with numbers that are none."""
     bad = not_finite(saved)
     if bad is not None:
-        raise damaged(path, f"{bad} of {name}.safetensors is not finite (NaN or infinite)")
+        raise DamagedCheckpoint(
+            path, f"{bad} of {name}.safetensors is not finite (NaN or infinite)"
+        )
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

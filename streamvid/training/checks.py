@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -18,9 +18,7 @@ from accelerate.utils import LoggerType
 from torch.nn import Module, Parameter
 
 from streamvid.config import flat_defaults, flatten, to_plain
-
-if TYPE_CHECKING:
-    from streamvid.training.trainer import TrainConfig
+from streamvid.training.config import TrainConfig
 
 # What may change between the start of a run and its continuation.
 CHANGEABLE = {
@@ -39,20 +37,24 @@ _MENDING = (
 
 
 def check_names(config: TrainConfig, networks: dict[str, Module]) -> None:
+    """A ValueError unless each network has an optimiser, and each section is for a network."""
     for section, configured in (("optimizers", config.optimizers), ("ema", config.ema)):
-        for name in configured.keys() - networks.keys():
-            near = difflib.get_close_matches(name, networks, n=1, cutoff=0.0)
+        unknown = sorted(configured.keys() - networks.keys())
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], networks, n=1, cutoff=0.0)
             raise ValueError(
-                f"{section}.{name} is for no network of the method; did you mean"
+                f"{section}.{unknown[0]} is for no network of the method; did you mean"
                 f" '{section}.{near[0]}'?"
             )
-    for name in networks.keys() - config.optimizers.keys():
+    missing = sorted(networks.keys() - config.optimizers.keys())
+    if missing:
         raise ValueError(
-            f"network '{name}' has no optimizer; set optimizers.{name}.lr, such as 1e-5"
+            f"network '{missing[0]}' has no optimizer; set optimizers.{missing[0]}.lr, such as 1e-5"
         )
 
 
 def check_parameters(name: str, parameters: dict[str, Parameter]) -> None:
+    """A ValueError unless there is something to train, in a precision that keeps small updates."""
     if not parameters:
         raise ValueError(
             f"network '{name}' has no parameter that requires a gradient; nothing to train"
@@ -81,15 +83,19 @@ def _place_of(config: TrainConfig, resolved: Any) -> str:
     """The prefix of the trainer's keys in the resolved configuration: `train.`, or nothing."""
     if resolved is config or not is_dataclass(resolved):
         return ""
-    return next((f"{f.name}." for f in fields(resolved) if getattr(resolved, f.name) is config), "")
+    for part in fields(resolved):
+        if getattr(resolved, part.name) is config:
+            return f"{part.name}."
+    return ""
 
 
 def _portable(value: Any) -> Any:
     """A path into the package's assets without the place of the package, which may have moved;
     others as they are.
     """
-    _, shipped, rest = value.rpartition(SHIPPED) if isinstance(value, str) else ("", "", "")
-    return shipped.lstrip("/") + rest if shipped else value
+    if not isinstance(value, str) or SHIPPED not in value:
+        return value
+    return SHIPPED.lstrip("/") + value.rpartition(SHIPPED)[2]
 
 
 def _settings(

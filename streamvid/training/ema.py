@@ -1,8 +1,8 @@
 """An exponential moving average of a network's weights, counted in that network's own updates.
 
 shadow <- decay * shadow + (1 - decay) * weights, in float32. A student that is updated every fifth
-step averages over its own updates and not over the critic's (released code of this field differs
-here).
+step averages over its own updates and not over the fake score's; released code of this field
+differs here.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from torch.nn import Parameter
 
 @dataclass
 class EMAConfig:
-    decay: float = 0.99  # over about 1 / (1 - decay) updates of the network; 0.99 to 0.9999
-    start_step: int = 0  # the network's updates during which the average just follows the weights
-    warmup: bool = False  # rise to `decay` as (1 + n) / (10 + n), n updates after start_step
+    """How the average of a network is kept."""
+
+    decay: float = 0.99
+    """Averages over about 1 / (1 - decay) updates of the network; 0.99 to 0.9999."""
+    start_step: int = 0
+    """Updates of the network during which the average follows the weights."""
+    warmup: bool = False
+    """Rise to `decay` as (1 + n) / (10 + n), n updates after start_step."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -35,7 +40,8 @@ class EMA:
     """
 
     def __init__(self, parameters: dict[str, Parameter], config: EMAConfig) -> None:
-        self.config, self.updates = config, 0
+        self.config = config
+        self.updates = 0
         self.parameters = parameters
         self.shadow = {name: p.detach().float().clone() for name, p in parameters.items()}
 

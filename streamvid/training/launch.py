@@ -44,7 +44,7 @@ def launch_all_processes() -> None:
         ValueError: one line, for what the launcher was asked and can't be had that way.
     """
     stop_with_launcher()
-    count = _processes_missing()
+    count = _count_missing_processes()
     if count <= 1:
         return
     port = os.environ.pop("MASTER_PORT")
@@ -76,7 +76,7 @@ def stop_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _processes_missing() -> int:
+def _count_missing_processes() -> int:
     """How many processes `accelerate launch --cpu` was asked for, 0 if it did not start this one
     alone.
 
@@ -146,7 +146,7 @@ def check_launcher(mixed_precision: str) -> None:
             )
 
 
-def launched_processes() -> int:
+def count_processes() -> int:
     """How many processes `torchrun` or `accelerate launch` has started, also before they know each
     other.
     """

@@ -29,7 +29,9 @@ class Learner:
         ema: EMAConfig | None,
         fp16: bool,
     ) -> None:
-        self.network, self.config, self.updates = network, optimizer, 0
+        self.network = network
+        self.config = optimizer
+        self.updates = 0
         self.parameters = {key: p for key, p in network.named_parameters() if p.requires_grad}
         check_parameters(name, self.parameters)
         self.optimizer = build_optimizer(self.parameters, optimizer)

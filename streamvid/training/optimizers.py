@@ -5,8 +5,8 @@ Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalises the 
 matrices; here it updates the matrices and convolution kernels of repeated blocks, scaled so that
 AdamW's rates apply (Liu et al., arXiv 2502.16982), and AdamW updates all else.
 
-AdamW in 8 bits (arXiv 2110.02861; torchao's) keeps the moments of large parameters as a byte a
-value and a scale a block of 256: 2 bytes a weight in place of 8.
+AdamW in 8 bits (arXiv 2110.02861; torchao's) keeps the moments of large parameters as a byte per
+value and a scale per block of 256: 2 bytes per weight in place of 8.
 """
 
 from __future__ import annotations
@@ -30,23 +30,28 @@ class OptimizerConfig:
 
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     """adamw8bit: a quarter of the state's memory, needs torchao; muon: for training from random
-    weights, needs torch 2.9"""
-    lr: float = 1e-5  # after the warm-up; 2e-6 for a 1.3B student, 1e-3 for a tiny one from scratch
-    # adversarial and score-distillation updates often use (0, 0.999)
+    weights."""
+    lr: float = 1e-5
+    """Learning rate after the warm-up; 2e-6 for a 1.3B student, 1e-3 for a tiny one."""
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.01  # decoupled, a step, times lr
-    # whether norms, biases and other one-dimensional parameters decay too
+    """Adversarial and score-distillation updates often use (0, 0.999)."""
+    weight_decay: float = 0.01
+    """Decoupled, per step, times lr."""
     decay_vectors: bool = False
+    """Whether norms, biases and other one-dimensional parameters decay too."""
     eps: float = 1e-8
-    # largest norm of the whole network's gradient; null clips nothing
     clip_norm: float | None = 1.0
-    # updates of this network over which lr rises linearly; the first one is lr / warmup_steps
+    """Largest norm of the whole network's gradient; null clips nothing."""
     warmup_steps: int = 0
-    # after the warm-up, over the whole run
+    """Updates of this network over which lr rises linearly; the first one is lr / warmup_steps."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    decay_start: float = 0.0  # part of the run before cosine and linear begin to fall
-    final_lr_ratio: float = 0.0  # where cosine and linear end, as a fraction of lr
-    accumulate: int = 1  # batches a process averages before one update
+    """How lr changes after the warm-up, over the whole run."""
+    decay_start: float = 0.0
+    """Part of the run before cosine and linear begin to fall."""
+    final_lr_ratio: float = 0.0
+    """Where cosine and linear end, as a fraction of lr."""
+    accumulate: int = 1
+    """Batches that each process averages before an update."""
 
     def __post_init__(self) -> None:
         for key in ("lr", "weight_decay", "eps"):
@@ -193,8 +198,8 @@ def optimizer_tensors(
     """What the optimiser remembers of each parameter, as `NAME/exp_avg`, `NAME/exp_avg_sq`,
     `NAME/step`.
 
-    A moment in 8 bits is `NAME/exp_avg:codes`, of the parameter's shape, `:scale`, one a block, and
-    `:qmap`, the 256 values.
+    A moment in 8 bits is `NAME/exp_avg:codes`, of the parameter's shape, `:scale`, one per block,
+    and `:qmap`, the 256 values.
     """
     return {
         f"{names[parameter]}/{key}": value
@@ -210,7 +215,7 @@ def _parts(moment: str, kept: Tensor) -> dict[str, Tensor]:
     return {f"{moment}:{part}": getattr(kept, part) for part in ("codes", "scale", "qmap")}
 
 
-def _joined(memory: dict[str, Tensor]) -> dict[str, Tensor]:
+def _join_parts(memory: dict[str, Tensor]) -> dict[str, Tensor]:
     """Undoes `_parts` for all moments of a parameter."""
     joined: dict[str, Any] = {}
     for key, tensor in memory.items():
@@ -255,7 +260,7 @@ def load_optimizer_tensors(
             )
         part = tensor if key == "step" else cut_like(tensor, parameters[name])
         memories.setdefault(index[parameters[name]], {})[key] = part
-    memories = {place: _joined(memory) for place, memory in memories.items()}
+    memories = {place: _join_parts(memory) for place, memory in memories.items()}
     optimizer.load_state_dict(
         {"state": memories, "param_groups": optimizer.state_dict()["param_groups"]}
     )

@@ -7,7 +7,7 @@ pass, in float32. One call serves all roles, trained or frozen. What a network r
 a method computes, is the same.
 
 Outside a call a sharded network's parameters are ``DTensor``s: what stands in a file or goes to
-people is gathered first (``gathered``, ``whole_network``), what comes from a file is cut
+people is gathered first (``gather_tensors``, ``whole_network``), what comes from a file is cut
 (``cut_like``).
 """
 
@@ -27,24 +27,22 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from streamvid.models.lora import is_adapted
 
 
-def held_networks(method: Any) -> dict[str, nn.Module]:
+def find_networks(method: Any) -> dict[str, nn.Module]:
     """Those that are trained, then all others that a method holds, such as a teacher's and a
     reference; each once.
     """
     networks = dict(method.networks())
     for name, part in vars(method).items():
-        held = (
-            {name: part}
-            if isinstance(part, nn.Module)
-            else {
+        if isinstance(part, nn.Module):
+            found = {name: part}
+        else:
+            found = {
                 name: getattr(part, "transformer", None),
                 f"{name}, expert 2": getattr(part, "transformer_2", None),
             }
-        )
-        for key, network in held.items():
-            if isinstance(network, nn.Module) and all(
-                network is not other for other in networks.values()
-            ):
+        for key, network in found.items():
+            known = any(network is other for other in networks.values())
+            if isinstance(network, nn.Module) and not known:
                 networks[key] = network
     return networks
 
@@ -80,7 +78,7 @@ def check_shardable(
             " teacher.offload=false"
         )
     owners: dict[int, str] = {}
-    for name, network in held_networks(method).items():
+    for name, network in find_networks(method).items():
         if is_adapted(network):
             what = f"the adapters of {name} do; set lora.rank=0"
             raise ValueError(f"shard=full can't divide weights that networks share, as {what}")
@@ -123,7 +121,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
 
 
-def gathered(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+def gather_tensors(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """Whole tensors on the CPU in place of sharded ones; the others as they are. All processes must
     call it.
 
@@ -157,7 +155,7 @@ def whole_network(network: nn.Module, keep: bool = True) -> nn.Module | None:
     """
     if not isinstance(network, FSDPModule):
         return network
-    tensors = gathered(network.state_dict(), keep)
+    tensors = gather_tensors(network.state_dict(), keep)
     if not keep:
         return None
     with torch.device("meta"):

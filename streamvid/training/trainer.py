@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import shutil
 import signal
 import sys
@@ -26,10 +25,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from accelerate.utils import gather_object, send_to_device, set_seed
 from safetensors import SafetensorError
 from torch import Tensor
@@ -38,14 +37,15 @@ from tqdm import tqdm
 
 from streamvid.config import flatten, save_config, to_plain
 from streamvid.files import disk_full, remove_leftovers
+from streamvid.metering import GIB
 from streamvid.training import checkpoint as ckpt
 from streamvid.training.checks import check_names, check_same_run, check_trackers, fingerprint
-from streamvid.training.ema import EMAConfig
+from streamvid.training.config import TrainConfig
 from streamvid.training.launch import RunLock, check_launcher
 from streamvid.training.learner import Learner
 from streamvid.training.method import BatchSource, Method, loss_parts
 from streamvid.training.metrics import RunningMeans, append_metrics, trim_metrics
-from streamvid.training.optimizers import OptimizerConfig, load_optimizer_tensors, optimizer_tensors
+from streamvid.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from streamvid.training.processes import (
     StopSignals,
     agree_on_largest,
@@ -56,8 +56,8 @@ from streamvid.training.processes import (
 )
 from streamvid.training.sharding import (
     check_shardable,
-    gathered,
-    held_networks,
+    find_networks,
+    gather_tensors,
     is_sharded,
     shard_networks,
     whole_network,
@@ -66,62 +66,11 @@ from streamvid.weights import not_finite
 
 log = logging.getLogger(__name__)
 
-GIB = 2**30
-# names reach terminals, cards and shells
-RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-MAX_SEED = 2**31 - 1  # so that each process may add its rank
-
 
 class TrainingError(ValueError):
     """Training can't go on, such as after a loss that is not a number. The message is one line for
     the user.
     """
-
-
-MOST_SAMPLES = 65_536
-"""Of a batch of a process."""
-
-
-@dataclass
-class TrainConfig:
-    name: str  # of the run; its folder is output_dir/name, and the same command resumes it
-    output_dir: str = "runs"
-    seed: int = 0  # of the global generators; batches and decisions have their own keyed seeds
-    max_steps: int = 1000
-    # training time, over all sessions, after which the run ends; null: no limit
-    max_minutes: float | None = None
-    batch_size: int = 1  # samples a process draws for one loss
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast; parameters stay float32
-    gradient_checkpointing: bool = False  # less memory, about a third more time
-    compile: bool = False  # compiles the repeated blocks of the networks that have any
-    # full: processes divide all networks, trained and frozen; one keeps them whole
-    shard: Literal["none", "full"] = "none"
-    log_every: int = 10  # steps between lines of metrics.jsonl
-    # steps between checkpoints; the end of the run and an interruption save too
-    save_every: int = 500
-    keep_checkpoints: int = 2
-    trackers: list[str] = field(default_factory=list)  # accelerate's names: tensorboard, wandb, ...
-    # one for each network of the method
-    optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
-    ema: dict[str, EMAConfig] = field(default_factory=dict)  # for the networks that have an average
-
-    def __post_init__(self) -> None:
-        for key in ("max_steps", "batch_size", "log_every", "save_every", "keep_checkpoints"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        if self.batch_size > MOST_SAMPLES:
-            raise ValueError(f"batch_size={self.batch_size} must be at most {MOST_SAMPLES:,}")
-        if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
-            raise ValueError(
-                f"max_minutes={self.max_minutes} must be above 0; use null for no limit"
-            )
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"seed={self.seed} must be from 0 to {MAX_SEED}")
-        if not RUN_NAME.fullmatch(self.name):
-            raise ValueError(
-                f"name={self.name!r} must be one folder name of at most 100 letters, digits and"
-                " ._-, which begins with none of .-; choose the place with output_dir"
-            )
 
 
 class Trainer:
@@ -144,13 +93,11 @@ class Trainer:
         progress: bool = True,
         lock: RunLock | None = None,
     ) -> None:
-        self.config, self.method, self.source, self.save_fn, self.lock = (
-            config,
-            method,
-            source,
-            save_fn,
-            lock,
-        )
+        self.config = config
+        self.method = method
+        self.source = source
+        self.save_fn = save_fn
+        self.lock = lock
         self.resolved = config if resolved is None else resolved
         self.run_dir = Path(config.output_dir) / config.name
         self.checkpoints = self.run_dir / "checkpoints"
@@ -171,7 +118,7 @@ class Trainer:
             kinds = {name: config.optimizers[name].kind for name in networks}
             check_shardable(method, kinds, config.mixed_precision, config.compile)
         if self.sharded:
-            shard_networks(held_networks(method).values(), self.accelerator.device)
+            shard_networks(find_networks(method).values(), self.accelerator.device)
         self.learners = {
             name: Learner(
                 name,
@@ -182,8 +129,11 @@ class Trainer:
             )
             for name, network in networks.items()
         }
-        self.means, self.show_progress = RunningMeans(), progress
-        self.step, self.samples, self.seconds = 0, 0, 0.0
+        self.means = RunningMeans()
+        self.show_progress = progress
+        self.step = 0
+        self.samples = 0
+        self.seconds = 0.0
         self.resumed_from: Path | None = None
         for tensors in self._tensors().values():
             broadcast_tensors(tensor for tensor in tensors.values() if not is_sharded(tensor))
@@ -291,13 +241,13 @@ class Trainer:
         learner = self.learners[turn]
         self._require_gradients_of([turn])
         learner.optimizer.zero_grad(set_to_none=True)
-        loss = sum(
-            self._backward(learner, turn, micro, part) for part in range(learner.config.accumulate)
-        )
+        total = torch.zeros((), device=self.accelerator.device)
+        for part in range(learner.config.accumulate):
+            total = total + self._backward(learner, turn, micro, part)
         if self.sharded:  # gradients are averaged as they are made
-            loss = average_loss(loss).item()
+            loss = average_loss(total).item()
         else:
-            loss = average_gradients(list(learner.parameters.values()), loss).item()
+            loss = average_gradients(list(learner.parameters.values()), total).item()
         self._check_finite("loss", loss, turn)
         learner.scaler.unscale_(learner.optimizer)
         norm = learner.clip()
@@ -310,17 +260,19 @@ class Trainer:
 
     def _backward(self, learner: Learner, turn: str, micro: int, part: int) -> Tensor:
         """Adds the gradient of one batch; returns its share of the loss."""
-        parts = loss_parts(self.method, turn, self._draw(turn, micro, part), self.step)
-        total = 0
+        batch = self._draw(turn, micro, part)
+        parts = loss_parts(self.method, turn, batch, self.step)
+        total = torch.zeros((), device=self.accelerator.device)
         while True:
             with self.accelerator.autocast():
-                loss, numbers = next(parts, (None, {}))
-            if loss is None:
+                found = next(parts, None)
+            if found is None:
                 return total
+            loss, numbers = found
             loss = loss / learner.config.accumulate
             learner.scaler.scale(loss).backward()
             self.means.add({f"{turn}/{name}": value for name, value in numbers.items()})
-            total = loss.detach() + total
+            total = total + loss.detach()
 
     def _draw(self, turn: str, micro: int, part: int) -> dict[str, Any]:
         """This process's share of the joint batch in accumulation pass `part`."""
@@ -376,13 +328,13 @@ class Trainer:
 
     @contextmanager
     def _progress_bar(self) -> Iterator[tqdm]:
-        shown = self.show_progress and self.is_main and sys.stderr.isatty()
+        visible = self.show_progress and self.is_main and sys.stderr.isatty()
         form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         with tqdm(
             total=self.config.max_steps,
             initial=self.step,
             desc=self.config.name,
-            disable=not shown,
+            disable=not visible,
             bar_format=form,
             dynamic_ncols=True,
         ) as bar:
@@ -425,12 +377,8 @@ class Trainer:
         return f"the same command resumes from {newest[-1]}"
 
     def _no_room(self, reason: str) -> str:
-        needed = (
-            sum(
-                tensor.nbytes for tensors in self._tensors().values() for tensor in tensors.values()
-            )
-            / GIB
-        )
+        tensors = [tensor for named in self._tensors().values() for tensor in named.values()]
+        needed = sum(tensor.nbytes for tensor in tensors) / GIB
         there = shutil.disk_usage(self.run_dir).free / GIB
         remedy = (
             f"free {needed - there:.2f} GiB or more"
@@ -464,7 +412,9 @@ class Trainer:
             "means": self.means.state_dict(),
         }
         ranks = gather_object([own])
-        tensors = {file: gathered(live, self.is_main) for file, live in self._tensors().items()}
+        tensors = {
+            file: gather_tensors(live, self.is_main) for file, live in self._tensors().items()
+        }
         if self.is_main:
             self._check_weights(tensors)
             snapshot = ckpt.Snapshot(self._counters(), tensors, ranks)
@@ -546,7 +496,7 @@ class Trainer:
     def _check_of_this_run(self, path: Path, counters: dict[str, Any]) -> None:
         processes, before = self.accelerator.num_processes, counters.get("num_processes")
         if counters.get("run") != fingerprint(self.config, self.resolved):
-            raise ckpt.damaged(path, "it is of a run with another configuration")
+            raise ckpt.DamagedCheckpoint(path, "it is of a run with another configuration")
         was, now = counters.get("data"), getattr(self.source, "fingerprint", None)
         if was and now and was != now:
             raise ValueError(
@@ -561,11 +511,9 @@ class Trainer:
 
     def _set_counters(self, counters: dict[str, Any]) -> None:
         """Undoes `_counters`."""
-        self.step, self.samples, self.seconds = (
-            counters["step"],
-            counters["samples"],
-            counters["seconds"],
-        )
+        self.step = counters["step"]
+        self.samples = counters["samples"]
+        self.seconds = counters["seconds"]
         for name, learner in self.learners.items():
             learner.scaler.load_state_dict(counters["scalers"][name])
             learner.updates = counters["updates"][name]

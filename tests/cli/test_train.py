@@ -14,7 +14,8 @@ import torch
 
 import streamvid
 from streamvid.cli import train as tool
-from streamvid.experiment import build as training_run
+from streamvid.experiment import build
+from streamvid.experiment import export as export_module
 from streamvid.students.folder import load_student
 
 ROOT = Path(streamvid.__file__).parents[1]
@@ -48,10 +49,8 @@ def finished(tmp_path_factory):
 def nothing_loads(monkeypatch):
     """Loading is an error: what is refused must be refused before it."""
     for name in ("build_student", "build_source", "build_teacher"):
-        monkeypatch.setattr(training_run, name, lambda *args, **kwargs: 1 / 0)
-    monkeypatch.setattr(
-        training_run.PromptEncoder, "from_pretrained", lambda *args, **kwargs: 1 / 0
-    )
+        monkeypatch.setattr(build, name, lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(build.PromptEncoder, "from_pretrained", lambda *args, **kwargs: 1 / 0)
 
 
 def test_shipped_networks_are_found_from_any_working_folder(finished):
@@ -160,7 +159,7 @@ def test_data_that_is_not_there_is_refused_before_anything_is_loaded(
 def test_a_second_process_is_refused_before_it_loads(finished, monkeypatch, capsys, nothing_loads):
     folder, arguments = finished
     monkeypatch.chdir(folder)
-    lock = training_run.RunLock(Path("runs/tiny_dmd"))
+    lock = build.RunLock(Path("runs/tiny_dmd"))
     try:
         assert tool.main([*arguments, "train.max_steps=3"]) == 2
     finally:
@@ -184,9 +183,10 @@ def test_ctrl_c_outside_of_the_loop_is_no_traceback(tmp_path, monkeypatch, capsy
     def pressed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        training_run, "build_student" if where == "load" else "save_student", pressed
-    )
+    if where == "load":
+        monkeypatch.setattr(build, "build_student", pressed)
+    else:
+        monkeypatch.setattr(export_module, "save_student", pressed)
     arguments = ["--config", str(CONFIG), f"train.output_dir={tmp_path}", *SMALL]
     assert tool.main(arguments) == 130
     assert (
@@ -200,14 +200,14 @@ def test_ctrl_c_outside_of_the_loop_is_no_traceback(tmp_path, monkeypatch, capsy
 
 def test_an_export_that_is_not_finite_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     """It used to be written as a success, and streamed black clips."""
-    save = training_run.save_student
+    save = export_module.save_student
 
     def spoiled(path, network, *rest):
         with torch.no_grad():
             network.scale_shift_table[0, 0] = float("nan")
         save(path, network, *rest)
 
-    monkeypatch.setattr(training_run, "save_student", spoiled)
+    monkeypatch.setattr(export_module, "save_student", spoiled)
     assert tool.main(["--config", str(CONFIG), f"train.output_dir={tmp_path}", *SMALL]) == 2
     captured = capsys.readouterr()
     assert (

@@ -8,12 +8,10 @@ import torch
 
 from streamvid.core.guidance import (
     GuidanceSpec,
-    anti_guidance,
     dmd,
     guide,
     long_short,
     random_scale,
-    scale_from,
     vsd,
     zero_guidance,
 )
@@ -65,7 +63,7 @@ SPECS = {
     "dmd": dmd(4.0),
     "vsd": vsd(4.0),
     "zero": zero_guidance(),
-    "anti": anti_guidance(-1.0),
+    "anti": GuidanceSpec(fake=-1.0),
 }
 
 
@@ -111,7 +109,7 @@ def test_where_the_mean_ends_on_a_list_of_times(name, expected):
         (dmd(4.0), 4.0),
         (vsd(4.0), 1.0),
         (long_short(2.0), 2.0),
-        (anti_guidance(-2.0), -0.5),
+        (GuidanceSpec(fake=-2.0), -0.5),
         (GuidanceSpec(3.0, 2.0, 4.0), 6.0),
     ],
 )
@@ -153,13 +151,6 @@ def test_scale_one_is_the_conditional_prediction_and_scales_differ_by_sample():
     torch.testing.assert_close(mixed[0], cond[0])
     torch.testing.assert_close(mixed[1], uncond[1])
     torch.testing.assert_close(mixed[2], 2 * cond[2] - uncond[2])
-
-
-def test_conventions_of_others():
-    """Self-Forcing's 3.0 is our 4.0; DMD2 and diffusers write what we write."""
-    assert scale_from("extra", 3.0) == 4.0 and scale_from("standard", 8.0) == 8.0
-    with pytest.raises(ValueError, match="convention='cfg'"):
-        scale_from("cfg", 1.0)
 
 
 def test_specs_that_contradict_themselves():

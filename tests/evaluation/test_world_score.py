@@ -30,7 +30,7 @@ from streamvid.evaluation.world_score import (
     mean_scores,
     parse,
     score,
-    score_estimate,
+    score_parsed,
 )
 
 FAMILIES = ("move", "fall", "cross")
@@ -373,10 +373,10 @@ def test_attributes_that_the_caption_leaves_open_are_none():
 
 
 def test_one_parse_serves_several_prompts():
-    """``score_estimate`` of a parsed clip equals ``score``."""
+    """``score_parsed`` of a parsed clip equals ``score``."""
     spec = sample_spec(5, family="cross")
     frames, prompt = render(spec, T), caption(spec)
-    assert score_estimate(parse(frames), prompt, window=16) == score(frames, prompt, window=16)
+    assert score_parsed(parse(frames), prompt, window=16) == score(frames, prompt, window=16)
 
 
 def test_mean_scores_average_where_applicable():

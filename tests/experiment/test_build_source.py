@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from streamvid.codecs.text import PromptEncoder
 from streamvid.data.trajectories import write_trajectories
 from streamvid.data.world import caption, render, sample_spec
-from streamvid.experiment import build as run
-from streamvid.experiment.build import build_source, load_run
+from streamvid.experiment import data as run_data
+from streamvid.experiment.build import text_device
+from streamvid.experiment.config import load_run
+from streamvid.experiment.data import build_source
 from streamvid.students.folder import TINY_TEACHER
 from streamvid.video import write_video
 
@@ -107,7 +109,7 @@ def test_latents_of_another_number_of_channels_are_refused(tmp_path, prompts):
     with pytest.raises(
         ValueError, match="set.safetensors has latents of 4 channels, the student takes 16"
     ):
-        run.ensure_same_latents(config, build_source(config, prompts), student)
+        run_data.ensure_same_latents(config, build_source(config, prompts), student)
 
 
 def test_trajectories_of_another_text_encoder_are_refused(tmp_path, prompts):
@@ -142,7 +144,7 @@ def test_a_folder_of_clips_is_encoded_once_for_each_codec(
         not torch.equal(first.latents, other.latents)
         and len(list((tmp_path / "clips").rglob("*.safetensors"))) == 2
     )
-    monkeypatch.setattr(run, "open_codec", lambda *args: pytest.fail("encoded again"))
+    monkeypatch.setattr(run_data, "open_codec", lambda *args: pytest.fail("encoded again"))
     assert torch.equal(source(prompts, tmp_path / "clips", *form).latents, first.latents)
     monkeypatch.undo()
     os.utime(tmp_path / "clips" / "0.mp4", (1, 1))
@@ -192,5 +194,5 @@ def test_a_text_encoder_that_does_not_fit_beside_the_run_stays_on_the_cpu(monkey
     size = 4 * sum(parameter.numel() for parameter in encoder.parameters())
     for free, expected in ((size, cpu), (2 * size, cuda)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
-        assert run.text_device(str(TINY_TEACHER), cuda) == expected
-    assert run.text_device(str(TINY_TEACHER), cpu) == cpu
+        assert text_device(str(TINY_TEACHER), cuda) == expected
+    assert text_device(str(TINY_TEACHER), cpu) == cpu

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from streamvid.codecs.load import open_codec
-from streamvid.experiment.build import build_trainer, load_run, method_names
+from streamvid.experiment.build import build_trainer
+from streamvid.experiment.config import load_run, method_names
 from streamvid.rollout.sampler import generate
 from streamvid.students.folder import load_student
 from streamvid.teachers.load import open_teacher

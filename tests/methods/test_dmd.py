@@ -364,26 +364,19 @@ def test_the_fake_score_starts_as_a_float32_copy_of_the_teacher():
 
 
 class Probed(nn.Module):
-    """Adds a number of its own to what the student is given of each chunk; a wrapper, as for data
-    parallelism.
-    """
+    """Adds a number of its own to what a student is given of each chunk."""
 
     def __init__(self, student):
         super().__init__()
-        self.module = student
+        self.inner = student
+        self.config, self.commit, self.new_cache = student.config, student.commit, student.new_cache
         self.probes = nn.Parameter(torch.zeros(3))
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, cache):
         chunk = cache.num_committed_frames // 2
-        return self.module(
+        return self.inner(
             hidden_states + self.probes[chunk], timestep, encoder_hidden_states, cache=cache
         )
-
-
-def test_a_wrapped_student_trains_the_same():
-    plain, batch = wan_method()
-    wrapped, _ = wan_method(Probed)
-    assert plain.loss("student", batch, 0)[1] == wrapped.loss("student", batch, 0)[1]
 
 
 def test_no_gradient_passes_from_a_chunk_to_the_ones_before_it():

@@ -9,7 +9,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
-from streamvid.experiment.build import build_trainer, load_run
+from streamvid.experiment.build import build_trainer
+from streamvid.experiment.config import load_run
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import (
     LORA_FILE,

@@ -110,7 +110,8 @@ def _train(
     folder: Path, name: str, *overrides: str, file: str = "run.yaml", name_of_run: str = "run"
 ) -> None:
     """A finished run of the working folder, whose folder is then `name`."""
-    from streamvid.experiment.build import build_trainer, load_run
+    from streamvid.experiment.build import build_trainer
+    from streamvid.experiment.config import load_run
 
     os.chdir(folder)
     build_trainer(load_run(folder / file, list(overrides)), progress=False).train()

@@ -302,27 +302,6 @@ def test_hooks_replace_states_and_predictions(student, prompts):
     assert seen == [(0, t) for t in TIMES]
 
 
-def test_wrapped_students_are_called_and_committed(student, prompts):
-    """A data-parallel wrapper forwards the call, which it must see, and no other method."""
-
-    class Wrapper(torch.nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module, self.num_calls = module, 0
-
-        def forward(self, *args, **kwargs):
-            self.num_calls += 1
-            return self.module(*args, **kwargs)
-
-    wrapper = Wrapper(student)
-    wrapped = list(
-        run(wrapper, prompts, autoregressive(TIMES, 2), cache=student.new_cache(2, 4, 4))
-    )
-    assert wrapper.num_calls == 6
-    for a, b in zip(wrapped, run(student, prompts, autoregressive(TIMES, 2)), strict=True):
-        assert torch.equal(a.latents, b.latents)
-
-
 def test_states_are_float32_whatever_the_student_returns(student, prompts):
     student = student.bfloat16()
     results = list(run(student, prompts.bfloat16(), autoregressive(TIMES, 2)))

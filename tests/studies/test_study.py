@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from streamvid.studies import study as st
+from streamvid.studies.jobs import write_result
 from streamvid.studies.report import (
     crossed_table,
     long_table,
@@ -23,11 +24,10 @@ from streamvid.studies.study import (
     Variant,
     all_jobs,
     appearance,
+    find_unfinished,
     jobs_of,
     load_study,
-    still_to_do,
     tail_means,
-    write_result,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -113,12 +113,12 @@ def test_a_report_alone_is_enough_to_go_on(tmp_path):
     assert write_report(report, study, jobs) == first
     names = lambda jobs: [(job.name, job.seed) for job in jobs]
     # a's result is there, its student is not
-    assert names(still_to_do(jobs, jobs, {"old"})) == [("a", 0), ("b", 0)]
+    assert names(find_unfinished(jobs, jobs, {"old"})) == [("a", 0), ("b", 0)]
     (there / "runs" / "a-0" / "student").mkdir(parents=True)
-    assert names(still_to_do(jobs, jobs, {"old"})) == [("b", 0)] and ("old", 0) in names(
-        still_to_do(jobs, jobs)
+    assert names(find_unfinished(jobs, jobs, {"old"})) == [("b", 0)] and ("old", 0) in names(
+        find_unfinished(jobs, jobs)
     )
-    assert names(still_to_do(jobs[:1], jobs)) == []
+    assert names(find_unfinished(jobs[:1], jobs)) == []
 
     write_result(
         there / "old-0.json",
@@ -195,10 +195,6 @@ def test_a_trainings_numbers_are_means_over_its_last_part():
         for s in range(8)
     ]
     assert tail_means(lines) == {"loss": 6.5, "gap_1": 2.0}
-
-
-def test_scores_are_means_over_seeds_of_what_all_have():
-    assert st.mean_of([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": 2.0}
 
 
 def test_a_failed_training_is_reported_and_leaves_no_result(tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from streamvid.codecs.text import PromptEncoder
-from streamvid.experiment.build import TeacherConfig, build_teacher
+from streamvid.experiment.build import build_teacher
+from streamvid.experiment.config import TeacherConfig
 from streamvid.hub import resolve_checkpoint
 from streamvid.students.folder import TINY_TEACHER
 from streamvid.teachers.cogvideox import CogVideoXTeacher

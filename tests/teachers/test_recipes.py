@@ -17,7 +17,7 @@ from diffusers import WanTransformer3DModel
 
 from streamvid.cli import sample, trajectories
 from streamvid.config import read_config
-from streamvid.experiment.build import load_run
+from streamvid.experiment.config import load_run
 from streamvid.students.folder import load_student
 from streamvid.video import VideoWriter
 

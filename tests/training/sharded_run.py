@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from streamvid.experiment.build import build_method, build_student, build_trainer, load_run
+from streamvid.experiment.build import build_method, build_student, build_trainer
+from streamvid.experiment.config import load_run
 from streamvid.seeding import keyed_normal
 from streamvid.training.trainer import Trainer
 

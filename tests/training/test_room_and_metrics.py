@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from streamvid.experiment import room
-from streamvid.experiment.build import build_trainer, load_run
+from streamvid.experiment.build import build_trainer
+from streamvid.experiment.config import load_run
 from streamvid.training import metrics
 from streamvid.training.metrics import RunningMeans, append_metrics, read_metrics, trim_metrics
 

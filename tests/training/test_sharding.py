@@ -22,7 +22,7 @@ import streamvid
 from streamvid.students.folder import TINY_TEACHER
 from streamvid.training.checkpoint import list_checkpoints
 from streamvid.training.metrics import read_metrics
-from streamvid.training.sharding import check_shardable, held_networks
+from streamvid.training.sharding import check_shardable, find_networks
 
 SCRIPT = Path(__file__).with_name("sharded_run.py")
 ENVIRONMENT = {
@@ -197,7 +197,7 @@ def test_shared_weights_and_experts_that_are_put_away_are_refused():
         check_shardable(method, {"student": "adamw"}, "no", False)
     teacher = SimpleNamespace(transformer=one, transformer_2=nn.Linear(2, 2), offload=True)
     method = SimpleNamespace(teacher=teacher, networks=dict)
-    assert list(held_networks(method)) == ["teacher", "teacher, expert 2"]
+    assert list(find_networks(method)) == ["teacher", "teacher, expert 2"]
     with pytest.raises(ValueError, match="set teacher.offload=false"):
         check_shardable(method, {}, "no", False)
     with pytest.raises(ValueError, match="mixed_precision=fp16 needs; set bf16"):

@@ -27,10 +27,11 @@ from streamvid.models.video_discriminator import VideoDiscriminator
 from streamvid.training import checkpoint as ckpt
 from streamvid.training import trainer as trainer_module
 from streamvid.training.checkpoint import list_checkpoints, read_checkpoint
+from streamvid.training.config import TrainConfig
 from streamvid.training.launch import RunLock
 from streamvid.training.metrics import read_metrics
 from streamvid.training.processes import StopSignals
-from streamvid.training.trainer import TrainConfig, Trainer, TrainingError, switch_on
+from streamvid.training.trainer import Trainer, TrainingError, switch_on
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
 ENVIRONMENT = {

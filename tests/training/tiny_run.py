@@ -15,10 +15,11 @@ from torch import nn
 
 from streamvid.config import load_config
 from streamvid.seeding import keyed_generator, keyed_normal
+from streamvid.training.config import TrainConfig
 from streamvid.training.ema import EMAConfig
 from streamvid.training.launch import launch_all_processes
 from streamvid.training.optimizers import OptimizerConfig
-from streamvid.training.trainer import TrainConfig, Trainer, TrainingError
+from streamvid.training.trainer import Trainer, TrainingError
 
 
 @dataclass
