@@ -16,6 +16,7 @@ LEVELS = [
         "frames",
         "files",
         "seeding",
+        "shipped",
         "weights",
         "printing",
         "command_line",

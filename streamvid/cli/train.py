@@ -50,13 +50,15 @@ def train(args: argparse.Namespace) -> None:
     """Train, or say what that would take; what can be refused at once is refused first."""
     read_config(args.config, args.overrides)
     launch_all_processes()
-    from streamvid.experiment.build import build_trainer, check_run
     from streamvid.experiment.config import load_run
+
+    config = load_run(args.config, args.overrides)
+    # diffusers and transformers, which take seconds, for a run that is right so far
+    from streamvid.experiment.build import build_trainer, check_run
     from streamvid.experiment.estimate import ensure_memory, estimate
     from streamvid.experiment.room import ensure_room, room_of
     from streamvid.students.folder import choose_device
 
-    config = load_run(args.config, args.overrides)
     check_run(config)
     if args.dry_run:
         settings = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)

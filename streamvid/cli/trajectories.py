@@ -23,8 +23,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 from streamvid.command_line import Parser, log_to_stderr, run_tool, say, sides
-
-TINY_TEACHER = str(Path(__file__).parents[1] / "assets" / "teacher")
+from streamvid.shipped import TINY_TEACHER
 
 
 def parser() -> Parser:
@@ -32,7 +31,7 @@ def parser() -> Parser:
     options = Parser(__doc__, "trajectories", may_be_empty=["negative_prompt"])
     options.add_argument(
         "--teacher",
-        default=TINY_TEACHER,
+        default=str(TINY_TEACHER),
         help="a diffusers folder, or its name on the hub; the tiny teacher",
     )
     options.add_argument("--out", required=True, help="folder for the trajectories")

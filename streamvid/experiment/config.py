@@ -22,11 +22,8 @@ from streamvid.data.latents import WorldSet
 from streamvid.hub import resolve_checkpoint
 from streamvid.models.lora import LoraConfig
 from streamvid.rollout.schedule import StreamConfig
-from streamvid.students.folder import (
-    ASSETS,
-    TINY_TEACHER,
-)
-from streamvid.training.trainer import TrainConfig
+from streamvid.shipped import ASSETS, TINY_TEACHER
+from streamvid.training.config import TrainConfig
 
 MOST_SIDE = 1024  # of a latent frame; 8K of a codec that divides by 8
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
