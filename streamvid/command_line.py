@@ -141,6 +141,36 @@ def seeds(text: str) -> list[int]:
     return found
 
 
+def names_of(option: str, text: str | None, known: Sequence[str]) -> list[str]:
+    """The names of an option's comma-separated list; all that are known without one.
+
+    Raises:
+        ValueError: for a name that is not known.
+    """
+    if text is None:
+        return list(known)
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option} {_short(name)}: expected some of {', '.join(known)}")
+    return names
+
+
+def in_repository(path: str) -> Path:
+    """A file of the repository that the installed package does not hold.
+
+    Raises:
+        ValueError: outside of a clone.
+    """
+    root = Path(__file__).parents[1]
+    if not (root / "configs").is_dir():
+        raise ValueError(
+            f"{path} is in the repository, not in the installed package; run this from a clone,"
+            " after pip install -e ."
+        )
+    return root / path
+
+
 MOST_SEEDS = 10_000  # of a range
 
 

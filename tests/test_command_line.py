@@ -15,8 +15,10 @@ import torch
 from streamvid.command_line import (
     Parser,
     counts,
+    in_repository,
     invocation,
     log_to_stderr,
+    names_of,
     run_tool,
     seeds,
     sides,
@@ -202,3 +204,18 @@ def test_a_report_tells_the_command_as_a_shell_takes_it(monkeypatch, module, arg
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))
     monkeypatch.setattr(sys, "argv", argv)
     assert invocation() == f"{told} --out 'a b'"
+
+
+def test_names_of_a_list_must_be_known():
+    known = ["start", "dmd"]
+    assert names_of("--only", None, known) == known
+    assert names_of("--only", "dmd, start", known) == ["dmd", "start"]
+    with pytest.raises(ValueError, match="^--redo sid: expected some of start, dmd$"):
+        names_of("--redo", "dmd,sid", known)
+
+
+def test_what_only_the_repository_has_is_asked_for_in_a_clone(monkeypatch, tmp_path):
+    assert in_repository("configs/run/quickstart.yaml").is_file()
+    monkeypatch.setattr("streamvid.command_line.__file__", str(tmp_path / "a" / "command_line.py"))
+    with pytest.raises(ValueError, match="run this from a clone"):
+        in_repository("configs/run/quickstart.yaml")

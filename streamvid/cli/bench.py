@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def bench(args: argparse.Namespace) -> None:
+    """Measure a suite, and write and print its report."""
     import torch
 
     from streamvid.evaluation import bench_suites, report

@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
+    """Read the checkpoint and write the student."""
     from streamvid.models.convert import open_original, read_lora
     from streamvid.rollout.schedule import StreamConfig
     from streamvid.students.card import model_card, streamed

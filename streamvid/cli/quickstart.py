@@ -16,9 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from streamvid.command_line import Parser, log_to_stderr, run_tool
+from streamvid.command_line import Parser, in_repository, log_to_stderr, run_tool
 
-CONFIG = Path(__file__).parents[2] / "configs" / "run" / "quickstart.yaml"
 REPORTS = ["contact_sheet.png", "report.json", "report.md"]
 WRITTEN = ["checkpoints", "student", "exported.json", "metrics.jsonl", *REPORTS, "config.yaml"]
 NUM_FRAMES = 33
@@ -54,7 +53,10 @@ def run(minutes: float, num_prompts: int, output_dir: Path) -> None:
 
     if num_prompts < 1:
         raise ValueError(f"--num-prompts={num_prompts}, expected at least 1")
-    config = load_run(CONFIG, [f"train.max_minutes={minutes}", f"train.output_dir={output_dir}"])
+    config = load_run(
+        in_repository("configs/run/quickstart.yaml"),
+        [f"train.max_minutes={minutes}", f"train.output_dir={output_dir}"],
+    )
     run_dir = output_dir / config.train.name
     clear(run_dir)
     evaluation_s = 3 + num_prompts * 2.0

@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def sample(args: argparse.Namespace) -> None:
+    """Write one clip per prompt; what can be found wrong is found before anything is loaded."""
     from streamvid.data.prompts import read_prompts
     from streamvid.students.clips import export_clip, name_outs
     from streamvid.students.folder import choose_device

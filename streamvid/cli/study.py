@@ -17,11 +17,12 @@ import argparse
 import multiprocessing
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from streamvid.command_line import Parser, run_tool, tell
+from streamvid.command_line import Parser, in_repository, names_of, run_tool, tell
 
-SUITES = Path(__file__).parents[2] / "configs" / "study"
 QUICK = (
     "prompts=2",
     "max_steps=2",
@@ -72,68 +73,69 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def study(args: argparse.Namespace) -> int:
+    """Run what is not finished, and write the report after each run; 1 if one of them failed."""
     from streamvid.studies.report import restore_results, write_report
-    from streamvid.studies.study import TEACHER, all_jobs, find_unfinished, forecast, load_study
+    from streamvid.studies.study import TEACHER, all_jobs, find_unfinished, load_study
     from streamvid.video import ensure_place
 
-    path = (
-        Path(args.suite)
-        if args.suite.endswith((".yaml", ".yml"))
-        else SUITES / f"{args.suite}.yaml"
-    )
+    path = suite_file(args.suite)
     config = load_study(path, [*(QUICK if args.quick else ()), *args.overrides])
-    folder = Path(args.folder or f"runs/study/{path.stem}") / ("quick" if args.quick else "")
+    folder = Path(args.folder or f"runs/study/{path.stem}")
+    if args.quick:
+        folder = folder / "quick"
     out = Path(args.out or folder / "report.json")
-    if out.suffix != ".json" or args.jobs < 1:
-        raise ValueError(
-            f"--out {out} --jobs {args.jobs}: the report is a .json file, and there is at least"
-            " one job"
-        )
+    if out.suffix != ".json":
+        raise ValueError(f"--out {out}: the report is a .json file")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs {args.jobs} must be at least 1")
     ensure_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     ensure_place(out)
     jobs = all_jobs(config, path.parent, folder.absolute())
-    names = names_of("only", args.only, config) or list(config.variants)
-    redo = set(names_of("redo", args.redo, config))
+    variants = list(config.variants)
+    only = names_of("--only", args.only, variants)
+    redo = set(names_of("--redo", args.redo, variants)) if args.redo else set()
     for job in jobs:
         if job.name in redo:
             job.result_file.unlink(missing_ok=True)
             shutil.rmtree(job.run_dir, ignore_errors=True)
     kept = restore_results(out, jobs, redo)
-    wanted = [job for job in jobs if job.name in (TEACHER, *names)]
-    left = (
-        [] if args.report else find_unfinished(wanted, jobs, kept if args.only is None else set())
-    )
-    failed = []
-    if left:
-        hours, most = forecast(left, args.jobs)
-        tell(
-            f"{len(left)} runs to do, in about {hours:.1f} h on {args.jobs} threads, {most:.1f} at"
-            " most"
-        )
-        stages = [
-            [job for job in left if (job.variant.after is None) is first] for first in (True, False)
-        ]
-        for index, line in enumerate(
-            (line for stage in stages for line in done(stage, args.jobs)), 1
-        ):
-            tell(f"[{index}/{len(left)}] {line}")
-            failed += [line] if ": error: " in line else []
-            write_report(out, config, jobs)
+    wanted = [job for job in jobs if job.name in (TEACHER, *only)]
+    left: list[Any] = []
+    if not args.report:
+        left = find_unfinished(wanted, jobs, kept if args.only is None else set())
+    num_failed = 0
+    for index, line in enumerate(run_in_stages(left, args.jobs), 1):
+        tell(f"[{index}/{len(left)}] {line}")
+        num_failed += ": error: " in line
+        write_report(out, config, jobs)
     print(write_report(out, config, jobs))
-    return 1 if failed else 0
+    return 1 if num_failed else 0
 
 
-def names_of(option: str, value: str | None, config) -> list[str]:
-    """Variants that an option names."""
-    names = [name.strip() for name in value.split(",")] if value else []
-    for name in names:
-        if name not in config.variants:
-            raise ValueError(f"--{option} {name}: expected some of {', '.join(config.variants)}")
-    return names
+def suite_file(suite: str) -> Path:
+    """The file of a suite, which is its path or its name in configs/study."""
+    if suite.endswith((".yaml", ".yml")):
+        return Path(suite)
+    return in_repository(f"configs/study/{suite}.yaml")
 
 
-def done(jobs: list, num_at_once: int):
+def run_in_stages(jobs: list[Any], num_at_once: int) -> Iterator[str]:
+    """A line about each run, as it ends; what starts from another's student comes second."""
+    from streamvid.studies.study import forecast
+
+    if not jobs:
+        return
+    hours, most = forecast(jobs, num_at_once)
+    tell(
+        f"{len(jobs)} runs to do, in about {hours:.1f} h on {num_at_once} threads, {most:.1f} at"
+        " most"
+    )
+    yield from run_all([job for job in jobs if job.variant.after is None], num_at_once)
+    yield from run_all([job for job in jobs if job.variant.after is not None], num_at_once)
+
+
+def run_all(jobs: list[Any], num_at_once: int) -> Iterator[str]:
     """A line about each run, as it ends; several at once have a process and a thread each."""
     import torch
 

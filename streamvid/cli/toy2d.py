@@ -15,7 +15,7 @@ import multiprocessing
 import sys
 from pathlib import Path
 
-from streamvid.command_line import Parser, run_tool, seeds, tell
+from streamvid.command_line import Parser, names_of, run_tool, seeds, tell
 
 
 def parser() -> Parser:
@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace) -> None:
+    """Run what is not finished, and write and print the report."""
     from streamvid.objectives import all_presets
     from streamvid.settings.targets import COVERAGE, TARGETS
     from streamvid.studies import plane_report as report
@@ -66,18 +67,18 @@ def compare(args: argparse.Namespace) -> None:
             print(f"{name:18} {preset(1.0).paper}  {(preset.__doc__ or '').splitlines()[0]}")
         return
     points = [name for name, preset in known.items() if preset(1.0).on_points]
-    names, targets = (
-        chosen("--only", args.only, points),
-        chosen("--targets", args.targets, list(TARGETS)),
-    )
+    names = names_of("--only", args.only, points)
+    targets = names_of("--targets", args.targets, list(TARGETS))
     if args.jobs < 1:
         raise ValueError(f"--jobs {args.jobs} must be at least 1")
     if Path(args.out).suffix != ".json":
         raise ValueError(f"--out {args.out}: the report is a .json file")
     ensure_place(args.out)
-    folder, effort = (
-        (Path(args.folder) / "quick", QUICK) if args.quick else (Path(args.folder), Effort())
-    )
+    folder = Path(args.folder)
+    effort = Effort()
+    if args.quick:
+        folder = folder / "quick"
+        effort = QUICK
     folder.mkdir(parents=True, exist_ok=True)
     extra = [] if args.targets else list(COVERAGE)
     for target in [*targets, *extra]:
@@ -100,15 +101,6 @@ def compare(args: argparse.Namespace) -> None:
     results += [read_result(file) for file in files if file.exists()]
     made = {name: known[name](1.0) for name in names}
     print(report.write_report(Path(args.out), results, made))
-
-
-def chosen(option: str, text: str | None, known: list[str]) -> list[str]:
-    """The names of a comma-separated list, which must be known."""
-    names = known if text is None else [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{option} {name}: expected some of {', '.join(known)}")
-    return names
 
 
 if __name__ == "__main__":
