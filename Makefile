@@ -37,22 +37,25 @@ $(VENV)/.test-installed: $(VENV)/.installed
 	$(PIP) install --quiet -e ".[test]"
 	touch $@
 
-$(VENV)/.lint-installed: $(VENV)/.installed
-	$(PIP) install --quiet -e ".[lint]"
-	touch $@
-
 quickstart: $(VENV)/.installed
 	$(BIN)/streamvid quickstart
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest
 
+$(VENV)/.lint-installed: $(VENV)/.installed
+	$(PIP) install --quiet -e ".[lint]"
+	touch $@
+
+# Format, style and types.
+lint: $(VENV)/.lint-installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
 # What `make test` leaves out: above about 20 seconds a test.
 test-slow: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m "slow and not gpu"
-
-lint: $(VENV)/.lint-installed
-	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 # The tests with the lowest version of everything that pyproject.toml allows; several gigabytes: such a torch is a CUDA build
 # where only PyPI is reached. TESTS narrows it: make test-lowest TESTS=tests/codecs

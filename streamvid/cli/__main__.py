@@ -52,7 +52,7 @@ def say_help() -> None:
     """Print how to call it, and each command with the first sentence of its docstring."""
     print(f"{__doc__.strip()}\n")
     for name, module in COMMANDS.items():
-        doc = importlib.import_module(f"streamvid.cli.{module}").__doc__
+        doc = importlib.import_module(f"streamvid.cli.{module}").__doc__ or "."
         print(f"  {name:14}{doc.splitlines()[0]}")
 
 

@@ -27,9 +27,8 @@ AdversaryKind = Literal["ns", "hinge", "hinge_margin", "lsgan", "wgan", "paired"
 
 # Of each kind: the generator's loss of (fake, real), the discriminator's of (fake, real); larger
 # means more real.
-_PAIRS: dict[
-    str, tuple[Callable[[Tensor, Tensor | None], Tensor], Callable[[Tensor, Tensor], Tensor]]
-] = {
+_Loss = Callable[[Tensor, Tensor], Tensor]
+_PAIRS: dict[str, tuple[_Loss, _Loss]] = {
     "ns": (lambda f, r: softplus(-f), lambda f, r: softplus(f) + softplus(-r)),
     "hinge": (lambda f, r: -f, lambda f, r: relu(1 + f) + relu(1 - r)),
     "hinge_margin": (lambda f, r: relu(1 - f), lambda f, r: relu(1 + f) + relu(1 - r)),
@@ -67,22 +66,23 @@ def generator_loss(kind: AdversaryKind, fake: Tensor, real: Tensor | None = None
         raise ValueError(
             f"kind='paired' compares by index: fake {tuple(fake.shape)}, real {_shape(real)}"
         )
-    return student(as_work(fake), None if real is None else as_work(real).detach()).mean()  # sg
+    other = fake if real is None else real  # only "paired" looks at it
+    return student(as_work(fake), as_work(other).detach()).mean()  # sg
 
 
 def discriminator_loss(kind: AdversaryKind, fake: Tensor, real: Tensor) -> Tensor:
     """What the discriminator lowers, a scalar; see ``generator_loss``. The samples are detached by
     the caller.
     """
-    _, critic = _pair(kind)
+    _, discriminator = _pair(kind)
     if fake.shape != real.shape:
         raise ValueError(
             f"logits of {tuple(fake.shape)} fakes and {tuple(real.shape)} reals, expected one shape"
         )
-    return critic(as_work(fake), as_work(real)).mean()
+    return discriminator(as_work(fake), as_work(real)).mean()
 
 
-def _pair(kind: str) -> tuple[Callable, Callable]:
+def _pair(kind: str) -> tuple[_Loss, _Loss]:
     if kind not in _PAIRS:
         raise ValueError(f"kind={kind!r}, expected one of {tuple(_PAIRS)}")
     return _PAIRS[kind]
@@ -197,9 +197,14 @@ class TokenHead(nn.Module):
     def forward(self, features: Tensor, t: Tensor | None = None) -> Tensor:
         """Logits ``[B, K]`` of features at the times ``t`` ``[B]``, which only a head with ``film``
         looks at.
+
+        Raises:
+            ValueError: if such a head is given no times.
         """
         hidden = self.inward(as_tokens(features))
         if self.film is not None:
+            if t is None:
+                raise ValueError("a head with film looks at the times, t=None came; pass t [B]")
             scale, shift = self.film(_waves(t)).unsqueeze(1).chunk(2, dim=-1)
             hidden = hidden * (1 + scale) + shift
         return self.outward(nn.functional.silu(hidden)).mean(1)
@@ -353,10 +358,15 @@ class HeadPool(nn.Module):
 
     def take(self, generator: torch.Generator) -> list[nn.Module]:
         """One head a group, at random; a pool of one head a group draws nothing."""
-        if len(self.groups[0]) == 1:
-            return [group[0] for group in self.groups]
-        chosen = torch.randint(len(self.groups[0]), (len(self.groups),), generator=generator)
-        return [group[index] for group, index in zip(self.groups, chosen.tolist())]
+        groups = self._heads()
+        per_group = len(groups[0])
+        if per_group == 1:
+            return [group[0] for group in groups]
+        chosen = torch.randint(per_group, (len(groups),), generator=generator)
+        return [group[index] for group, index in zip(groups, chosen.tolist())]
+
+    def _heads(self) -> list[list[nn.Module]]:
+        return [list(group.children()) for group in self.groups]
 
     @torch.no_grad()
     def refresh(
@@ -371,7 +381,7 @@ class HeadPool(nn.Module):
         Parameters stay the same objects, so that the optimiser goes on with them. 0 touches and
         draws nothing.
         """
-        heads = [(g, head) for g, group in enumerate(self.groups) for head in group]
+        heads = [(g, head) for g, group in enumerate(self._heads()) for head in group]
         count = round(share * len(heads))
         if count == 0:
             return []

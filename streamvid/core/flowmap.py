@@ -55,10 +55,10 @@ def consistency_pair(
     student: FlowMap,
     target: FlowMap,
     x_in: Tensor,
-    t: Time,
+    t: Tensor,
     x_r: Tensor,
-    r: Time,
-    s: Time,
+    r: Tensor,
+    s: Tensor,
     to_data: FlowMap | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Where the student lands from ``x_in`` at t, with gradient, and where the target lands from
@@ -182,7 +182,8 @@ def total_derivative(
     if mode not in ("jvp", "fd"):
         raise ValueError(f"mode={mode!r}, expected 'jvp' or 'fd'")
     if mode == "jvp":
-        return torch.func.jvp(lambda x, time: u(x, time, s), (x_t, t), (v, torch.ones_like(t)))
+        found = torch.func.jvp(lambda x, time: u(x, time, s), (x_t, t), (v, torch.ones_like(t)))
+        return found[0], found[1]
     up, down = torch.minimum(t + h, torch.ones_like(t)) - t, torch.full_like(t, h)
     late = u(x_t + expand_time(up, x_t) * v, t + up, s)
     early = u(x_t - expand_time(down, x_t) * v, t - down, s)

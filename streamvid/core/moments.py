@@ -83,6 +83,7 @@ class RandomFeatures(nn.Module):
         for inward, outward in zip(sizes, sizes[1:]):
             conv = nn.Conv2d(inward, outward, kernel, padding=kernel // 2)
             conv.weight.data.normal_(0, (2 / (kernel**2 * inward)) ** 0.5, generator=generator)
+            assert conv.bias is not None
             conv.bias.data.uniform_(-1, 1, generator=generator)
             self.convs.append(conv)
         self.requires_grad_(False)
@@ -103,8 +104,9 @@ class RandomFeatures(nn.Module):
         )
 
     def _of_images(self, x: Tensor) -> Tensor:
+        x = x.to(next(self.parameters()).dtype)
         for conv in self.convs:
-            x = torch.nn.functional.leaky_relu(conv(x.to(conv.weight.dtype)), 0.2)
+            x = torch.nn.functional.leaky_relu(conv(x), 0.2)
         return x.mean((2, 3))
 
 

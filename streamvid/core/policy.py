@@ -137,17 +137,14 @@ def nft_loss(
     if (x_t is None) != (t is None):
         raise ValueError("x_t and t go together: both, for the self-normalised form, or neither")
     v_old, v_target = as_work(v_old).detach(), as_work(v_target).detach()  # sg, sg
-    positive, negative = (
-        (1 - beta) * v_old + beta * as_work(v),
-        (1 + beta) * v_old - beta * as_work(v),
-    )
-    if x_t is not None:
-        positive, negative, v_target = (
-            x0_from_v(x_t, each, t) for each in (positive, negative, v_target)
-        )
-    good, bad = (
-        _error(guess, v_target, normalized=x_t is not None) for guess in (positive, negative)
-    )
+    positive = (1 - beta) * v_old + beta * as_work(v)
+    negative = (1 + beta) * v_old - beta * as_work(v)
+    if x_t is not None and t is not None:
+        positive = x0_from_v(x_t, positive, t)
+        negative = x0_from_v(x_t, negative, t)
+        v_target = x0_from_v(x_t, v_target, t)
+    good = _error(positive, v_target, normalized=x_t is not None)
+    bad = _error(negative, v_target, normalized=x_t is not None)
     weight = as_work(weight).detach()  # sg
     if weight.ndim == 1:
         weight = expand_time(weight, v_target)
@@ -159,10 +156,8 @@ def _error(guess: Tensor, target: Tensor, normalized: bool) -> Tensor:
     error = guess - target
     if not normalized:
         return error.square()
-    # sg
-    return error.square() / expand_time(
-        error.detach().abs().flatten(1).mean(1).clamp_min(1e-5), error
-    )
+    size = error.detach().abs().flatten(1).mean(1).clamp_min(1e-5)  # sg
+    return error.square() / expand_time(size, error)
 
 
 def winner_loser_gradient(

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ def as_work(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@overload
+def expand_time(t: Tensor, x: Tensor) -> Tensor: ...
+@overload
+def expand_time(t: float, x: Tensor) -> float: ...
+@overload
+def expand_time(t: Time, x: Tensor) -> Time: ...
 def expand_time(t: Time, x: Tensor) -> Time:
     """``t`` shaped to broadcast over ``x`` (``[B, C, H, W]`` or ``[B, C, T, H, W]``), in its work
     precision.

@@ -291,6 +291,7 @@ _STEPPERS = {"renoise": _renoise, "euler": _euler}
 
 
 def _finish(index: int, chunk: _Chunk) -> ChunkResult:
+    assert chunk.prediction is not None, "a chunk has been denoised before it is finished"
     return ChunkResult(index, chunk.x_t, chunk.prediction, chunk.prediction_t, chunk.nfe)
 
 

@@ -98,8 +98,16 @@ def generate(
     """The frames ``[B, num_frames, 3, H, W]`` of a whole stream, with the arguments and errors of
     ``stream``.
     """
-    size = {"height": height, "width": width, "num_frames": num_frames}
-    chunks = stream(student, codec, encoder_hidden_states, config, seeds=seeds, **size)
+    chunks = stream(
+        student,
+        codec,
+        encoder_hidden_states,
+        config,
+        seeds=seeds,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+    )
     return torch.cat([chunk.frames for chunk in chunks], dim=1)
 
 
@@ -215,6 +223,7 @@ class GuidedModel:
         cond = self.predict(hidden_states, t, encoder_hidden_states)
         if self.guidance_scale == 1:
             return Velocity(cond)
+        assert self.uncond is not None  # __post_init__
         uncond = self.uncond.to(encoder_hidden_states).expand(len(hidden_states), -1, -1)
         return Velocity(guide(cond, self.predict(hidden_states, t, uncond), self.guidance_scale))
 

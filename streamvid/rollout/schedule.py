@@ -97,7 +97,7 @@ def rolling(times: Times, num_chunks: int | None = None) -> Iterator[Denoise]:
     if num_chunks is None:
         windows = ((max(0, end - depth), end) for end in itertools.count(1))
     else:
-        ends = range(1, len(_chunk_range(num_chunks)) + depth)
+        ends = range(1, len(_finite_range(num_chunks)) + depth)
         windows = ((max(0, end - depth), min(end, num_chunks)) for end in ends)
     return (
         _event([(chunk, times, newest - chunk) for chunk in range(first, last)])
@@ -125,8 +125,10 @@ def _event(steps: Sequence[tuple[int, Times, int]]) -> Denoise:
 
 
 def _chunk_range(num_chunks: int | None) -> Iterable[int]:
-    if num_chunks is None:
-        return itertools.count()
+    return itertools.count() if num_chunks is None else _finite_range(num_chunks)
+
+
+def _finite_range(num_chunks: int) -> range:
     if num_chunks < 1:
         raise ValueError(
             f"num_chunks={num_chunks}, expected at least 1, or None for an endless stream"

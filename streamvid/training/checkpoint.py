@@ -231,7 +231,9 @@ def check_finite(saved: dict[str, Tensor], path: Path, name: str) -> None:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The state of every global generator that this process may draw from."""
-    kind, words, position, has_gauss, gauss = np.random.get_state()
+    numpy_state = np.random.get_state()
+    assert isinstance(numpy_state, tuple)
+    kind, words, position, has_gauss, gauss = numpy_state
     state = {
         "python": random.getstate(),
         "numpy": (kind, words.tolist(), position, has_gauss, gauss),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.nn import Module, Parameter
+from torch import Tensor
+from torch.nn import Module
 
 from streamvid.training.checks import check_parameters
 from streamvid.training.ema import EMA, EMAConfig
@@ -40,7 +41,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
 
     @property
-    def names(self) -> dict[Parameter, str]:
+    def names(self) -> dict[Tensor, str]:
         return {parameter: name for name, parameter in self.parameters.items()}
 
     def clip(self) -> float:

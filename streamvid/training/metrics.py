@@ -33,7 +33,8 @@ class RunningMeans:
 
     def take(self) -> dict[str, float]:
         """The means over all processes; starts anew. To be called in every process."""
-        sums, counts = {}, {}
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
         for state in gather_object([self.state_dict()]):
             for name, total in state["sums"].items():
                 self._join(sums, counts, name, total, state["counts"][name])

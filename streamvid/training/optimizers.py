@@ -164,7 +164,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self.adamw.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One update of every parameter that has a gradient."""
         self.adamw.param_groups = self.param_groups[:-1]
         self.adamw.state = self.state
@@ -193,7 +193,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[Parameter, str]
+    optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
 ) -> dict[str, Tensor]:
     """What the optimiser remembers of each parameter, as `NAME/exp_avg`, `NAME/exp_avg_sq`,
     `NAME/step`.
@@ -239,7 +239,7 @@ def _moment8bit(moment: str, parts: dict[str, Tensor]) -> Tensor:
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[Parameter, str], tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]
 ) -> None:
     """Undoes `optimizer_tensors`. A parameter that was never updated has no memory.
 

@@ -14,8 +14,8 @@ people is gathered first (``gather_tensors``, ``whole_network``), what comes fro
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ def find_networks(method: Any) -> dict[str, nn.Module]:
     networks = dict(method.networks())
     for name, part in vars(method).items():
         if isinstance(part, nn.Module):
-            found = {name: part}
+            found: dict[str, Any] = {name: part}
         else:
             found = {
                 name: getattr(part, "transformer", None),
@@ -48,7 +48,7 @@ def find_networks(method: Any) -> dict[str, nn.Module]:
 
 
 def check_shardable(
-    method: Any, kinds: dict[str, str], mixed_precision: str, compiled: bool
+    method: Any, kinds: Mapping[str, str], mixed_precision: str, compiled: bool
 ) -> None:
     """Refuse what can't be divided, whatever the number of processes.
 
@@ -112,13 +112,13 @@ def shard_networks(networks: Iterable[nn.Module], device: torch.device) -> None:
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     return isinstance(tensor, DTensor)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor, whole, on every device; another as it is. All processes must call it."""
-    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
+    return tensor.full_tensor().detach() if is_sharded(tensor) else tensor
 
 
 def gather_tensors(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ def cut_like(whole: Tensor, live: Tensor) -> Tensor:
     """This process's part of a whole tensor, as a sharded tensor like ``live``; as it is, if
     ``live`` is not sharded.
     """
-    if not is_sharded(live):
+    if not isinstance(live, DTensor):
         return whole
     whole = whole.to(live.device, live.dtype)
     # all have read the same file
@@ -164,7 +164,7 @@ def whole_network(network: nn.Module, keep: bool = True) -> nn.Module | None:
     return copy
 
 
-def plain_class(network: nn.Module) -> type[nn.Module]:
+def plain_class(network: nn.Module) -> type[Any]:
     """The class that a network had before it was sharded."""
     return next(cls for cls in type(network).__mro__ if not issubclass(cls, FSDPModule))
 

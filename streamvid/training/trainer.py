@@ -536,7 +536,7 @@ def switch_on(networks: dict[str, Module], config: TrainConfig) -> None:
             network.compile_repeated_blocks()
 
 
-def _some(networks: list[Module], option: str) -> list[Module]:
+def _some(networks: list[Any], option: str) -> list[Any]:
     if not networks:
         raise ValueError(
             f"{option}=true, but no network of the method supports it; set it to false"

@@ -203,6 +203,11 @@ def test_gradients_reach_the_sample_and_the_heads_but_not_the_trunk(kind):
     assert all(p.grad is None for p in trunk.parameters())
 
 
+def test_a_head_that_looks_at_the_times_asks_for_them():
+    with pytest.raises(ValueError, match="t=None"):
+        FeatureHeads([6], "film")([torch.zeros(2, 3, 6)])
+
+
 def test_heads_see_only_what_was_captured_and_hooks_go_away():
     trunk, x = Trunk().requires_grad_(False), torch.randn(2, 2, 5, 5)
     with capture(trunk, ["first"]) as features:
