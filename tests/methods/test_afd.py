@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from method_fakes import TINY_WAN, Ar1Student, noise, run_turn
 from torch import nn
 
 from streamvid.core.times import step_times
@@ -16,6 +15,7 @@ from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import new_cache
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import keyed_generator
+from tests.fakes import TINY_WAN, Ar1Student, noise, run_turn
 
 STREAM = StreamConfig(num_steps=2, chunk_frames=2)
 STREAM_TIMES = step_times(2, 5.0)

@@ -7,16 +7,6 @@ import math
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from method_fakes import (
-    TINY_WAN,
-    Ar1Student,
-    ClipStudent,
-    ScoreOf,
-    ar1_covariance,
-    ar1_teacher,
-    noise,
-    prompt_batch,
-)
 from torch import nn
 
 from streamvid.core.inject import dmd_gradient
@@ -27,6 +17,16 @@ from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.teachers.analytic import AnalyticTeacher
 from streamvid.teachers.wan import WanTeacher
+from tests.fakes import (
+    TINY_WAN,
+    Ar1Student,
+    ClipStudent,
+    ScoreOf,
+    ar1_covariance,
+    ar1_teacher,
+    noise,
+    prompt_batch,
+)
 
 FRAMES, RHO = 3, 0.8
 ONE_STEP = StreamConfig(num_steps=1, chunk_frames=1)

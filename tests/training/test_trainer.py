@@ -19,7 +19,6 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
-from tiny_run import everything, make_trainer
 from torch import nn
 
 import streamvid
@@ -31,6 +30,8 @@ from streamvid.training.launch import RunLock
 from streamvid.training.metrics import read_metrics
 from streamvid.training.processes import StopSignals
 from streamvid.training.trainer import TrainConfig, Trainer, TrainingError, switch_on
+from tests.fakes import TINY_WAN
+from tests.training.tiny_run import everything, make_trainer
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
 ENVIRONMENT = {
@@ -449,16 +450,7 @@ def test_a_loss_in_parts_trains_as_in_one(tmp_path):
 def test_checkpointing_reaches_networks_inside_others():
     """A discriminator on a transformer kept all its activations: 682 GiB where 25 will do."""
     torch.manual_seed(0)
-    trunk = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=3,
-    )
+    trunk = WanTransformer3DModel(**{**TINY_WAN, "num_layers": 3})
     disc = VideoDiscriminator(trunk)
     x, cond = torch.randn(2, 4, 2, 4, 4), torch.randn(2, 5, 8)
     gradients = []
