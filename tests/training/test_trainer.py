@@ -412,17 +412,24 @@ def test_each_network_takes_its_own_number_of_steps(tmp_path):
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path):
-    """accelerate's shared counter would never step the student here."""
-    whole = train(tmp_path / "whole", "train.batch_size=4")
+    """accelerate's shared counter would never step the student here. A great eps and no clipping:
+    the updates would otherwise not tell a sum of passes from their mean.
+    """
+    linear = [f"train.optimizers.{name}.eps=1" for name in ("student", "fake_score")]
+    linear.append("train.optimizers.student.clip_norm=null")
+    whole = train(tmp_path / "whole", "train.batch_size=4", *linear)
     halves = train(
         tmp_path / "halves",
         "train.optimizers.student.accumulate=2",
         "train.optimizers.fake_score.accumulate=2",
+        *linear,
     )
     got, expected = everything(halves), everything(whole)
     for name in got:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-6)
-    assert metrics_of(halves)[-1]["samples"] == metrics_of(whole)[-1]["samples"] == 16 * 4
+    got, expected = metrics_of(halves)[-1], metrics_of(whole)[-1]
+    assert got["samples"] == expected["samples"] == 16 * 4
+    assert got["fake_score/loss"] == pytest.approx(expected["fake_score/loss"], rel=1e-5)
 
 
 def test_a_loss_in_parts_trains_as_in_one(tmp_path):
