@@ -43,7 +43,7 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest
 
-# What `make test` leaves out: above about 20 seconds a test.
+# What `make test` leaves out: above about 8 seconds per test.
 test-slow: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m "slow and not gpu"
 

@@ -47,6 +47,7 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_an_error_that_no_test_notices_ends_with_another_status():
     done = run("-c", SURVIVOR)
     verdicts = [line.split()[0] for line in done.stdout.splitlines()]

@@ -73,7 +73,7 @@ def test_the_logistic_optimum():
 
 
 def test_pairs_learn_the_log_ratio():
-    """O6: softplus(D(fake) - D(real)) has its least value at D = log p / q + const; for unit
+    """softplus(D(fake) - D(real)) has its least value at D = log p / q + const; for unit
     Gaussians slope d.
     """
     d = 1.2
@@ -159,7 +159,7 @@ def test_penalties_of_a_linear_discriminator():
 
 
 def test_a_regularised_slope():
-    """O7: of the paired loss with gap d and weight lam on |D(x + s n) - D(x)|^2, slope about (d/2)
+    """Of the paired loss with gap d and weight lam on |D(x + s n) - D(x)|^2, slope about (d/2)
     / (s_x^2/2 + d^2/4 + 2 lam s^2).
     """
     d, lam, sigma = 0.1, 600.0, 0.05

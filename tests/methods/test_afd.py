@@ -212,7 +212,7 @@ def test_away_from_the_old_policy_it_is_pulled_back():
 
 
 def test_the_student_moves_where_the_discriminator_says():
-    """O8: the mean follows the sign of the slope; a clip above its group's mean draws, one below it
+    """The mean follows the sign of the slope; a clip above its group's mean draws, one below it
     pushes.
     """
     for slope, sign in ((3.0, -1), (-3.0, 1)):

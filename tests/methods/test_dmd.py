@@ -387,7 +387,7 @@ def test_a_wrapped_student_trains_the_same():
 
 
 def test_no_gradient_passes_from_a_chunk_to_the_ones_before_it():
-    """Self-Forcing's cache does let it through, see ar_peers.md, D1."""
+    """Self-Forcing's cache lets it through: its keys are written with their graph."""
     method, batch = wan_method(Probed, normalizer="none")
     copy = method.fake_score
 

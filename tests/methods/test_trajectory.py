@@ -125,9 +125,7 @@ def test_times_that_the_student_does_not_use_are_not_drawn():
 
 
 def test_trajectories_of_another_step_list_are_refused():
-    """Self-Forcing's script stores shift 8 where its training asks for shift 5 (ar_peers.md,
-    D6).
-    """
+    """Self-Forcing's script stores shift 8 where its training asks for shift 5."""
     batch = trajectories(times=(*step_times(2, 5.0), 0.0))
     with pytest.raises(
         ValueError, match=r"no states at t=0\.75, .* only at 1, 0\.833333, 0; .*make_trajectories"

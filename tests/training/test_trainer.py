@@ -129,7 +129,12 @@ def wait_for_steps(output_dir, count):
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+    "number, code",
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_process_saves_says_how_to_resume_and_resumes(tmp_path, number, code):
     often = ["train.log_every=1", "train.save_every=1000"]
@@ -154,7 +159,9 @@ def test_under_nohup_a_closed_terminal_stops_nothing(monkeypatch):
 @pytest.mark.skipif(
     sys.platform != "linux", reason="elsewhere a process is not told that its launcher has ended"
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_a_run_stops_with_its_launcher_and_saves(tmp_path, number):
     """A killed `accelerate launch --cpu` used to leave its process to train on to the end,
     unseen.
@@ -176,13 +183,15 @@ def test_a_run_stops_with_its_launcher_and_saves(tmp_path, number):
             ["--mixed_precision", "bf16"],
             "--mixed_precision bf16, .* and the run for train.mixed_precision=no; set both",
         ),
-        (
+        pytest.param(
             ["--gradient_accumulation_steps", "4"],
             "--gradient_accumulation_steps 4 does nothing here; .*NAME.accumulate=4",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ["--dynamo_backend", "inductor"],
             "--dynamo_backend does nothing here; leave it out and set train.compile=true",
+            marks=pytest.mark.slow,
         ),
     ],
 )
