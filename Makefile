@@ -53,7 +53,7 @@ lint: $(VENV)/.lint-installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# What `make test` leaves out: above about 20 seconds a test.
+# What `make test` leaves out: above about 8 seconds per test.
 test-slow: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m "slow and not gpu"
 

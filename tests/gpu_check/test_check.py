@@ -79,6 +79,7 @@ def test_parts_that_find_no_time_are_skipped(tmp_path):
     assert len(json.loads((tmp_path / "out.json").read_text())) == 2
 
 
+@pytest.mark.slow
 def test_two_parts_at_tiny_sizes(tmp_path, capsys):
     out = tmp_path / "deep" / "gpu.json"
     assert gpu_check.main(["--tiny", "--parts", "memory,machine", "--out", str(out)]) == 0, (

@@ -5,15 +5,6 @@ streaming does.
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from method_fakes import (
-    TINY_WAN,
-    Ar1Student,
-    ClipStudent,
-    ScoreOf,
-    ar1_teacher,
-    noise,
-    prompt_batch,
-)
 from torch import nn
 
 from streamvid.core.inject import dmd_gradient
@@ -25,6 +16,15 @@ from streamvid.rollout.sampler import generate_latents
 from streamvid.rollout.schedule import StreamConfig, build_schedule, cost_of
 from streamvid.seeding import key_to_seed
 from streamvid.teachers.wan import WanTeacher
+from tests.fakes import (
+    TINY_WAN,
+    Ar1Student,
+    ClipStudent,
+    ScoreOf,
+    ar1_teacher,
+    noise,
+    prompt_batch,
+)
 
 FRAMES = 4
 ONE_STEP = StreamConfig(num_steps=1, chunk_frames=1)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from method_fakes import TINY_WAN, ar1_covariance, ar1_teacher, noise
 from torch import nn
 
 from streamvid.core.process import expand_time
@@ -20,6 +19,7 @@ from streamvid.methods.trajectory import (
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import keyed_normal
+from tests.fakes import TINY_WAN, ar1_covariance, ar1_teacher, noise
 
 STREAM = StreamConfig(num_steps=2, shift=3.0, chunk_frames=2)
 TIMES = (*step_times(2, 3.0), 0.0)  # 1, .75, 0
@@ -125,9 +125,7 @@ def test_times_that_the_student_does_not_use_are_not_drawn():
 
 
 def test_trajectories_of_another_step_list_are_refused():
-    """Self-Forcing's script stores shift 8 where its training asks for shift 5 (ar_peers.md,
-    D6).
-    """
+    """Self-Forcing's script stores shift 8 where its training asks for shift 5."""
     batch = trajectories(times=(*step_times(2, 5.0), 0.0))
     with pytest.raises(
         ValueError,
