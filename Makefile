@@ -1,5 +1,5 @@
-# make quickstart | make test | make lint | make test-slow | make test-lowest | make venv. PYTHON chooses the interpreter (3.10 to 3.13),
-# TORCH the torch requirement.
+# make quickstart | make test | make test-slow | make test-lowest | make lint | make venv.
+# PYTHON chooses the interpreter (3.10 to 3.13), TORCH the torch requirement.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-.PHONY: venv quickstart test lint test-slow test-lowest clean
+.PHONY: venv quickstart test test-slow test-lowest lint clean
 
 venv: $(VENV)/.installed
 
@@ -38,7 +38,7 @@ $(VENV)/.test-installed: $(VENV)/.installed
 	touch $@
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python tools/quickstart.py
+	$(BIN)/streamvid quickstart
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest
@@ -53,7 +53,7 @@ lint: $(VENV)/.lint-installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# What `make test` leaves out: above about 20 seconds a test.
+# What `make test` leaves out: above about 8 seconds per test.
 test-slow: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m "slow and not gpu"
 

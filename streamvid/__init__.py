@@ -4,4 +4,4 @@ Importing this package touches no device and no disk and loads neither diffusers
 import the submodule that you need (``streamvid.rollout.loop``, ``streamvid.objectives.dmd``, ...).
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,5 +1,9 @@
-"""What the command lines of tools/ share: what an option may be, how a mistake is told, and how an
-interruption ends.
+"""What all commands share: what an option may be, how a mistake is told, and how an interruption
+ends.
+
+One name means one thing on every command line: `--prompts` is a file, `--num-prompts` a number,
+`--size` is in pixels, `--seeds` is a list, bf16 is spelled `bf16`, and `--device` is the best there
+is by default. Nothing here imports torch, so that a wrong option is told at once.
 
 A mistake of the user's is one line on stderr and the exit code 2, an interruption one line and 128
 + the signal. Other errors are ours, and keep their traceback.
@@ -10,28 +14,59 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import re
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from streamvid.printing import one_line, printable
 
 
 class Parser(argparse.ArgumentParser):
-    """Options of a tool.
+    """Options of a command. They are not abbreviated, so that each has one name.
 
     Args:
-        doc: the tool's docstring, shown as it is by ``--help``.
+        doc: the command's docstring, shown as it is by ``--help``.
+        command: its name after ``streamvid``; None for a script of its own.
         may_be_empty: destinations for which an empty text means something; for all others it is an
             error, as what an unset variable of a shell leaves, unless it is the default.
     """
 
-    def __init__(self, doc: str | None, may_be_empty: Iterable[str] = ()):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(
+        self, doc: str | None, command: str | None = None, may_be_empty: Iterable[str] = ()
+    ):
+        super().__init__(
+            prog=f"streamvid {command}" if command else None,
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
         self.may_be_empty = set(may_be_empty)
+
+    def add_device(self, runs: str = "") -> None:
+        """``--device``; ``runs`` says what is computed there, if not all is."""
+        self.add_argument(
+            "--device",
+            default="auto",
+            help=f"{runs}cpu, cuda or cuda:1; by default a GPU where there is one",
+        )
+
+    def renamed(self, old: str, new: str) -> None:
+        """An option's earlier name ends with one line that tells the present one."""
+        self.add_argument(
+            old,
+            nargs="*",
+            action=_Renamed,
+            const=new,
+            dest=argparse.SUPPRESS,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+        )
 
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -61,8 +96,94 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
+class _Renamed(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, _namespace: Any, _values: Any, option: Any = None
+    ) -> None:
+        parser.error(f"{option} is called {self.const} now")
+
+
+def sides(form: str) -> Callable[[str], tuple[int, ...]]:
+    """What reads sizes of a form such as ``HxW``: as many sides of at least 1 as it has letters."""
+    count = form.count("x") + 1
+    example = "x".join(("16", "21", "480", "832")[-count:])
+
+    def read(text: str) -> tuple[int, ...]:
+        parts = text.split("x")
+        if len(parts) != count or not all(map(_is_count, parts)):
+            raise argparse.ArgumentTypeError(
+                f"{_short(text)}, expected {form} with sides of at least 1, such as {example}"
+            )
+        return tuple(map(int, parts))
+
+    return read
+
+
+def counts(text: str) -> list[int]:
+    """Numbers of at least 1, such as ``1,2,4``."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(map(_is_count, parts)):
+        raise argparse.ArgumentTypeError(f"{_short(text)}, expected numbers such as 1,2,4")
+    return [int(part) for part in parts]
+
+
+def seeds(text: str) -> list[int]:
+    """Different seeds, such as ``0,1,2``, or ``0-9`` for all from 0 to 9."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip(), re.ASCII)
+        last = int(match[2] or match[1]) if match else -1
+        if not match or not 0 <= last - int(match[1]) < MOST_SEEDS:
+            raise argparse.ArgumentTypeError(f"{_short(text)}, expected seeds such as 0,1,2 or 0-9")
+        found += range(int(match[1]), last + 1)
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{_short(text)} names a seed twice")
+    return found
+
+
+def names_of(option: str, text: str | None, known: Sequence[str]) -> list[str]:
+    """The names of an option's comma-separated list; all that are known without one.
+
+    Raises:
+        ValueError: for a name that is not known.
+    """
+    if text is None:
+        return list(known)
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option} {_short(name)}: expected some of {', '.join(known)}")
+    return names
+
+
+def in_repository(path: str) -> Path:
+    """A file of the repository that the installed package does not hold.
+
+    Raises:
+        ValueError: outside of a clone.
+    """
+    root = Path(__file__).parents[1]
+    if not (root / "configs").is_dir():
+        raise ValueError(
+            f"{path} is in the repository, not in the installed package; run this from a clone,"
+            " after pip install -e ."
+        )
+    return root / path
+
+
+MOST_SEEDS = 10_000  # of a range
+
+
+def _is_count(text: str) -> bool:
+    return re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII) is not None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, which end a tool as Ctrl-C does: with nothing half-written left behind."""
+    """SIGTERM or SIGHUP, which end a command as Ctrl-C does: nothing half-written is left."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -70,7 +191,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def run_tool(job: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """Run a tool's job; returns the exit code.
+    """Run a command's job; returns the exit code. This is the only place that ends in an error.
 
     Args:
         job: returns None or an exit code.
@@ -104,6 +225,19 @@ def _is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def invocation() -> str:
+    """The command that this process was started with, as a shell takes it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program, *arguments = sys.argv
+    if spec is not None:
+        words = ["python", "-m", spec.name.removesuffix(".__main__")]
+    elif Path(program).name == "streamvid":
+        words = ["streamvid"]
+    else:
+        words = ["python", program]
+    return shlex.join([*words, *arguments])
+
+
 def tell(text: str) -> None:
     """A line on stderr."""
     print(printable(text), file=sys.stderr)
@@ -115,7 +249,7 @@ def say(text: str) -> None:
 
 
 def log_to_stderr() -> None:
-    """What modules log as plain lines, each of them one line."""
+    """Show what modules log, each message in one plain line."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine())
     logging.basicConfig(level=logging.INFO, handlers=[handler])

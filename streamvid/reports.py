@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from streamvid.command_line import invocation
 from streamvid.files import atomic_file
 from streamvid.printing import markdown_text
 
@@ -49,7 +48,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "streamvid": streamvid.__version__,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": invocation(),
     }
 
 

@@ -1,15 +1,28 @@
-"""What all tools share: options that are not empty, one line for a mistake, and ends that clean
+"""What all commands share: options that are not empty, one line for a mistake, and ends that clean
 up.
 """
 
+import argparse
 import logging
 import os
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from streamvid.command_line import Parser, log_to_stderr, run_tool
+from streamvid.command_line import (
+    Parser,
+    counts,
+    in_repository,
+    invocation,
+    log_to_stderr,
+    names_of,
+    run_tool,
+    seeds,
+    sides,
+)
 
 
 def parser(**options) -> Parser:
@@ -130,3 +143,79 @@ def test_a_number_is_finite(capsys, value):
         parser.parse_args(["--guidance", value])
     assert stopped.value.code == 2 and "--guidance" in capsys.readouterr().err
     assert parser.parse_args([]).guidance == 4.0
+
+
+def test_numbers_sizes_and_seeds_are_read():
+    assert counts("50,4, 1") == [50, 4, 1]
+    assert sides("HxW")("480x832") == (480, 832)
+    assert sides("CxTxHxW")("16x21x60x104") == (16, 21, 60, 104)
+    assert seeds("0,1,2") == seeds("0-2") == [0, 1, 2] and seeds("7,3-4") == [7, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "read, texts",
+    [
+        (counts, ["", "0", "1,", "x", "-1", "1.5", "9" * 5000, "²"]),
+        (sides("HxW"), ["", "64", "64x", "64x64x64", "0x64", "-64x64", "64 x 64", "9" * 5000]),
+        (seeds, ["", "-1", "2-1", "0,0", "0-2,1", "0-", "0-99999", "x", "9" * 5000]),
+    ],
+)
+def test_what_is_no_number_size_or_seed_is_refused_in_a_short_line(read, texts):
+    for text in texts:
+        with pytest.raises(argparse.ArgumentTypeError) as refusal:
+            read(text)
+        assert len(str(refusal.value)) < 200
+
+
+def test_an_earlier_name_tells_the_present_one(capsys):
+    options = parser()
+    options.renamed("--frame-size", "--size HxW")
+    for argv in (["--frame-size", "64", "64"], ["--frame-size=64"], ["--frame-size"]):
+        with pytest.raises(SystemExit) as stop:
+            options.parse_args(argv)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert error == "error: --frame-size is called --size HxW now; see --help\n"
+    assert "frame_size" not in vars(options.parse_args([]))
+    assert "frame-size" not in options.format_help()
+
+
+def test_an_option_is_not_abbreviated(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--stud", "a"])
+    assert "unrecognized arguments: --stud" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "module, argv, told",
+    [
+        (None, ["/home/me/.venv/bin/streamvid", "bench", "--out", "a b"], "streamvid bench"),
+        (None, ["tools/bench.py", "--out", "a b"], "python tools/bench.py"),
+        ("streamvid.cli.bench", ["/x/bench.py", "--out", "a b"], "python -m streamvid.cli.bench"),
+        (
+            "streamvid.cli.__main__",
+            ["/x", "bench", "--out", "a b"],
+            "python -m streamvid.cli bench",
+        ),
+    ],
+)
+def test_a_report_tells_the_command_as_a_shell_takes_it(monkeypatch, module, argv, told):
+    spec = SimpleNamespace(name=module) if module else None
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))
+    monkeypatch.setattr(sys, "argv", argv)
+    assert invocation() == f"{told} --out 'a b'"
+
+
+def test_names_of_a_list_must_be_known():
+    known = ["start", "dmd"]
+    assert names_of("--only", None, known) == known
+    assert names_of("--only", "dmd, start", known) == ["dmd", "start"]
+    with pytest.raises(ValueError, match="^--redo sid: expected some of start, dmd$"):
+        names_of("--redo", "dmd,sid", known)
+
+
+def test_what_only_the_repository_has_is_asked_for_in_a_clone(monkeypatch, tmp_path):
+    assert in_repository("configs/run/quickstart.yaml").is_file()
+    monkeypatch.setattr("streamvid.command_line.__file__", str(tmp_path / "a" / "command_line.py"))
+    with pytest.raises(ValueError, match="run this from a clone"):
+        in_repository("configs/run/quickstart.yaml")

@@ -3,19 +3,17 @@ as its cache has them.
 """
 
 import shutil
-import sys
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 
+from streamvid.cli import bench, evaluate, sample, trajectories
 from streamvid.codecs.load import open_codec
 from streamvid.students.folder import TINY_STUDENT, TINY_TEACHER, load_student, save_student
 from streamvid.students.pipeline import StreamVidPipeline
 from streamvid.teachers.wan import WanTeacher
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 STUDENT, TEACHER = "someone/student", "someone/teacher"
 
 
@@ -111,8 +109,6 @@ def test_a_link_out_of_the_components_is_not_published(tmp_path):
     ],
 )
 def test_sample(asked, monkeypatch, options):
-    import sample
-
     monkeypatch.setenv("TQDM_DISABLE", "1")
     argv = [
         "--prompt",
@@ -120,8 +116,7 @@ def test_sample(asked, monkeypatch, options):
         "--num-frames",
         "9",
         "--size",
-        "16",
-        "16",
+        "16x16",
         "--out",
         "clip.gif",
     ]
@@ -129,12 +124,8 @@ def test_sample(asked, monkeypatch, options):
 
 
 def test_evaluate_bench_and_trajectories(asked, monkeypatch):
-    import bench
-    import evaluate
-    import make_trajectories
-
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    few = ["--prompts", "1", "--num-frames", "9", "--teacher-steps", "1"]
+    few = ["--num-prompts", "1", "--num-frames", "9", "--teacher-steps", "1"]
     argv = ["--student", STUDENT, "--components", TEACHER, "--teacher", TEACHER]
     assert evaluate.main([*argv, *few, "--out", "report.json"]) == 0
     assert (
@@ -153,14 +144,12 @@ def test_evaluate_bench_and_trajectories(asked, monkeypatch):
         )
         == 0
     )
-    few = ["--num", "1", "--steps", "2", "--student-steps", "1", "--latent-frames", "1"]
-    assert make_trajectories.main(["--teacher", TEACHER, *few, "--out", "set"]) == 0
+    few = ["--num-clips", "1", "--steps", "2", "--student-steps", "1", "--latent-frames", "1"]
+    assert trajectories.main(["--teacher", TEACHER, *few, "--out", "set"]) == 0
     assert {name for name, _ in asked} == {STUDENT, TEACHER}
 
 
 def test_offline_it_is_one_line(capsys, monkeypatch, tmp_path):
-    import sample
-
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     for options in (

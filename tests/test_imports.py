@@ -16,6 +16,7 @@ LEVELS = [
         "frames",
         "files",
         "seeding",
+        "shipped",
         "weights",
         "printing",
         "command_line",
@@ -31,6 +32,7 @@ LEVELS = [
     {"experiment"},
     {"studies"},
     {"gpu_check"},
+    {"cli"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 
@@ -107,6 +109,7 @@ def test_imports_go_one_way():
         ("methods/dmd", "from streamvid.training.ema import EMA"),
         ("evaluation/runs", "from streamvid.experiment import build"),
         ("experiment/build", "import tools.sample"),
+        ("experiment/build", "from streamvid.cli import sample"),
     ],
 )
 def test_a_wrong_import_is_found(own, source):
@@ -133,6 +136,13 @@ def test_flash_attn_is_imported_in_one_file():
         if any(name.split(".")[0] == "flash_attn" for name in imports(source))
     }
     assert users <= {("models", "attention")}
+
+
+@pytest.mark.parametrize("module", sorted((PACKAGE / "cli").glob("*.py")), ids=lambda p: p.stem)
+def test_a_command_line_is_read_without_torch(module):
+    """So that help and a wrong option take no seconds; what a command runs, it imports then."""
+    code = f"import sys, streamvid.cli.{module.stem}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_importing_streamvid_is_light():

@@ -202,7 +202,7 @@ def time_indices(stored: Sequence[float], wanted: Sequence[float]) -> list[int]:
         raise ValueError(
             f"the trajectories have no states at t={_listed(missing)}, which the student's stream"
             f" asks for, only at {_listed(stored)}; make them with the student's step list, see"
-            " tools/make_trajectories.py --help"
+            " streamvid trajectories --help"
         )
     return nearest
 
@@ -245,7 +245,7 @@ def _complete_parts(folder: Path) -> list[Path]:
     ]
     parts = [part for place in (folder, *inner) for part in _parts_of(place)]
     if not parts:
-        raise ValueError(f"no trajectories in {folder}; make them with tools/make_trajectories.py")
+        raise ValueError(f"no trajectories in {folder}; make them with streamvid trajectories")
     sets: dict[str, list[Path]] = {}
     for part in parts:
         about = _open_part(part)[1]["settings"]

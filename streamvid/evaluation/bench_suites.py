@@ -1,4 +1,4 @@
-"""What ``tools/bench.py`` measures: how a student streams, and what each term of the loss core
+"""What ``streamvid bench`` measures: how a student streams, and what each term of the loss core
 costs.
 """
 

@@ -1,4 +1,4 @@
-"""From a run's configuration to a trainer: what `tools/train.py` builds."""
+"""From a run's configuration to a trainer: what `streamvid train` builds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open

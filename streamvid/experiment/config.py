@@ -21,11 +21,8 @@ from streamvid.objectives import find_objective
 from streamvid.objectives.base import Objective
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.settings.video import RolloutConfig
-from streamvid.students.folder import (
-    ASSETS,
-    TINY_TEACHER,
-)
-from streamvid.training.trainer import TrainConfig
+from streamvid.shipped import ASSETS, TINY_TEACHER
+from streamvid.training.config import TrainConfig
 
 MOST_SIDE = 1024  # of a latent frame; 8K of a codec that divides by 8
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -132,7 +129,7 @@ class DataConfig:
     """world: clips of the verifiable world, rendered and encoded into `path` if that is not there
     yet; clips: captioned clips in the folder `path`, a black-box teacher's, encoded into
     `cache_dir`; latents: the latent set `path`; trajectories: the teacher's, of
-    tools/make_trajectories.py; prompts only."""
+    streamvid trajectories; prompts only."""
     path: str | None = None
     """A file of the kind; with `prompts`, a text file with a prompt per line, null for captions of
     the world."""

@@ -1,4 +1,4 @@
-"""Streams into files: what `tools/sample.py` does for each prompt."""
+"""Streams into files: what `streamvid sample` does for each prompt."""
 
 from __future__ import annotations
 

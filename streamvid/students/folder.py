@@ -23,12 +23,11 @@ from streamvid.files import atomic_folder
 from streamvid.hub import resolve_checkpoint
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import STREAM_CONFIG_FILE, StreamConfig
+from streamvid.shipped import TINY_START as TINY_START
+from streamvid.shipped import TINY_STUDENT as TINY_STUDENT
+from streamvid.shipped import TINY_TEACHER as TINY_TEACHER
 from streamvid.weights import check_weights, load_strictly, not_finite, read_json
 
-ASSETS = Path(__file__).parents[1] / "assets"
-TINY_TEACHER = ASSETS / "teacher"
-TINY_START = ASSETS / "start"
-TINY_STUDENT = ASSETS / "student"
 TEXT_PARTS = ("text_encoder", "tokenizer")
 COMPONENTS = ("vae", *TEXT_PARTS)
 CARD_FILE = "README.md"

@@ -9,7 +9,7 @@ What a diffusers user knows works as in a `WanPipeline`: `.to`, `save_pretrained
 the noise of a stream is keyed, not drawn in a row, and its clips are made a chunk at a time:
 
 - a generator stands for the seed that it was made with; asked twice, it gives the same clip twice.
-  `generator=7` is the clip of `tools/sample.py --seed 7`, bit for bit, and the i-th video of a call
+  `generator=7` is the clip of `streamvid sample --seed 7`, bit for bit, and the i-th video of a call
   has the seed 7 + i;
 - the callback gets the chunk that is being denoised, as the data prediction of the step, and may
   return another one;
@@ -241,7 +241,7 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return made if dtype is None else made.to(dtype)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write a folder that ``from_pretrained``, ``load_student`` and ``tools/sample.py`` open,
+        """Write a folder that ``from_pretrained``, ``load_student`` and ``streamvid sample`` open,
         at once.
 
         Args:
@@ -299,7 +299,7 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         Of what is published an adapter can hold low-rank updates and biases of linear layers.
         Differences of other weights, which some files have besides, are refused unless they are 0;
-        ``tools/convert.py --lora`` merges them.
+        ``streamvid convert --lora`` merges them.
 
         Args:
             pretrained_model_name_or_path_or_dict: a file, a folder such as
@@ -342,7 +342,7 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if loaded != sum(".lora_A." in key for key in tensors):
             self.delete_adapters(added)
             raise ValueError(
-                f"of {name} only {loaded} layers could be loaded; merge it with tools/convert.py"
+                f"of {name} only {loaded} layers could be loaded; merge it with streamvid convert"
                 " --lora"
             )
         log.info("loaded %d layers of %s as %s", loaded, name, added)
@@ -665,7 +665,7 @@ def _adapter_tensors(
     if strange:
         raise ValueError(
             f"{source} holds differences of {len(strange)} weights that an adapter cannot hold,"
-            f" such as {strange[0]}; merge it into a student with tools/convert.py --lora"
+            f" such as {strange[0]}; merge it into a student with streamvid convert --lora"
         )
     with_bias, tensors = any("bias" in side for side in low.values()), {}
     for module, side in low.items():

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from streamvid.codecs.text import PromptEncoder
 from streamvid.core.guidance import guide
 from streamvid.weights import read_json
+
+if TYPE_CHECKING:
+    from streamvid.codecs.text import PromptEncoder
 
 TIMESTEPS = 1000  # of Wan's own time
 
@@ -189,6 +191,9 @@ def open_prompts(
     Raises:
         ValueError: if it is missing or damaged, or makes embeddings of another width.
     """
+    # transformers takes seconds to import, and a method's options need none of it
+    from streamvid.codecs.text import PromptEncoder
+
     encoder = PromptEncoder.from_pretrained(path, cache_dir=cache_dir, dtype=dtype, device=device)
     check_width(path, encoder, text_dim)
     return encoder

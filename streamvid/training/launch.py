@@ -51,7 +51,13 @@ def launch_all_processes() -> None:
     os.environ.pop("MASTER_ADDR")
     arguments = ["-m", "torch.distributed.run", "--nproc_per_node", str(count)]
     arguments += ["--master_port", port] if port != "29500" else ["--standalone"]
-    os.execv(sys.executable, [sys.executable, *arguments, *sys.argv])
+    os.execv(sys.executable, [sys.executable, *arguments, *_program(), *sys.argv[1:]])
+
+
+def _program() -> list[str]:
+    """What this process runs, a script or a module, in words that `torchrun` takes."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["--module", spec.name] if spec is not None else [sys.argv[0]]
 
 
 def stop_with_launcher() -> None:

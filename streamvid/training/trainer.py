@@ -67,7 +67,7 @@ from streamvid.weights import not_finite
 log = logging.getLogger(__name__)
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ValueError):
     """Training can't go on, such as after a loss that is not a number. The message is one line for
     the user.
     """

@@ -130,6 +130,7 @@ def test_a_folder_without_a_codec_or_with_another_class_is_refused(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_shipped_codec_reconstructs_held_out_clips():
     """At least 32 dB, and no world score loses more than 0.02 (mean over 48 clips of unseen
     combinations).

@@ -20,6 +20,7 @@ from streamvid.core.adversary import (
     generator_loss,
 )
 from streamvid.core.process import x0_from_v
+from tests.fakes import TINY_WAN
 
 KINDS = ("ns", "hinge", "hinge_margin", "lsgan", "wgan", "paired")
 GRID = torch.linspace(-10, 12, 551, dtype=torch.float64)
@@ -71,7 +72,7 @@ def test_the_logistic_optimum():
 
 
 def test_pairs_learn_the_log_ratio():
-    """O6: softplus(D(fake) - D(real)) has its least value at D = log p / q + const; for unit
+    """softplus(D(fake) - D(real)) has its least value at D = log p / q + const; for unit
     Gaussians slope d.
     """
     d = 1.2
@@ -156,7 +157,7 @@ def test_penalties_of_a_linear_discriminator():
 
 
 def test_a_regularised_slope():
-    """O7: of the paired loss with gap d and weight lam on |D(x + s n) - D(x)|^2, slope about (d/2)
+    """Of the paired loss with gap d and weight lam on |D(x + s n) - D(x)|^2, slope about (d/2)
     / (s_x^2/2 + d^2/4 + 2 lam s^2).
     """
     d, lam, sigma = 0.1, 600.0, 0.05
@@ -237,15 +238,7 @@ def test_features_of_a_wan_transformer():
     from diffusers import WanTransformer3DModel
 
     trunk = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=3,
+        **{**TINY_WAN, "num_layers": 3},
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,

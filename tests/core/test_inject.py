@@ -40,7 +40,7 @@ def expected_gradient(mu, sigma, t, fake, real):
 
 
 def test_denoiser_is_the_posterior_mean():
-    """O1: the residual x0 - x0_hat is uncorrelated with x_t, which makes a linear predictor the
+    """The residual x0 - x0_hat is uncorrelated with x_t, which makes a linear predictor the
     best one.
     """
     m, s, t = 0.7, 1.3, 0.6
@@ -56,7 +56,7 @@ def test_denoiser_is_the_posterior_mean():
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
 def test_gradient_has_its_closed_form(t):
-    """O2: positive where the student is too high or too wide, so that descent along +g is right."""
+    """Positive where the student is too high or too wide, so that descent along +g is right."""
     m, s, mu, sigma = 0.3, 1.5, 1.1, 0.6
     d_real, d_fake = ((1 - t) ** 2 * std**2 + t**2 for std in (s, sigma))
     d_mu, d_sigma = expected_gradient(
@@ -89,7 +89,7 @@ def test_gradient_is_that_of_the_divergence(t):
 
 @pytest.mark.parametrize("t", [0.3, 0.7])
 def test_guided_fixed_point(t):
-    """O3: mean mc + (w - 1)(mc - mu), whatever t; ``cond + w (cond - uncond)`` would end at w (mc -
+    """Mean mc + (w - 1)(mc - mu), whatever t; ``cond + w (cond - uncond)`` would end at w (mc -
     mu).
     """
     mean_cond, mean_uncond, s, w = 0.5, -0.2, 0.8, 4.0
@@ -129,7 +129,7 @@ def stale_predictions(mu, mu_fake, t):
 
 
 def test_slow_critic_oscillates():
-    """O4: g depends on the critic's mean and not on mu; oscillation iff the critic is under 4 times
+    """g depends on the critic's mean and not on mu; oscillation iff the critic is under 4 times
     as fast.
     """
     t = 0.5

@@ -96,7 +96,7 @@ def test_preferences():
 
 
 def test_the_optimum_is_the_shifted_policy():
-    """O8: q = N(mu, s^2), r = 1/2 + k (x0 - mu): the least loss is at the velocity of N(mu + 2 k
+    """q = N(mu, s^2), r = 1/2 + k (x0 - mu): the least loss is at the velocity of N(mu + 2 k
     s^2 / b, s^2), at every t.
     """
     mu, s, k, beta = 0.3, 0.8, 0.05, 0.5

@@ -170,7 +170,7 @@ def test_other_settings_do_not_go_into_the_same_folder(tmp_path, change, message
 
 
 def test_a_missing_or_damaged_set_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match="no trajectories in .*tools/make_trajectories.py"):
+    with pytest.raises(ValueError, match="no trajectories in .*streamvid trajectories"):
         Trajectories(tmp_path / "nothing", 0)
     write(tmp_path, Solver())
     part = tmp_path / "part-00001-of-00003.safetensors"

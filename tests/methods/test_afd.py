@@ -6,16 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from method_fakes import TINY_WAN, Ar1Student, noise, run_turn
+from streamvid.methods.afd import AFD, Config, Method, noise_chunks, preferences
 from torch import nn
 
 from streamvid.core.times import step_times
-from streamvid.methods.afd import AFD, Config, Method, noise_chunks, preferences
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import new_cache
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import keyed_generator
+from tests.fakes import TINY_WAN, Ar1Student, noise, run_turn
 
 STREAM = StreamConfig(num_steps=2, chunk_frames=2)
 STREAM_TIMES = step_times(2, 5.0)
@@ -212,7 +212,7 @@ def test_away_from_the_old_policy_it_is_pulled_back():
 
 
 def test_the_student_moves_where_the_discriminator_says():
-    """O8: the mean follows the sign of the slope; a clip above its group's mean draws, one below it
+    """The mean follows the sign of the slope; a clip above its group's mean draws, one below it
     pushes.
     """
     for slope, sign in ((3.0, -1), (-3.0, 1)):

@@ -4,11 +4,6 @@ import math
 
 import pytest
 import torch
-from method_fakes import TINY_WAN, ar1_covariance, ar1_teacher, noise
-from torch import nn
-
-from streamvid.core.process import expand_time
-from streamvid.core.times import step_times
 from streamvid.methods.trajectory import (
     Config,
     TrajectoryRegression,
@@ -17,9 +12,14 @@ from streamvid.methods.trajectory import (
     select_states,
     solve_trajectories,
 )
+from torch import nn
+
+from streamvid.core.process import expand_time
+from streamvid.core.times import step_times
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import keyed_normal
+from tests.fakes import TINY_WAN, ar1_covariance, ar1_teacher, noise
 
 STREAM = StreamConfig(num_steps=2, shift=3.0, chunk_frames=2)
 TIMES = (*step_times(2, 3.0), 0.0)  # 1, .75, 0
@@ -125,12 +125,11 @@ def test_times_that_the_student_does_not_use_are_not_drawn():
 
 
 def test_trajectories_of_another_step_list_are_refused():
-    """Self-Forcing's script stores shift 8 where its training asks for shift 5 (ar_peers.md,
-    D6).
-    """
+    """Self-Forcing's script stores shift 8 where its training asks for shift 5."""
     batch = trajectories(times=(*step_times(2, 5.0), 0.0))
     with pytest.raises(
-        ValueError, match=r"no states at t=0\.75, .* only at 1, 0\.833333, 0; .*make_trajectories"
+        ValueError,
+        match=r"no states at t=0\.75, .* only at 1, 0\.833333, 0; .*streamvid trajectories",
     ):
         method_of(Knows(batch["states"][:, -1])).loss("student", batch, 0)
 

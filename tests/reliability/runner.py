@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("train", "sample", "evaluate", "bench", "convert", "make_trajectories", "quickstart")
+TOOLS = ("train", "sample", "evaluate", "bench", "convert", "trajectories", "quickstart")
 TOOL_LIMIT_S = 120.0  # of processor time, so that a busy machine is no failure
 HANG_LIMIT_S = 900.0  # of the clock, for what waits and does not compute
 MEMORY_LIMIT_MB = 2500
@@ -117,8 +117,8 @@ class Place:
             if callable(tool):
                 sys.exit(tool())
             argv = [str(argument) for argument in arguments]
-            sys.argv = [f"tools/{tool}.py", *argv]
-            sys.exit(importlib.import_module(tool).main(argv))
+            sys.argv = ["streamvid", tool, *argv]
+            sys.exit(importlib.import_module(f"streamvid.cli.{tool}").main(argv))
         except SystemExit as stop:
             _exit(stop.code)
         except BaseException as error:  # what Python itself does with it
@@ -265,11 +265,10 @@ def worked_or_refused(outcome: Outcome, *files: Path) -> None:
 
 def import_everything() -> None:
     """What the tools import, so that no case has to."""
-    sys.path.insert(0, str(ROOT / "tools"))
     import torch
 
     torch.set_num_threads(1)
-    for name in ("diffusers", "transformers", "accelerate", "imageio.v2", "scipy.ndimage", *TOOLS):
+    for name in ("diffusers", "transformers", "accelerate", "imageio.v2", "scipy.ndimage"):
         importlib.import_module(name)
     for module in (
         "streamvid.experiment.build",

@@ -1,4 +1,4 @@
-"""O5: a streaming distribution-matching stack on an AR(1) process, from noise to fixed point,
+"""A streaming distribution-matching stack on an AR(1) process, from noise to fixed point,
 exactly.
 
 Frames have covariance S_ij = rho^|i - j|. The teacher is the exact bidirectional denoiser. The

@@ -1,21 +1,13 @@
 """The tool that solves a Wan teacher's trajectories, from its command line to the batches."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from streamvid.cli import trajectories as tool
 from streamvid.core.times import step_times
 from streamvid.data.prompts import world_prompts
 from streamvid.data.trajectories import Trajectories
-
-spec = importlib.util.spec_from_file_location(
-    "make_trajectories", Path(__file__).parents[2] / "tools" / "make_trajectories.py"
-)
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
 
 
 def run(folder, out, *options):
@@ -23,11 +15,10 @@ def run(folder, out, *options):
         "--latent-frames",
         "2",
         "--latent-size",
-        "4",
-        "4",
+        "4x4",
         "--steps",
         "4",
-        "--num",
+        "--num-clips",
         "5",
         "--clips-per-part",
         "3",
@@ -76,7 +67,7 @@ def test_prompts_of_a_file_are_repeated_and_times_may_be_listed(pristine_folder,
     [
         (("--teacher", "nowhere"), "no teacher folder at nowhere"),
         (("--prompts", "nothing.txt"), "no prompt file at nothing.txt"),
-        (("--num", "0"), "--num 0, expected at least 1"),
+        (("--num-clips", "0"), "--num-clips 0, expected at least 1"),
         (("--times", "1,x"), "expected numbers separated by commas"),
         (("--share", "3/2"), "share 3/2, expected a part such as 1/4"),
         (("--share", "half"), "--share half, expected a part of the work such as 1/4"),

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from sharded_run import afd, dmd
 from torch import nn
 
 import streamvid
@@ -23,6 +22,7 @@ from streamvid.students.folder import TINY_TEACHER
 from streamvid.training.checkpoint import list_checkpoints
 from streamvid.training.metrics import read_metrics
 from streamvid.training.sharding import check_shardable, find_networks
+from tests.training.sharded_run import afd, dmd
 
 SCRIPT = Path(__file__).with_name("sharded_run.py")
 ENVIRONMENT = {
@@ -93,6 +93,7 @@ def state_of(run_dir):
     return tensors, json.loads((folder / "trainer.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [dmd, afd])
 def test_sharded_equals_unsharded(two, teacher, tmp_path, build):
     """Losses, gradient norms, weights, moments, averages and the old policy, with accumulation and
@@ -129,6 +130,7 @@ def test_sharded_equals_unsharded(two, teacher, tmp_path, build):
         assert moved > 1e-4, name
 
 
+@pytest.mark.slow
 def test_resume_equals_not_having_stopped(two):
     """Bitwise, from a checkpoint of whole tensors."""
     (got, counters), (expected, others) = state_of(two / "parts"), state_of(two / "dmd")
@@ -137,6 +139,7 @@ def test_resume_equals_not_having_stopped(two):
         assert torch.equal(got[key], expected[key]), key
 
 
+@pytest.mark.slow
 def test_the_export_is_whole(two, teacher):
     """The averaged weights, in an ordinary folder."""
     exported = two / "dmd" / "student" / "transformer"
@@ -160,6 +163,7 @@ def test_the_export_is_whole(two, teacher):
     }
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_refused(two, teacher):
     with pytest.raises(ValueError, match="was trained with 2 processes, not 1"):
         dmd(two, teacher, "dmd", 2, "train.shard=full", "train.gradient_checkpointing=true").train()

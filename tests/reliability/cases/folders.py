@@ -313,7 +313,13 @@ def quickstart_removes_nothing(place: Place) -> None:
     thesis.write_text("mine")
     refused(
         place.run(
-            "quickstart", "--output-dir", place.folder / "mine", "--minutes", 0.001, "--prompts", 1
+            "quickstart",
+            "--output-dir",
+            place.folder / "mine",
+            "--minutes",
+            0.001,
+            "--num-prompts",
+            1,
         )
     )
     if not thesis.is_file():

@@ -1,4 +1,4 @@
-"""Prompts, prompt files, places for clips, and the flags of tools/sample.py."""
+"""Prompts, prompt files, places for clips, and the flags of `streamvid sample`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sample(place: Place, **flags: Any) -> Outcome:
         "student": place.parts / "student",
         "prompt": "a red circle",
         "num_frames": 5,
-        "size": (16, 16),
+        "size": "16x16",
         "out": "c.gif",
         **flags,
     }
@@ -139,12 +139,13 @@ REFUSED: dict[str, dict[str, Any]] = {
     "fps inf": {"fps": "inf"},
     "fps 1e-300": {"fps": "1e-300"},
     "fps 1e300 of .mp4": {"fps": "1e300", "out": "c.mp4"},
-    "size 0": {"size": (0, 0)},
-    "size -64": {"size": (-64, -64)},
-    "size 7": {"size": (7, 7)},
-    "size 10^6": {"size": (1_000_000, 1_000_000)},
-    "size of one": {"size": (16,)},
-    "size a text": {"size": ("a", "b")},
+    "size 0": {"size": "0x0"},
+    "size -64": {"size": "-64x-64"},
+    "size 7": {"size": "7x7"},
+    "size 10^6": {"size": "1000000x1000000"},
+    "size of one": {"size": "16"},
+    "size of two words": {"size": (16, 16)},
+    "size a text": {"size": "axb"},
     "device unknown": {"device": "tpu7"},
     "device meta": {"device": "meta"},
     "device mps": {"device": "mps"},
@@ -257,8 +258,7 @@ def endless_stream_is_stopped(place: Place) -> None:
         0,
         "--stream",
         "--size",
-        16,
-        16,
+        "16x16",
         "--out",
         "pngs",
         stroke=stroke,

@@ -141,8 +141,7 @@ def disk_full_of_clip(place: Place) -> None:
         "--num-frames",
         5,
         "--size",
-        64,
-        64,
+        "64x64",
         "--out",
         "clip.mp4",
     ]
@@ -170,8 +169,7 @@ def sample_killed(place: Place) -> None:
         "--num-frames",
         5,
         "--size",
-        16,
-        16,
+        "16x16",
         "--out",
         "out/clip.gif",
     ]

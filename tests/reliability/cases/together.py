@@ -131,7 +131,7 @@ def with_variables(place: Place, variables: dict[str, str | None]) -> None:
     """A training with other variables."""
 
     def run() -> int:
-        import train
+        from streamvid.cli import train
 
         for name, value in variables.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})

@@ -161,8 +161,7 @@ def sample(place: Place, student: Path, *arguments: object):  # noqa: ANN201
         "--num-frames",
         1,
         "--size",
-        16,
-        16,
+        "16x16",
         "--out",
         "clip.gif",
     ]

@@ -1,10 +1,11 @@
-"""tools/study.py: trains, keeps what is finished, goes on, reports."""
+"""`streamvid study`: trains, keeps what is finished, goes on, reports."""
 
 import json
 from pathlib import Path
 
 import pytest
-import study
+
+from streamvid.cli import study
 
 ROOT = Path(__file__).parents[2]
 SMALL = """

@@ -1,12 +1,11 @@
-"""tools/evaluate.py and tools/quickstart.py: the whole report, small."""
+"""`streamvid evaluate` and `streamvid quickstart`: the whole report, small."""
 
 import json
 import shutil
 
-import evaluate
 import pytest
-import quickstart
 
+from streamvid.cli import evaluate, quickstart
 from streamvid.students.folder import TINY_START, load_student
 
 
@@ -19,14 +18,14 @@ def test_a_report_has_a_row_a_model_and_a_picture(tmp_path, capsys):
         "--card",
         "--teacher-steps",
         "2",
-        "--prompts",
+        "--num-prompts",
         "2",
         "--seeds",
-        "2",
+        "0,1",
         "--num-frames",
         "21",
     ]
-    assert evaluate.main([*argv, "--long", "2", "--long-prompts", "1", "--out", str(out)]) == 0
+    assert evaluate.main([*argv, "--long", "2", "--num-long-prompts", "1", "--out", str(out)]) == 0
     teacher, start = json.loads(out.read_text())["rows"]
     assert (teacher["nfe"], teacher["latent_frames"], teacher["commits"]) == (2 * 2, 2 * 2 * 6, 0)
     assert (start["nfe"], start["commits"], start["latent_frames"]) == (8, 1, 8 * 3 + 3)
@@ -65,11 +64,13 @@ def test_a_report_has_a_row_a_model_and_a_picture(tmp_path, capsys):
     "argv, message",
     [
         (["--out", "report.txt"], ".json"),
-        (["--out", "report.json", "--prompts", "0"], "at least 1"),
+        (["--out", "report.json", "--num-prompts", "0"], "at least 1"),
+        (["--out", "report.json", "--prompts", "9"], "--prompts is called --num-prompts N now"),
+        (["--out", "report.json", "--seeds", "0,x"], "expected seeds such as 0,1,2 or 0-9"),
         (["--out", "report.json", "--student", "nowhere"], "no student folder"),
         (["--out", "report.json", "--teacher", "nowhere"], "no teacher folder"),
-        (["--out", "report.json", "--teacher-steps", "4,many"], "expected numbers such as 50,4"),
-        (["--out", "report.json", "--teacher-steps", "4,"], "expected numbers such as 50,4"),
+        (["--out", "report.json", "--teacher-steps", "4,many"], "expected numbers such as 1,2,4"),
+        (["--out", "report.json", "--teacher-steps", "4,"], "expected numbers such as 1,2,4"),
         (["--out", "report.json", "--label", "a"], "give each of the 0 --student one of its own"),
         (
             [
@@ -107,7 +108,8 @@ def test_mistakes_end_with_one_line(tmp_path, capsys, monkeypatch, argv, message
 def test_the_quickstart_writes_what_it_promises(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quickstart, "TEACHER_STEPS", 2)
     assert (
-        quickstart.main(["--minutes", "0.02", "--prompts", "2", "--output-dir", str(tmp_path)]) == 0
+        quickstart.main(["--minutes", "0.02", "--num-prompts", "2", "--output-dir", str(tmp_path)])
+        == 0
     )
     made = {path.name for path in (tmp_path / "quickstart").iterdir()}
     assert {

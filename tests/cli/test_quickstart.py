@@ -1,8 +1,8 @@
-"""tools/quickstart.py removes what it wrote itself, and nothing before it knows that it can run."""
+"""`streamvid quickstart` removes what it wrote itself, and nothing before it can run."""
 
 import pytest
-import quickstart as tool
 
+from streamvid.cli import quickstart as tool
 from streamvid.training.launch import RunLock
 
 
@@ -58,7 +58,8 @@ def test_a_quickstart_begins_anew_and_keeps_what_is_not_its_own(tmp_path, ran):
         (["--minutes", "0"], "max_minutes=0.0 must be above 0"),
         (["--minutes", "-1"], "max_minutes=-1.0 must be above 0"),
         (["--minutes", "nan"], "--minutes nan, expected a finite number"),
-        (["--prompts", "0"], "--prompts=0, expected at least 1"),
+        (["--prompts", "9"], "--prompts is called --num-prompts N now"),
+        (["--num-prompts", "0"], "--num-prompts=0, expected at least 1"),
     ],
 )
 def test_what_can_not_run_removes_nothing(tmp_path, ran, capsys, argv, message):

@@ -1,5 +1,5 @@
-"""tools/train.py: refused at once or not at all, the same run from any place, and stopped without a
-traceback.
+"""`streamvid train`: refused at once or not at all, the same run from any place, and stopped
+without a traceback.
 """
 
 import errno
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import train as tool
 
 import streamvid
+from streamvid.cli import train as tool
 from streamvid.experiment import build
 from streamvid.experiment import export as export_module
 from streamvid.students.folder import load_student
@@ -192,7 +192,7 @@ def test_ctrl_c_outside_of_the_loop_is_no_traceback(tmp_path, monkeypatch, capsy
     assert (
         capsys.readouterr()
         .err.splitlines()[-1]
-        .startswith("stopped; the same command starts anew, or resumes")
+        .startswith("error: stopped; the same command starts anew, or resumes")
     )
     monkeypatch.undo()
     assert tool.main(arguments) == 0 and load_student(tmp_path / "tiny_dmd" / "student")

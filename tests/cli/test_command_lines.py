@@ -1,14 +1,10 @@
-"""Mistakes on the command lines of tools without a file here: one line, before the work, and
+"""Mistakes on command lines without a file here: one line, before the work, and
 nothing written.
 """
 
-import bench
-import evaluate
-import make_tiny_codec
-import make_tiny_text
-import make_trajectories
 import pytest
 
+from streamvid.cli import bench, evaluate, trajectories
 from streamvid.students.folder import TINY_TEACHER
 
 LOSSES = ("--suite", "losses", "--out", "b.json", "--repeats", "1")
@@ -31,9 +27,12 @@ def refused(tool, capsys, tmp_path, monkeypatch, argv, message):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ((*LOSSES, "--size", "0", "1", "8", "8"), "--size 0 1 8 8: expected sides of at least 1"),
-        ((*LOSSES, "--size", "4", "1", "-8", "8"), "expected sides of at least 1"),
-        ((*LOSSES, "--size", "99999", "99999", "99999", "1"), "at most 1,000,000,000 numbers"),
+        ((*LOSSES, "--latent-shape", "0x1x8x8"), "0x1x8x8, expected CxTxHxW with sides"),
+        ((*LOSSES, "--latent-shape", "4x1x-8x8"), "with sides of at least 1"),
+        ((*LOSSES, "--size", "16", "21", "60", "104"), "argument --size: 16, expected HxW"),
+        ((*LOSSES, "--frame-size", "64", "64"), "--frame-size is called --size HxW now"),
+        ((*LOSSES, "--dtype", "bfloat16"), "choose from 'float32', 'bf16'"),
+        ((*LOSSES, "--latent-shape", "99999x99999x99999x1"), "at most 1,000,000,000 numbers"),
         ((*LOSSES, "--device", "gpu"), "there is no device gpu here"),
         ((*LOSSES, "--device", "meta"), "there is no device meta here"),
         (("--suite", "stream", "--out", "b.json", "--student", ""), "--student is an empty text"),
@@ -55,7 +54,7 @@ def test_bench_takes_the_best_device_by_the_name_that_other_tools_know(
     tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    assert bench.main([*LOSSES, "--size", "4", "3", "4", "4", "--device", "auto"]) == 0
+    assert bench.main([*LOSSES, "--latent-shape", "4x3x4x4", "--device", "auto"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -63,40 +62,27 @@ def test_bench_takes_the_best_device_by_the_name_that_other_tools_know(
     [
         (("--out", "set", "--device", "cuda:77"), "there is no device cuda:77 here"),
         (
-            ("--out", "set", "--latent-size", "7", "7"),
-            "--latent-size 7 7, expected multiples of 2 and 2",
+            ("--out", "set", "--latent-size", "7x7"),
+            "--latent-size 7x7, expected multiples of 2 and 2",
         ),
-        (("--out", "set", "--latent-size", "0", "8"), "--latent-size 0 8, expected"),
+        (("--out", "set", "--latent-size", "0x8"), "argument --latent-size: 0x8, expected"),
+        (("--out", "set", "--num", "1"), "--num is called --num-clips N now"),
         (("--out", "file"), "--out file is a file"),
         (("--out", "file/set"), "cannot write"),
         (("--out", "/proc/set"), "cannot write"),
         (("--out", "set", "--teacher", ""), "--teacher is an empty text"),
     ],
 )
-def test_make_trajectories(capsys, tmp_path, monkeypatch, argv, message):
-    refused(make_trajectories, capsys, tmp_path, monkeypatch, ("--num", "1", *argv), message)
-
-
-@pytest.mark.parametrize("tool", [make_tiny_codec, make_tiny_text])
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (("--out", "/proc/x"), "cannot write"),
-        (("--out", "file"), "cannot write"),
-        (("--out", ""), "--out is an empty text"),
-    ],
-)
-def test_what_is_trained_has_a_place_first(tool, capsys, tmp_path, monkeypatch, argv, message):
-    """It trained for ten minutes, and failed then."""
-    refused(tool, capsys, tmp_path, monkeypatch, argv, message)
+def test_trajectories(capsys, tmp_path, monkeypatch, argv, message):
+    refused(trajectories, capsys, tmp_path, monkeypatch, ("--num-clips", "1", *argv), message)
 
 
 @pytest.mark.parametrize(
     "tool, argv",
     [
-        (evaluate, ("--prompts", "1", "--out", "r.json")),
+        (evaluate, ("--num-prompts", "1", "--out", "r.json")),
         (bench, LOSSES),
-        (make_trajectories, ("--num", "1", "--out", "set")),
+        (trajectories, ("--num-clips", "1", "--out", "set")),
     ],
 )
 def test_ctrl_c_is_one_line(tool, argv, capsys, tmp_path, monkeypatch):
@@ -121,6 +107,6 @@ def test_a_label_of_another_kind_stays_one_line_of_the_report(capsys, tmp_path, 
         "--teacher-steps",
         "",
     ]
-    assert evaluate.main([*argv, "--prompts", "1", "--num-frames", "9", "--out", "r.json"]) == 0
+    assert evaluate.main([*argv, "--num-prompts", "1", "--num-frames", "9", "--out", "r.json"]) == 0
     text, shown = (tmp_path / "r.md").read_text(), capsys.readouterr()
     assert "a\\|b\\\\n\\<img\\>\\\\x1b\\[31m" in text and "\x1b[31m" not in shown.out + shown.err

@@ -1,4 +1,4 @@
-"""tools/sample.py as a user calls it: clips from the shipped student, and one line for each
+"""`streamvid sample` as a user calls it: clips from the shipped student, and one line for each
 mistake.
 """
 
@@ -10,10 +10,10 @@ import signal
 from dataclasses import replace
 
 import pytest
-import sample
 import torch
 from safetensors.torch import load_file, save_file
 
+from streamvid.cli import sample
 from streamvid.students import clips as export
 from streamvid.students.folder import TINY_STUDENT, TINY_TEACHER, deployed, load_student
 from streamvid.video import read_video
@@ -82,7 +82,8 @@ def test_a_teacher_can_be_sampled(tmp_path, capsys):
         (("--out", "clip.mp4", "--num-frames", 0), "at least 1 frame"),
         (("--out", "clip.mp4", "--student", "nowhere"), "no student folder"),
         (("--out", "clip.mp4", "--schedule", "nowhere.json"), "no schedule nowhere.json"),
-        (("--out", "clip.mp4", "--size", 60, 64), "multiples of 16"),
+        (("--out", "clip.mp4", "--size", "60x64"), "multiples of 16"),
+        (("--out", "clip.mp4", "--size", 64, 64), "argument --size: 64, expected HxW"),
         (("--out", "clip.mp4", "--schedule", "zigzag"), "neither autoregressive nor rolling nor"),
         (("--out", "clip.mp4", "--steps", 0), "num_steps=0"),
         (
@@ -124,7 +125,7 @@ def test_a_teacher_can_be_sampled(tmp_path, capsys):
             "--out is an empty text",
         ),
         (("--out", "a\nerror: all is lost\x1b[31m.avi"), "unknown suffix"),
-        (("--out", "clip.mp4", "--size", 1000000, 1000000), "at most 33,177,600 pixels"),
+        (("--out", "clip.mp4", "--size", "1000000x1000000"), "at most 33,177,600 pixels"),
     ],
 )
 def test_mistakes_end_with_one_line(tmp_path, capsys, monkeypatch, argv, message):

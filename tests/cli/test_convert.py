@@ -1,14 +1,14 @@
-"""tools/convert.py as a user calls it: a student folder of a published file, and one line for each
-mistake.
+"""`streamvid convert` as a user calls it: a student folder of a published file, and one line for
+each mistake.
 """
 
 import json
 
-import convert
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from streamvid.cli import convert
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.convert import original_state_dict
 from streamvid.rollout.sampler import stream_latents
