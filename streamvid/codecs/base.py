@@ -7,6 +7,7 @@ and unit variance a channel. A clip of ``1 + r k`` frames has ``1 + k`` latent f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +18,9 @@ class VideoCodec(Protocol):
     """A causal video autoencoder with a streaming decoder.
 
     The state of a stream is a value: it lives outside the codec, is never changed in place, and may
-    be kept, copied and continued twice. Dropping it and taking ``new_decoder_state`` begins a new
-    stream.
+    be kept, copied and continued twice. It consists of tuples within tuples of tensors, texts,
+    numbers and None, so that ``flatten_state`` can take it apart for a file. Dropping it and taking
+    ``new_decoder_state`` begins a new stream.
     """
 
     latent_channels: int
@@ -44,6 +46,46 @@ class VideoCodec(Protocol):
 
         Concatenated over chunks, the frames equal ``decode_latents`` of the concatenated latents.
         """
+
+
+def flatten_state(state: Any) -> tuple[Any, list[Tensor]]:
+    """A decoder's state as a layout that JSON can hold and the tensors that it refers to.
+
+    Raises:
+        ValueError: if the state holds anything but tuples, tensors, texts, numbers and None.
+    """
+    tensors: list[Tensor] = []
+
+    def layout_of(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            tensors.append(part)
+            return {"tensor": len(tensors) - 1}
+        if isinstance(part, tuple):
+            return [layout_of(inner) for inner in part]
+        if part is None or isinstance(part, (bool, int, float, str)):
+            return part
+        raise ValueError(
+            f"a decoder's state holds a {type(part).__name__}, expected tuples, tensors, texts,"
+            " numbers and None"
+        )
+
+    return layout_of(state), tensors
+
+
+def rebuild_state(layout: Any, tensors: Sequence[Tensor]) -> Any:
+    """The state that ``flatten_state`` took apart.
+
+    Raises:
+        ValueError: if the layout refers to a tensor that is not there.
+    """
+    if isinstance(layout, list):
+        return tuple(rebuild_state(part, tensors) for part in layout)
+    if not isinstance(layout, dict):
+        return layout
+    number = layout.get("tensor")
+    if type(number) is not int or not 0 <= number < len(tensors):
+        raise ValueError(f"a decoder's state refers to {layout}, of {len(tensors)} tensors")
+    return tensors[number]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ Legend: B batch, F frames, S tokens a frame, L = F S tokens, N heads, D head siz
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -105,14 +105,22 @@ class StreamKVCache:
         tensors = {x.data_ptr(): x.nbytes for group in groups for pair in group for x in pair}
         return sum(tensors.values())
 
+    def stored_frames(self) -> tuple[int, ...]:
+        """Indices in the stream of the frames that are stored, in their order."""
+        committed, stored = self.num_committed_frames, self.num_frames
+        if stored == committed:
+            return tuple(range(committed))
+        return (*range(self.sink_frames), *range(committed - stored + self.sink_frames, committed))
+
     def visible_frames(self, num_frames: int) -> tuple[int, ...]:
         """Indices in the stream of the context that a pass over the next ``num_frames`` frames
         sees.
         """
-        committed = self.num_committed_frames
-        if self.window_frames is None or committed + num_frames <= self.window_frames:
-            return tuple(range(committed))
+        stored = self.stored_frames()
+        if self.window_frames is None or len(stored) + num_frames <= self.window_frames:
+            return stored
         num_recent = self.window_frames - self.sink_frames - num_frames
+        committed = self.num_committed_frames
         return (*range(self.sink_frames), *range(committed - num_recent, committed))
 
     def frame_positions(self, num_frames: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -153,6 +161,71 @@ class StreamKVCache:
         self._layers = tuple((self._evicted(k), self._evicted(v)) for k, v in new)
         self.num_committed_frames += kv[0][0].shape[1]
         self._context = None
+
+    def rewind(self, resume_at: int, keep_frames: int = 0) -> None:
+        """Forget all but the first ``keep_frames`` stored frames; the next commit is frame
+        ``resume_at`` of the stream.
+
+        So frames that were committed can be committed again, at their places, under another
+        prompt. Between kept frames and ``resume_at`` may be a gap, which no later pass sees.
+
+        Raises:
+            ValueError: if so many frames are not stored, or a gap follows others than the sink.
+        """
+        if not 0 <= keep_frames <= min(self.num_frames, resume_at):
+            raise ValueError(
+                f"keep_frames={keep_frames}, expected at most the {self.num_frames} stored ones"
+                f" and resume_at={resume_at}"
+            )
+        if resume_at > keep_frames and keep_frames != self.sink_frames:
+            raise ValueError(
+                f"a gap from frame {keep_frames} to {resume_at}, expected behind the sink of"
+                f" {self.sink_frames} frames only"
+            )
+        kept = tuple((k[:, :keep_frames], v[:, :keep_frames]) for k, v in self._layers)
+        self._layers = kept if keep_frames else ()
+        self.num_committed_frames = resume_at
+        self._context = None
+
+    def state(self) -> dict[str, Tensor]:
+        """What is stored, by name: ``0.key``, ``0.value`` and so on, ``[B, F, S, N, D]`` each.
+
+        With ``num_committed_frames`` it is all that ``load_state`` needs.
+        """
+        return {
+            f"{layer}.{name}": x
+            for layer, pair in enumerate(self._layers)
+            for name, x in zip(("key", "value"), pair)
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor], num_committed_frames: int) -> None:
+        """Go on from what ``state`` gave, bit for bit; what the cache held is forgotten.
+
+        Raises:
+            ValueError: if layers, batch or frame size are not this cache's, or more or fewer
+                frames are stored than a stream of this length has.
+        """
+        layers = ()
+        if tensors:
+            names = [(f"{i}.key", f"{i}.value") for i in range(self.num_layers)]
+            if tensors.keys() != {name for pair in names for name in pair}:
+                raise ValueError(
+                    f"the cache has {self.num_layers} layers, the state {len(tensors)} tensors;"
+                    " expected a key and a value per layer"
+                )
+            layers = tuple((tensors[key], tensors[value]) for key, value in names)
+            self._check_kv(layers)
+        stored = layers[0][0].shape[1] if layers else 0
+        least = min(self.sink_frames, num_committed_frames)
+        most = min(num_committed_frames, self.window_frames or num_committed_frames)
+        if not least <= stored <= most:
+            raise ValueError(
+                f"the state stores {stored} frames of {num_committed_frames} committed, expected"
+                f" {least} to {most}"
+            )
+        self.reset()
+        self._layers = layers
+        self.num_committed_frames = num_committed_frames
 
     def check_pass(self, batch_size: int, num_frames: int, height: int, width: int) -> None:
         """Raise ValueError unless a pass over ``num_frames`` frames of this size can follow the

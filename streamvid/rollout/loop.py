@@ -120,6 +120,17 @@ def rollout(
     return run.results(schedule, commit_last)
 
 
+def context_input(latents: Tensor, index: int, noise: Noise, context_t: float) -> Tensor:
+    """What a clean commit runs over: the finished chunk ``[B, C, f, h, w]`` with fresh noise at
+    level ``context_t``; at 0 the chunk itself.
+    """
+    if context_t == 0:
+        return latents
+    shape = tuple(latents.shape[1:])
+    eps = noise.draw(index, CONTEXT_EVENT, shape, latents.device, latents.dtype)
+    return add_noise(latents, eps, context_t)
+
+
 def unwrapped(student: Any) -> Any:
     """The student inside a data-parallel wrapper, which forwards calls but no other method."""
     return getattr(student, "module", student)
@@ -257,9 +268,7 @@ class _Run:
             self.cache.append(kv)
             return
         for result in finished:
-            latents = result.latents
-            if self.context_t > 0:
-                latents = add_noise(latents, self.draw(result.index, CONTEXT_EVENT), self.context_t)
+            latents = context_input(result.latents, result.index, self.noise, self.context_t)
             unwrapped(self.student).commit(
                 latents, self.timestep((self.context_t,)), self.prompts, self.cache
             )

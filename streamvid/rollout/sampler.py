@@ -74,7 +74,7 @@ def stream(
         encoder_hidden_states,
         config,
         seeds=seeds,
-        latent_shape=_latent_shape(codec, student, height, width),
+        latent_shape=latent_shape_of(codec, student, height, width),
         num_chunks=(
             None if num_frames is None else _num_chunks(num_frames, config.chunk_frames, codec)
         ),
@@ -233,22 +233,22 @@ def _decoded(
     results: Iterator[ChunkResult], codec: VideoCodec, encoder_hidden_states: Tensor
 ) -> Iterator[StreamChunk]:
     state, device = codec.new_decoder_state(), encoder_hidden_states.device
-    start_s, first = _now_s(device), True
+    start_s, first = now_s(device), True
     for result in results:
-        denoised_s = _now_s(device)
+        denoised_s = now_s(device)
         with torch.no_grad():
             frames, state = codec.decode_chunk(result.latents, state)
         if first:
-            _check_finite(encoder_hidden_states, result.latents, frames)
+            check_finite(encoder_hidden_states, result.latents, frames)
             first = False
-        decoded_s = _now_s(device)
+        decoded_s = now_s(device)
         yield StreamChunk(
             frames, result.latents, result.index, denoised_s - start_s, decoded_s - denoised_s
         )
-        start_s = _now_s(device)  # the viewer's time is not ours
+        start_s = now_s(device)  # the viewer's time is not ours
 
 
-def _check_finite(encoder_hidden_states: Tensor, latents: Tensor, frames: Tensor) -> None:
+def check_finite(encoder_hidden_states: Tensor, latents: Tensor, frames: Tensor) -> None:
     """Refuse a stream that would be black; which part is damaged shows in what it made of finite
     inputs.
 
@@ -265,14 +265,16 @@ def _check_finite(encoder_hidden_states: Tensor, latents: Tensor, frames: Tensor
             )
 
 
-def _now_s(device: torch.device) -> float:
+def now_s(device: torch.device) -> float:
     """The time when everything asked of the device so far is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def _latent_shape(codec: VideoCodec, student: Any, height: int, width: int) -> tuple[int, int, int]:
+def latent_shape_of(
+    codec: VideoCodec, student: Any, height: int, width: int
+) -> tuple[int, int, int]:
     """(C, h, w) of frames in pixels, which codec and patches have to divide."""
     if height * width > MOST_PIXELS:
         raise ValueError(

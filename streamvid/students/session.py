@@ -1,0 +1,707 @@
+"""A live stream: one student, one viewer, steered between chunks.
+
+    session = Session(student, "a small red circle moves up", seed=7, height=64, width=64)
+    for _ in range(4):
+        show(session.next_chunk().images)
+    session.switch_prompt("a large blue square moves left", mode="recache")
+    show(session.next_chunk().images)
+    session.script.save("stream.yaml")
+
+A session that nobody steers gives the stream of ``rollout.sampler.stream`` bit for bit: both run
+``rollout.loop``, the session a chunk at a time. All that is steered takes effect at the next chunk
+boundary and is recorded as a ``Script``, from which ``play_script`` makes the same stream again.
+
+A prompt is switched in one of four ways. A chunk is committed as context under the prompt that made
+it, whenever that happens.
+
+- ``cut``: later passes read the new prompt. The context keeps what the old one left in it.
+- ``blend``: the same, but the embedding moves to the new one over some chunks.
+- ``recache``: before that the last window of clean latents is committed again under the new prompt,
+  at its old positions (arXiv 2509.22622, LongLive), so that the context agrees with the new prompt.
+- ``hard``: a new scene. No context, positions from 0, the decoder begins anew; the noise goes on.
+
+One thread at a time may use a session. ``close`` alone may be called from another one.
+
+Shapes: B = 1, C channels, f latent frames per chunk, h w latent size, T pixel frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamvid.codecs.base import flatten_state, rebuild_state
+from streamvid.config import build_config
+from streamvid.printing import one_line
+from streamvid.rollout.loop import ChunkResult, context_input, rollout, unwrapped
+from streamvid.rollout.noise import KeyedNoise
+from streamvid.rollout.sampler import check_finite, latent_shape_of, new_cache, now_s
+from streamvid.rollout.schedule import Denoise, StreamConfig
+from streamvid.students.folder import Student, deployed
+from streamvid.students.rate import RateHolder
+from streamvid.students.script import (
+    MODES,
+    Change,
+    Interpolation,
+    Mode,
+    Script,
+    check_prompt,
+)
+from streamvid.students.snapshot import fingerprint, read_snapshot, write_snapshot
+from streamvid.students.stream_state import (
+    Blend,
+    Context,
+    StreamState,
+    advance_blend,
+    context_counts,
+    context_of,
+    keep_contexts,
+    next_events,
+)
+from streamvid.video import to_uint8
+
+__all__ = ["Change", "Script", "Session", "SessionChunk", "SessionClosed", "play_script"]
+
+DEFAULT_MODE: Mode = "recache"
+BLEND_CHUNKS = 3
+
+
+class SessionClosed(RuntimeError):
+    """The session was closed, perhaps while a chunk was under way."""
+
+
+@dataclass(frozen=True)
+class SessionChunk:
+    """What a viewer gets at a time, as ``rollout.sampler.StreamChunk`` and with what made it."""
+
+    frames: Tensor  # [1, T, 3, H, W] in [0, 1]
+    latents: Tensor  # [1, C, f, h, w]
+    index: int  # in the stream, from 0; scenes go on counting
+    prompt: str
+    seed: int
+    steps: int
+    denoise_s: float  # with the commit of the chunk before, and a recache
+    decode_s: float
+
+    @property
+    def images(self) -> np.ndarray:
+        """The frames as bytes ``[T, H, W, 3]``."""
+        return to_uint8(self.frames[0])
+
+
+class Session:
+    """A stream that can be steered, saved, and continued.
+
+    Args:
+        student: from ``students.folder.load_student``. Its stream order has to be autoregressive,
+            with a context.
+        prompt: what to show first.
+        seed: of the noise.
+        height, width: of the frames, in pixels.
+        steps: per chunk; None is the student's own schedule.
+        start: frames ``[T, 3, H, W]`` in [0, 1] that the stream goes on from. The last ones that
+            make whole chunks are encoded and committed; ``next_chunk`` gives what follows them.
+
+    Raises:
+        ValueError: one line, if one of these can't be.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        prompt: str,
+        *,
+        seed: int = 0,
+        height: int,
+        width: int,
+        steps: int | None = None,
+        start: Tensor | None = None,
+    ) -> None:
+        check_student(student)
+        digest = None if start is None else digest_frames(start)
+        self._begin(student, Script(prompt, height, width, seed, steps, digest))
+        config = deployed(student.stream, steps=steps)
+        self._cache = self._new_cache(config)
+        self._state = StreamState(
+            index=0,
+            scene=0,
+            seed=seed,
+            prompt=prompt,
+            embedding=self._encode(prompt),
+            blend=None,
+            config=config,
+            contexts=(),
+            decoder=student.codec.new_decoder_state(),
+        )
+        if start is not None:
+            self._commit_start(start)
+
+    def _begin(self, student: Student, script: Script) -> None:
+        """What every session has, a new one, a restored one and a branch."""
+        self.student = student
+        self._transformer = unwrapped(student.transformer)
+        self._device = next(self._transformer.parameters()).device
+        self._script = script
+        self._latent_shape = latent_shape_of(
+            student.codec, self._transformer, script.height, script.width
+        )
+        self._queued: Change | None = None
+        self._rate: RateHolder | None = None
+        self._uncommitted: Iterator[ChunkResult] | None = None  # its next step is the commit
+        self._closed = False
+
+    # ---- the stream ----
+
+    @property
+    def index(self) -> int:
+        """The index of the next chunk."""
+        return self._open_state().index
+
+    @property
+    def prompt(self) -> str:
+        """The prompt that the last change has asked for, in effect or about to be."""
+        queued = self._queued.prompt if self._queued else None
+        return queued or self._open_state().prompt
+
+    @property
+    def steps(self) -> int:
+        """Steps of the next chunk, as far as is known."""
+        return len(next_events(_steered(self.student, self._open_state(), self._queued)))
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def next_chunk(self) -> SessionChunk:
+        """Make the next chunk.
+
+        If this raises, the session stays as it was, with what is queued, and may be asked again;
+        unless the context could not be written, which closes it.
+
+        Raises:
+            SessionClosed: if the session is closed, also while the chunk is made.
+            ValueError: at the first chunk, if weights or prompt give numbers that are not finite.
+        """
+        started_s = self._now_s()
+        self._commit_pending()
+        self._choose_steps()
+        change = None if self._queued is None else _resolved(self._queued)
+        state, cache = self._changed(self._open_state(), change)
+        embedding = state.blend.at(state.embedding) if state.blend else state.embedding
+        events = next_events(state)
+        last_input: list[Context] = []
+        results = self._rollout(state, cache, events, embedding, last_input)
+        with torch.no_grad():
+            result = next(results)
+            denoised_s = self._now_s()
+            frames, decoder = self.student.codec.decode_chunk(result.latents, state.decoder)
+        if state.index == 0:
+            check_finite(embedding, result.latents, frames)
+        decoded_s = self._now_s()
+        context = context_of(state, result, last_input[0])
+        self._queued, self._cache, self._uncommitted = None, cache, results
+        self._state = replace(
+            state,
+            index=state.index + 1,
+            blend=advance_blend(state.blend),
+            contexts=keep_contexts((*state.contexts, context), state.config),
+            decoder=decoder,
+        )
+        self._script = replace(
+            self._script,
+            num_chunks=state.index + 1,
+            changes=self._script.changes + (() if change is None else (change,)),
+        )
+        if self._closed:
+            self.close()
+            raise SessionClosed("the session was closed while a chunk was made")
+        denoise_s, decode_s = denoised_s - started_s, decoded_s - denoised_s
+        if self._rate:
+            self._rate.observe(len(events) + self._num_commits(), denoise_s, decode_s)
+        return SessionChunk(
+            frames=frames,
+            latents=result.latents,
+            index=state.index,
+            prompt=state.prompt,
+            seed=state.seed,
+            steps=len(events),
+            denoise_s=denoise_s,
+            decode_s=decode_s,
+        )
+
+    def close(self) -> None:
+        """Free everything. A chunk that another thread is making ends before its next step."""
+        self._closed = True
+        self._cache = self._state = self._uncommitted = self._queued = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # ---- steering ----
+
+    def switch_prompt(
+        self,
+        prompt: str,
+        mode: Mode = DEFAULT_MODE,
+        blend_chunks: int = BLEND_CHUNKS,
+        keep_sink: bool = True,
+        interpolation: Interpolation = "linear",
+    ) -> None:
+        """Show another prompt from the next chunk on; a switch that is still queued is replaced.
+
+        Args:
+            prompt: what to show.
+            mode: see the module's docstring.
+            blend_chunks: of mode "blend": chunk k of n is made with the share k / n of the new
+                embedding; 1 is a cut.
+            keep_sink: of mode "recache": whether the sink's keys stay those of the old prompt. The
+                sink is kept in whole chunks while these are in the window.
+            interpolation: of mode "blend": straight, or along the arc between the two, per token.
+
+        Raises:
+            ValueError: one line, if one of these can't be.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}, expected one of {', '.join(MODES)}")
+        options: dict[str, Any] = {}
+        if mode == "blend":
+            options = {"blend_chunks": blend_chunks, "interpolation": interpolation}
+        if mode == "recache":
+            options = {"keep_sink": bool(keep_sink)}
+        check_prompt(prompt)
+        self.steer(Change(self.index, prompt, mode, **options))
+
+    def set_steps(self, steps: int) -> None:
+        """Steps of every later chunk, at the student's own shift; ends ``hold_rate``."""
+        self.steer(Change(self.index, steps=steps))
+        self._rate = None
+
+    def set_schedule(self, times: Sequence[float] | None) -> None:
+        """The falling noise levels, in (0, 1], of every later chunk's steps; None is the student's
+        own schedule. Ends ``hold_rate``.
+        """
+        self.steer(Change(self.index, times=tuple(float(t) for t in times or ())))
+        self._rate = None
+
+    def set_seed(self, seed: int) -> None:
+        """The seed of every later chunk's noise."""
+        self.steer(Change(self.index, seed=seed))
+
+    def hold_rate(self, fps: float | None, choices: Sequence[int] = (1, 2, 3, 4)) -> None:
+        """Choose the steps of every later chunk so that ``fps`` frames per second are made, with as
+        many steps as that allows; None stops. The script records what was chosen.
+
+        Raises:
+            ValueError: if the rate is not positive, or a choice is no number of steps.
+        """
+        self._rate = None if fps is None else RateHolder(fps, choices)
+
+    def steer(self, change: Change) -> None:
+        """Queue a change for the next chunk, whatever its ``at`` says; a later one wins over what
+        is queued.
+
+        Raises:
+            ValueError: if the student can't be streamed so.
+        """
+        state = self._open_state()
+        change = replace(change, at=state.index)
+        _steered(self.student, state, change)
+        self._queued = change if self._queued is None else self._queued | change
+
+    @property
+    def script(self) -> Script:
+        """What has happened so far. It lives on after ``close``."""
+        return self._script
+
+    # ---- keeping ----
+
+    def branch(self) -> Session:
+        """Another session that goes on from here by itself. The two share memory, not fate."""
+        self._commit_pending()
+        state = self._open_state()
+        twin = object.__new__(Session)
+        twin._begin(self.student, self._script)
+        twin._state, twin._cache, twin._queued = state, self._cache.clone(), self._queued
+        twin._rate = None if self._rate is None else replace(self._rate)
+        return twin
+
+    def snapshot(self, path: str | Path) -> None:
+        """Write all that the stream needs to go on bit for bit to one safetensors file, at once."""
+        self._commit_pending()
+        state = self._open_state()
+        layout, decoder = flatten_state(state.decoder)
+        tensors = {
+            "embedding": state.embedding,
+            **({"blend": state.blend.origin} if state.blend else {}),
+            **{f"context.{i}": context.latents for i, context in enumerate(state.contexts)},
+            **{f"decoder.{i}": tensor for i, tensor in enumerate(decoder)},
+            **{f"cache.{name}": tensor for name, tensor in self._cache.state().items()},
+        }
+        blend = state.blend and {f.name: getattr(state.blend, f.name) for f in fields(Blend)[1:]}
+        facts = {
+            "student": self._fingerprint(),
+            "script": self._script.to_plain(),
+            "queued": None if self._queued is None else asdict(self._queued),
+            "stream": state.config.to_json(),
+            "own_stream": self.student.stream.to_json(),
+            "index": state.index,
+            "scene": state.scene,
+            "seed": state.seed,
+            "prompt": state.prompt,
+            "blend": blend,
+            "context_t": [context.t for context in state.contexts],
+            "decoder": layout,
+            "committed_frames": self._cache.num_committed_frames,
+            "rate": None if self._rate is None else asdict(self._rate),
+        }
+        write_snapshot(path, tensors, facts)
+
+    @classmethod
+    def restore(cls, path: str | Path, student: Student) -> Session:
+        """The session of a snapshot; it goes on bit for bit.
+
+        Raises:
+            ValueError: one line, if the file is missing, damaged, or of another student.
+        """
+        check_student(student)
+        tensors, facts = read_snapshot(path)
+        session = object.__new__(cls)
+        try:
+            session._begin(student, Script.from_plain(facts["script"]))
+            session._check_maker(facts)
+            session._load(tensors, facts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"snapshot {path}: {one_line(error)}") from error
+        return session
+
+    def _check_maker(self, facts: dict[str, Any]) -> None:
+        if facts["student"] != self._fingerprint():
+            raise ValueError(
+                "it is of another student, codec or precision; open the one that made it"
+            )
+        if facts["own_stream"] != self.student.stream.to_json():
+            raise ValueError(
+                "it is of this student under another stream configuration; open it with the same"
+                " schedule, window and sink"
+            )
+
+    def _load(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
+        parts = lambda prefix: {
+            name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)
+        }
+        contexts, decoder = parts("context."), parts("decoder.")
+        self._state = StreamState(
+            index=facts["index"],
+            scene=facts["scene"],
+            seed=facts["seed"],
+            prompt=facts["prompt"],
+            embedding=tensors["embedding"],
+            blend=facts["blend"] and Blend(tensors["blend"], **facts["blend"]),
+            config=StreamConfig.from_json(facts["stream"]),
+            contexts=tuple(Context(contexts[str(i)], t) for i, t in enumerate(facts["context_t"])),
+            decoder=rebuild_state(facts["decoder"], [decoder[str(i)] for i in range(len(decoder))]),
+        )
+        self._cache = self._new_cache(self._state.config)
+        self._cache.load_state(parts("cache."), facts["committed_frames"])
+        self._queued = facts["queued"] and build_config(Change, facts["queued"])
+        self._rate = facts["rate"] and RateHolder(**facts["rate"])
+
+    # ---- parts ----
+
+    def _open_state(self) -> StreamState:
+        state = self._state
+        if state is None:
+            raise SessionClosed("the session is closed; begin another one")
+        return state
+
+    def _now_s(self) -> float:
+        return now_s(self._device)
+
+    def _fingerprint(self) -> str:
+        return fingerprint(self._transformer, self.student.codec)
+
+    def _encode(self, prompt: str) -> Tensor:
+        """``[1, L, D]``, where the transformer computes."""
+        return self.student.prompts.encode([prompt]).to(self._device)
+
+    def _new_cache(self, config: StreamConfig) -> Any:
+        return new_cache(self._transformer, config, 1, self._latent_shape)
+
+    def _num_commits(self) -> int:
+        """Passes per chunk that write context."""
+        return int(self.student.stream.commit == "clean")
+
+    def _rollout(
+        self,
+        state: StreamState,
+        cache: Any,
+        events: Sequence[Denoise],
+        embedding: Tensor,
+        last_input: list[Context],
+    ) -> Iterator[ChunkResult]:
+        """The rollout of one chunk; its next step after the chunk is the commit.
+
+        Args:
+            last_input: is filled with what the chunk's last pass ran over.
+        """
+
+        def before_step(chunk: int, t: float, x_t: Tensor) -> Tensor:
+            if self._closed:
+                raise SessionClosed("the session was closed while a chunk was made")
+            last_input[:] = [Context(x_t, t)]
+            return x_t
+
+        return rollout(
+            self.student.transformer,
+            embedding,
+            events,
+            KeyedNoise([state.seed]),
+            latent_shape=self._latent_shape,
+            chunk_frames=state.config.chunk_frames,
+            cache=cache,
+            commit=state.config.commit,
+            context_t=state.config.context_t,
+            stepper=state.config.stepper,
+            commit_last=True,
+            before_step=before_step,
+        )
+
+    def _commit_pending(self) -> None:
+        """Commit the last chunk, under the prompt that made it.
+
+        A viewer never waits for it: it runs before the next chunk.
+        """
+        self._open_state()
+        if self._uncommitted is None:
+            return
+        try:
+            with torch.no_grad():
+                next(self._uncommitted, None)
+        except BaseException:
+            self.close()  # a stream with a hole in its context is another one
+            raise
+        self._uncommitted = None
+
+    def _choose_steps(self) -> None:
+        """What ``hold_rate`` makes of the last chunks, as a change like any other."""
+        if self._rate is None:
+            return
+        state, codec = self._open_state(), self.student.codec
+        begins = state.scene_index == 0 or (
+            self._queued is not None and self._queued.mode == "hard"
+        )
+        num_frames = codec.temporal_ratio * state.config.chunk_frames
+        num_frames -= codec.temporal_ratio - 1 if begins else 0
+        current = len(next_events(state))
+        steps = self._rate.choose(num_frames, current, self._num_commits())
+        if steps != current:
+            self.steer(Change(state.index, steps=steps))
+
+    def _changed(self, state: StreamState, change: Change | None) -> tuple[StreamState, Any]:
+        """The state and the cache with a change; those of the session stay as they are."""
+        if change is None:
+            return state, self._cache
+        state = replace(
+            state,
+            config=_steered(self.student, state, change).config,
+            seed=state.seed if change.seed is None else change.seed,
+        )
+        if change.prompt is None:
+            return state, self._cache
+        embedding, blend, cache = self._encode(change.prompt), None, self._cache
+        if change.mode == "blend":
+            origin = state.blend.at(state.embedding) if state.blend else state.embedding
+            blend = Blend(origin, change.blend_chunks, 0, change.interpolation)
+        if change.mode == "recache":
+            cache = self._recached(state, embedding, change.keep_sink)
+        state = replace(state, prompt=change.prompt, embedding=embedding, blend=blend)
+        if change.mode == "hard":
+            decoder = self.student.codec.new_decoder_state()
+            state = replace(state, scene=state.index, contexts=(), decoder=decoder)
+            cache = self._new_cache(state.config)
+        return state, cache
+
+    @torch.no_grad()
+    def _recached(self, state: StreamState, embedding: Tensor, keep_sink: bool) -> Any:
+        """A cache over the last window, committed again under an embedding."""
+        cache, chunk_frames = self._cache.clone(), state.config.chunk_frames
+        num_sink, _ = context_counts(state.config)
+        under_sink, recent = state.contexts[:num_sink], state.contexts[num_sink:]
+        resume_at = (state.scene_index - len(recent)) * chunk_frames
+        if keep_sink:
+            first = sum(i < len(under_sink) * chunk_frames for i in cache.stored_frames())
+        else:
+            cache.rewind(0)
+            for context in under_sink:
+                self._commit(context, embedding, cache)
+            first = cache.num_frames
+        # a long stream has left all but the sink of its first chunks
+        cache.rewind(resume_at, first if first == resume_at else cache.sink_frames)
+        for context in recent:
+            self._commit(context, embedding, cache)
+        return cache
+
+    def _commit(self, context: Context, embedding: Tensor, cache: Any) -> None:
+        dtype = torch.promote_types(embedding.dtype, torch.float32)
+        timestep = 1000 * torch.full((1,), context.t, dtype=dtype, device=self._device)
+        self._transformer.commit(context.latents, timestep, embedding, cache)
+
+    @torch.no_grad()
+    def _commit_start(self, frames: Tensor) -> None:
+        """Encode and commit the frames that the stream begins from, and bring the decoder to their
+        end.
+        """
+        state, codec, script = self._state, self.student.codec, self._script
+        num_chunks = start_chunks(frames, self.student, script.height, script.width)
+        chunk_frames = state.config.chunk_frames
+        num_frames = 1 + codec.temporal_ratio * (num_chunks * chunk_frames - 1)
+        clip = frames[-num_frames:].to(self._device, torch.float32)[None]
+        latents = codec.encode_frames(clip).to(torch.float32)
+        if not latents.isfinite().all():
+            raise ValueError("start gives latents that are not finite; give frames in [0, 1]")
+        noise = KeyedNoise([state.seed])
+        for index, chunk in enumerate(latents.split(chunk_frames, dim=2)):
+            # as the student knows its context: with "reuse" that of a chunk's last pass
+            reused = state.config.commit == "reuse"
+            t = next_events(state)[-1].t[0] if reused else state.config.context_t
+            context = Context(context_input(chunk.contiguous(), index, noise, t), t)
+            self._commit(context, state.embedding, self._cache)
+            _, decoder = codec.decode_chunk(chunk.contiguous(), state.decoder)
+            contexts = keep_contexts((*state.contexts, context), state.config)
+            state = replace(state, index=index + 1, contexts=contexts, decoder=decoder)
+        self._state = state
+        self._script = replace(script, num_chunks=num_chunks)
+
+
+def play_script(
+    student: Student,
+    script: Script,
+    num_chunks: int | None = None,
+    start: Tensor | None = None,
+) -> Iterator[SessionChunk]:
+    """The chunks of a script's stream, bit for bit, as they are made.
+
+    Args:
+        num_chunks: chunks of the stream, counted as the script counts them; None is as many as the
+            script says, or an endless stream.
+        start: the frames that the stream began from, if the script says that there were any.
+
+    Raises:
+        ValueError: one line, if the student can't be streamed so, or ``start`` is not what the
+            script began from.
+    """
+    digest = None if start is None else digest_frames(start)
+    if digest != script.start:
+        raise ValueError(
+            f"the script began from frames {script.start}, start is {digest}; pass the same frames"
+        )
+    session = Session(
+        student,
+        script.prompt,
+        seed=script.seed,
+        height=script.height,
+        width=script.width,
+        steps=script.steps,
+        start=start,
+    )
+    num_chunks = script.num_chunks if num_chunks is None else num_chunks
+    return _played(session, script, num_chunks)
+
+
+def _played(session: Session, script: Script, num_chunks: int | None) -> Iterator[SessionChunk]:
+    changes = {change.at: change for change in script.changes}
+    with session:
+        indices = itertools.count(session.index)
+        for index in itertools.takewhile(lambda i: num_chunks is None or i < num_chunks, indices):
+            if index in changes:
+                session.steer(changes[index])
+            yield session.next_chunk()
+
+
+def check_student(student: Student) -> None:
+    """A ValueError unless a session can steer the student: chunk after chunk, over a context."""
+    config = student.stream
+    if config.order != "autoregressive":
+        raise ValueError(
+            f"a session makes a stream chunk after chunk, not in order={config.order!r}; use"
+            " 'autoregressive'"
+        )
+    if config.commit == "none":
+        raise ValueError("a session needs a context, this student has commit='none'; set 'clean'")
+
+
+def start_chunks(frames: Tensor, student: Student, height: int, width: int) -> int:
+    """How many whole chunks the frames ``[T, 3, H, W]`` hold; of n chunks of f latent frames the
+    last ``1 + r (n f - 1)`` frames are used.
+
+    Raises:
+        ValueError: one line, if they are of another size, or fewer than a chunk's.
+    """
+    if frames.ndim != 4 or tuple(frames.shape[1:]) != (3, height, width):
+        raise ValueError(
+            f"start is {list(frames.shape)}, expected frames [T, 3, {height}, {width}]; resize or"
+            " crop them"
+        )
+    ratio, chunk_frames = student.codec.temporal_ratio, student.stream.chunk_frames
+    latent_frames = 1 + (len(frames) - 1) // ratio if len(frames) else 0
+    least = 1 + ratio * (chunk_frames - 1)
+    if latent_frames < chunk_frames:
+        raise ValueError(
+            f"start has {len(frames)} frames, this student's first chunk {least}; give at least"
+            f" {least}, or repeat an image: image.expand({least}, -1, -1, -1)"
+        )
+    return latent_frames // chunk_frames
+
+
+def digest_frames(frames: Tensor) -> str:
+    """A name for frames, by their numbers in float32."""
+    numbers = frames.detach().float().cpu().contiguous()
+    said = f"{tuple(frames.shape)}".encode() + numbers.numpy().tobytes()
+    return hashlib.blake2b(said, digest_size=16).hexdigest()
+
+
+def _steered(student: Student, state: StreamState, change: Change | None) -> StreamState:
+    """The state with the change's steps or times.
+
+    Raises:
+        ValueError: what ``StreamConfig`` refuses.
+    """
+    if change is None or (change.steps is None and change.times is None):
+        return state
+    if change.steps is not None:
+        return replace(state, config=deployed(student.stream, steps=change.steps))
+    if not change.times:
+        return replace(state, config=student.stream)
+    config = replace(student.stream, step_table=(change.times,), first_steps=None)
+    return replace(state, config=config)
+
+
+def _resolved(change: Change) -> Change:
+    """The change with every option of its switch said, so that a record does not depend on
+    defaults.
+    """
+    if change.prompt is None:
+        return change
+    mode = change.mode or DEFAULT_MODE
+    change = replace(change, mode=mode)
+    if mode == "blend":
+        return replace(
+            change,
+            blend_chunks=change.blend_chunks or BLEND_CHUNKS,
+            interpolation=change.interpolation or "linear",
+        )
+    if mode == "recache" and change.keep_sink is None:
+        return replace(change, keep_sink=True)
+    return change
