@@ -26,10 +26,11 @@ from pydantic import (
     ValidationError,
 )
 
-Mode = Literal["cut", "blend", "recache", "hard"]
+from streamvid.students.script import Mode
+from streamvid.students.session import BLEND_CHUNKS, DEFAULT_MODE
+
 Encoding = Literal["jpeg", "webp"]
 Container = Literal["mp4", "webm", "gif"]
-MODES = ("cut", "blend", "recache", "hard")
 LARGEST_SEED = 2**53 - 1
 """The largest whole number that every JSON reader keeps exactly."""
 QUALITY = 92  # of JPEG and WebP, 1 to 100
@@ -92,8 +93,8 @@ class PromptUpdate(Message):
 
     type: Literal["session.prompt_update"] = "session.prompt_update"
     prompt: Prompt
-    mode: Mode = "cut"
-    blend_chunks: int = Field(3, ge=1, le=64, strict=True)
+    mode: Mode = DEFAULT_MODE
+    blend_chunks: int = Field(BLEND_CHUNKS, ge=1, le=64, strict=True)
     """Chunks over which ``blend`` goes from the old prompt to the new one."""
     keep_sink: bool = True
     """Whether ``recache`` leaves the first frames of the window as they are."""
@@ -335,7 +336,7 @@ class RecordDone(Message):
     first_chunk: int
     script: str
     command: str
-    """Makes the same clip, if the recording began with the stream."""
+    """Makes the same stream from the script; the recording is its end, from ``first_chunk`` on."""
 
 
 class ScriptText(Message):

@@ -49,7 +49,7 @@ class Clip:
     completed_at: int | None = None
     cancelled: bool = False
     script: str = ""
-    """Changes that make a recorded stream again, a JSON object per line."""
+    """Makes a recorded stream again, YAML."""
     command: str = ""
     """Makes the same stream again from its script."""
 

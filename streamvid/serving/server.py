@@ -28,6 +28,8 @@ from streamvid.serving.metrics import Metrics
 from streamvid.serving.realtime import Defaults, Viewer
 from streamvid.serving.recording import ClipStore
 from streamvid.serving.worker import Worker
+from streamvid.students.script import MODES
+from streamvid.students.session import DEFAULT_MODE, Session
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
@@ -48,6 +50,7 @@ class Info(BaseModel):
     """Frames per chunk of pixels, after the first chunk."""
     prompt_chars: int
     modes: list[str]
+    default_mode: str
     formats: list[str]
     examples: list[str]
 
@@ -93,8 +96,6 @@ def create_app(
     """
     limits = limits or Limits()
     if open_session is None:
-        from streamvid.students.session import Session
-
         open_session = partial(Session, student)
     metrics = Metrics()
     defaults = Defaults(name, height, width, fps)
@@ -136,7 +137,8 @@ def create_app(
         max_steps=limits.max_steps,
         chunk_frames=student.stream.chunk_frames * student.codec.temporal_ratio,
         prompt_chars=limits.prompt_chars,
-        modes=list(protocol.MODES),
+        modes=list(MODES),
+        default_mode=DEFAULT_MODE,
         formats=list(protocol.ENCODINGS),
         examples=list(examples),
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import shlex
 import threading
 import time
 from collections import deque
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import yaml
 
 from streamvid.command_line import _is_out_of_memory
 from streamvid.printing import one_line
@@ -32,7 +31,6 @@ from streamvid.serving.limits import Limits
 from streamvid.serving.metrics import Metrics
 from streamvid.serving.pacing import FlowControl, Pacer, ServiceLevel, percentile_ms
 from streamvid.serving.recording import Clip, ClipStore, Recorder
-from streamvid.video import to_uint8
 
 log = logging.getLogger(__name__)
 
@@ -145,8 +143,8 @@ class Stream:
 
     @property
     def script(self) -> str:
-        """The changes made so far, a JSON object per line."""
-        return self.session.script.to_text() if self.session is not None else ""
+        """What has been steered so far, as YAML that ``Script.load`` reads."""
+        return script_text(self.session)
 
 
 class Worker:
@@ -430,7 +428,7 @@ class Worker:
     def _make_chunk(self, stream: Stream) -> None:
         started = time.monotonic()
         chunk = stream.session.next_chunk()
-        images = picture_bytes(chunk.frames)
+        images = chunk.images
         now = time.monotonic()
         num_frames, work_s = len(images), now - started
         late_s = stream.pacer.made(now, num_frames, work_s)
@@ -572,13 +570,13 @@ class Worker:
                 self._stop_recording(stream)
             case protocol.ScriptGet():
                 stream.outbox.put(
-                    protocol.ScriptText(script=stream.script, command=self.command(stream, "mp4"))
+                    protocol.ScriptText(script=stream.script, command=command_line("mp4"))
                 )
 
     def _update(self, stream: Stream, message: protocol.SessionUpdate) -> None:
         if message.steps is not None:
             stream.session.set_steps(message.steps)
-            stream.steps = message.steps
+            stream.steps, stream.hold_rate = message.steps, False
         if message.seed is not None:
             stream.session.set_seed(message.seed)
             stream.seed = message.seed
@@ -625,7 +623,7 @@ class Worker:
                 prompt_id=stream.prompt_id,
                 seed=stream.seed,
                 steps=stream.session.steps,
-                chunk=stream.session.chunk,
+                chunk=stream.session.index,
             )
         )
 
@@ -640,7 +638,7 @@ class Worker:
         stream.bookmarks[number] = (stream.session.branch(), settings)
         stream.outbox.put(
             protocol.BookmarkMade(
-                bookmark=number, chunk=stream.session.chunk, sequence=stream.sequence
+                bookmark=number, chunk=stream.session.index, sequence=stream.sequence
             )
         )
 
@@ -672,7 +670,7 @@ class Worker:
             kind="recording",
             status="in_progress",
         )
-        first_chunk = stream.session.chunk
+        first_chunk = stream.session.index
         self._store.add(clip)
         stream.recorder = Recorder(
             clip,
@@ -696,7 +694,7 @@ class Worker:
         clip = recorder.clip
         clip.num_frames = recorder.num_frames
         clip.script = stream.script
-        clip.command = self.command(stream, clip.format)
+        clip.command = command_line(clip.format)
         recorder.finish({"title": clip.prompt, "comment": clip.script})
         stream.finishing.append(recorder)
 
@@ -719,16 +717,6 @@ class Worker:
                 script=clip.script,
                 command=clip.command,
             )
-        )
-
-    def command(self, stream: Stream, container: str) -> str:
-        """The command line that makes the stream so far again, bit for bit, from its script."""
-        num_frames = stream.session.num_frames
-        return shlex.join(
-            ["streamvid", "sample", "--script", "stream.jsonl"]
-            + ["--size", str(stream.height), str(stream.width)]
-            + ["--num-frames", str(num_frames), "--fps", f"{stream.fps:g}"]
-            + ["--out", f"clip.{container}"]
         )
 
     # ---- ends
@@ -800,7 +788,7 @@ class Worker:
         self._current = clip
         try:
             chunk = session.next_chunk()
-            images = picture_bytes(chunk.frames)[: clip.num_frames - recorder.num_frames]
+            images = chunk.images[: clip.num_frames - recorder.num_frames]
             recorder.append(images, wait=True)
             self._metrics.chunks.labels("clip").inc()
             clip.progress = min(99, 100 * recorder.num_frames // clip.num_frames)
@@ -808,7 +796,7 @@ class Worker:
                 self._fail_clip("the file could not be written")
             elif recorder.num_frames >= clip.num_frames:
                 self._job = None
-                recorder.finish({"title": clip.prompt, "comment": session.script.to_text()})
+                recorder.finish({"title": clip.prompt, "comment": script_text(session)})
                 session.close()
         except ViewerGone:
             self._fail_clip("given up")
@@ -862,9 +850,15 @@ def say_after(stream: Stream, done: protocol.SessionDone) -> None:
     stream.outbox.put(done)
 
 
-def picture_bytes(frames: Tensor) -> np.ndarray:
-    """A chunk's frames ``[1, T, 3, H, W]`` in [0, 1] as RGB bytes ``[T, H, W, 3]``."""
-    return to_uint8(frames[0])
+def script_text(session: Any) -> str:
+    """What has been steered in a session, as YAML that ``Script.load`` reads."""
+    plain = session.script.to_plain()
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+
+
+def command_line(container: str) -> str:
+    """Makes a stream again, bit for bit, from its script, which holds prompts, seed and size."""
+    return f"streamvid sample --script stream.yaml --out clip.{container}"
 
 
 def explain(error: Exception) -> tuple[str, str]:
