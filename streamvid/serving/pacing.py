@@ -32,14 +32,18 @@ class Pacer:
         self._plays_until: float | None = None
         self._work = deque(maxlen=8)  # seconds per chunk
 
-    def due(self, now: float, streams: int = 1) -> float:
+    def due(self, now: float, streams: int = 1, is_full: bool = False) -> float:
         """The time at which the next chunk should be begun.
 
         Args:
             streams: that share the worker; each has to wait for the others.
+            is_full: chunks still wait to be sent; another one is begun only when all of them
+                should have been played.
         """
         if self._plays_until is None:
             return now
+        if is_full:
+            return self._plays_until
         work = max(self._work, default=0.0)
         lead = max(LEAST_LEAD, 1.5 * work * max(1, streams))
         return self._plays_until - lead

@@ -92,6 +92,13 @@ class Outbox:
         with self._lock:
             return self._items.popleft() if self._items else None
 
+    @property
+    def is_full(self) -> bool:
+        """Whether another chunk would push one out."""
+        with self._lock:
+            waiting = sum(isinstance(item, Frames) for item in self._items)
+        return waiting >= CHUNKS_WAITING
+
     def __len__(self) -> int:
         return len(self._items)
 
@@ -140,6 +147,10 @@ class Stream:
         self.steps = self.start.steps
         self.hold_rate = self.start.hold_rate
         self.ended = threading.Event()
+
+    def due(self, now: float, streams: int) -> float:
+        """When the next chunk should be begun, among so many streams."""
+        return self.pacer.due(now, streams, self.outbox.is_full)
 
     @property
     def script(self) -> str:
@@ -357,7 +368,7 @@ class Worker:
             for s in self._active
             if s.paused_since is None and not s.flow.must_wait(s.chunk_frames)
         ]
-        dues = {s: s.pacer.due(now, len(running)) for s in running}
+        dues = {s: s.due(now, len(running)) for s in running}
         first = min(dues, key=dues.get, default=None)
         clip = bool(self._clips or self._job)
         if first is not None and dues[first] <= now:
@@ -387,7 +398,7 @@ class Worker:
             now = time.monotonic()
             if stream.stopping or stream.gone or stream.paused_since is not None:
                 return
-            if stream.pacer.due(now, len(self._active)) <= now:
+            if stream.due(now, len(self._active)) <= now:
                 self._make_chunk(stream)
         except ViewerGone:
             self._end(stream, "stopped")

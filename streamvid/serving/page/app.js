@@ -270,6 +270,7 @@ class Stream {
   draw(frame, now) {
     const { canvas, context } = this.view;
     context.drawImage(frame.bitmap, 0, 0, canvas.width, canvas.height);
+    if (this.index === 0) timeline.picture(frame.bitmap);
     frame.bitmap.close();
     this.shown = frame.sequence;
     if (this.first === null) {
@@ -333,10 +334,22 @@ function shapeView(stream, width, height) {
     canvas.width = width;
     canvas.height = height;
   }
-  canvas.style.aspectRatio = `${width} / ${height}`;
-  canvas.setAttribute("aria-label", `The stream: ${app.prompt}`);
-  figure.dataset.shape = width > 1.2 * height ? "wide" : "square";
   figure.dataset.crisp = (app.crisp ?? height < CRISP_BELOW) ? "yes" : "no";
+  canvas.style.aspectRatio = `${width} / ${height}`;
+  fitView(stream);
+  canvas.setAttribute("aria-label", `The stream: ${app.prompt}`);
+}
+
+// Whole multiples of a pixel where pixels are seen, so that all are of one size.
+function fitView(stream) {
+  const { canvas, figure } = stream.view;
+  const mat = canvas.parentElement;
+  const style = getComputedStyle(mat);
+  const room = mat.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+  const tall = Math.max(180, 0.44 * innerHeight);
+  const scale = Math.min(room / canvas.width, tall / canvas.height);
+  const crisp = figure.dataset.crisp === "yes" && scale > 1;
+  canvas.style.width = `${canvas.width * (crisp ? Math.floor(scale) : scale)}px`;
 }
 
 // ---------------------------------------------------------------- the clock
@@ -394,16 +407,53 @@ const clock = {
 // ---------------------------------------------------------------- the timeline
 
 const SHOWN_S = 60;
+const THUMB = 64; // pixels of height that a small picture is kept with
+const STRIP = 36; // and shown with
+const PICTURE_EVERY = 6; // frames
 const timeline = {
-  fps: 16, length: 0, spans: [], marks: [], waiting: null, ids: new Map(),
+  fps: 16, length: 0, spans: [], marks: [], pictures: [], waiting: null, ids: new Map(),
 
   begin(prompt, fps) {
     this.fps = fps;
     this.length = 0;
     this.spans = [{ frame: 0, prompt }];
     this.marks = [];
+    this.pictures = [];
     this.waiting = null;
     this.render();
+  },
+
+  // A small picture of every few frames that are shown.
+  picture(bitmap) {
+    const frame = this.length - app.streams[0].queue.length;
+    if (frame - (this.pictures.at(-1)?.frame ?? -Infinity) < PICTURE_EVERY) return;
+    const canvas = new OffscreenCanvas((THUMB * bitmap.width) / bitmap.height, THUMB);
+    canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+    this.pictures.push({ frame, canvas });
+    if (this.pictures.length > (SHOWN_S * this.fps) / PICTURE_EVERY) this.pictures.shift();
+  },
+
+  // A film strip: slots of one width, each with the picture nearest to its middle.
+  drawStrip(strip) {
+    const ratio = devicePixelRatio || 1;
+    const width = strip.clientWidth;
+    strip.width = width * ratio;
+    strip.height = STRIP * ratio;
+    if (!this.pictures.length) return;
+    const context = strip.getContext("2d");
+    context.scale(ratio, ratio);
+    const first = this.pictures[0];
+    const wide = (first.canvas.width * STRIP) / THUMB;
+    const slot = wide / ((this.place(1) - this.place(0)) * width / 100); // frames per slot
+    const end = this.pictures.at(-1).frame;
+    for (let frame = Math.floor(first.frame / slot) * slot; frame < end; frame += slot) {
+      const left = (this.place(frame) / 100) * width;
+      if (left < -wide) continue;
+      const middle = frame + slot / 2;
+      const nearest = this.pictures.reduce((best, picture) =>
+        Math.abs(picture.frame - middle) < Math.abs(best.frame - middle) ? picture : best);
+      context.drawImage(nearest.canvas, left, 0, wide + 0.5, STRIP);
+    }
   },
 
   grow(frames) {
@@ -435,8 +485,9 @@ const timeline = {
 
   bookmark(number, automatic) {
     if (automatic) this.waiting = number;
-    else this.marks.push({ frame: this.length, kind: "kept", text: "moment", bookmark: number });
-    this.ids.set(number, { frame: this.length, spans: [...this.spans], marks: [...this.marks] });
+    else this.marks.push({ frame: this.length, kind: "kept", text: "bookmark", bookmark: number });
+    const { spans, marks, pictures } = this;
+    this.ids.set(number, { frame: this.length, spans: [...spans], marks: [...marks], pictures: [...pictures] });
     this.render();
   },
 
@@ -445,6 +496,7 @@ const timeline = {
     if (!kept) return;
     this.length = kept.frame;
     this.spans = [...kept.spans];
+    this.pictures = [...kept.pictures];
     this.marks = [...kept.marks, { frame: kept.frame, kind: "branch", text: "went back" }];
     this.render();
   },
@@ -470,7 +522,6 @@ const timeline = {
       element.style.width = `${this.place(end) - left}%`;
       items.push(element);
     });
-    let free = 0;
     for (const mark of this.marks) {
       const left = this.place(mark.frame);
       if (left < 0) continue;
@@ -487,12 +538,14 @@ const timeline = {
         element.setAttribute("aria-label", `Go back to ${(mark.frame / this.fps).toFixed(1)} seconds`);
         element.onclick = () => sendAll({ type: "session.branch", bookmark: mark.bookmark });
       }
-      element.style.left = `max(${left}%, ${free}px)`;
+      element.style.left = `${left}%`;
       items.push(element);
     }
     const now = make("div", "now");
     now.id = "now";
-    track.replaceChildren(...items, now);
+    const strip = make("canvas", "strip");
+    track.replaceChildren(strip, ...items, now);
+    this.drawStrip(strip);
     spread(track);
     this.head(this.length - (app.streams[0]?.queue.length ?? 0));
   },
@@ -728,6 +781,7 @@ function segments(box, name, choices, chosen, changed) {
     Object.assign(input, { type: "radio", name, value, checked: String(value) === String(chosen) });
     input.addEventListener("change", () => changed(value));
     label.append(input, text);
+    if (text !== String(value)) label.title = String(value);
     box.append(label);
   }
   return box;
@@ -743,7 +797,7 @@ function setMode(mode) {
 }
 
 function showExamples() {
-  const picks = [...app.info.examples].sort(() => Math.random() - 0.5).slice(0, 4);
+  const picks = [...app.info.examples].sort(() => Math.random() - 0.5).slice(0, 6);
   const chips = picks.map((example) => {
     const chip = make("button", "chip");
     chip.type = "button";
@@ -756,9 +810,6 @@ function showExamples() {
     }
     chip.append(example);
     chip.onclick = () => showPrompt(example);
-    const item = make("span");
-    item.setAttribute("role", "listitem");
-    item.append(chip);
     return chip;
   });
   $("examples").replaceChildren(...chips);
@@ -785,7 +836,10 @@ function keepMoment() {
 function toggleCrisp() {
   const height = app.streams[0]?.view.canvas.height ?? 64;
   app.crisp = !(app.crisp ?? height < CRISP_BELOW);
-  for (const { view } of app.streams) view.figure.dataset.crisp = app.crisp ? "yes" : "no";
+  for (const stream of app.streams) {
+    stream.view.figure.dataset.crisp = app.crisp ? "yes" : "no";
+    fitView(stream);
+  }
 }
 
 const KEYS = {
@@ -843,6 +897,7 @@ function connectControls() {
     if (!document.hidden) clock.catchUp();
   });
   addEventListener("resize", () => {
+    app.streams.forEach(fitView);
     figures.plot();
     timeline.render();
   });
