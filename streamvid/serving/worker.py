@@ -148,6 +148,12 @@ class Stream:
         self.hold_rate = self.start.hold_rate
         self.ended = threading.Event()
 
+    @property
+    def may_advance(self) -> bool:
+        """Whether its viewer is there, follows, and has not held it."""
+        held = self.gone or self.stopping or self.paused_since is not None
+        return not held and not self.flow.must_wait(self.chunk_frames)
+
     def due(self, now: float, streams: int) -> float:
         """When the next chunk should be begun, among so many streams."""
         return self.pacer.due(now, streams, self.outbox.is_full)
@@ -363,11 +369,7 @@ class Worker:
         commanded = [s for s in self._active if s.commands]
         if commanded:
             return commanded[0], None
-        running = [
-            s
-            for s in self._active
-            if s.paused_since is None and not s.flow.must_wait(s.chunk_frames)
-        ]
+        running = [s for s in self._active if s.may_advance]
         dues = {s: s.due(now, len(running)) for s in running}
         first = min(dues, key=dues.get, default=None)
         clip = bool(self._clips or self._job)
@@ -396,9 +398,7 @@ class Worker:
                 self._begin(stream)
             self._apply_commands(stream)
             now = time.monotonic()
-            if stream.stopping or stream.gone or stream.paused_since is not None:
-                return
-            if stream.due(now, len(self._active)) <= now:
+            if stream.may_advance and stream.due(now, len(self._active)) <= now:
                 self._make_chunk(stream)
         except ViewerGone:
             self._end(stream, "stopped")
