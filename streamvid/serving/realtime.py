@@ -7,6 +7,7 @@ just before they are sent, so that frames which a slow viewer misses cost nothin
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from contextlib import suppress
@@ -18,6 +19,8 @@ from streamvid.serving import protocol
 from streamvid.serving.limits import Limits, TokenBucket
 from streamvid.serving.metrics import Metrics
 from streamvid.serving.worker import Busy, Frames, Stream, Worker
+
+log = logging.getLogger(__name__)
 
 SEND_TIMEOUT_S = 10.0
 """A viewer that takes nothing for so long has gone."""
@@ -169,7 +172,8 @@ class Viewer:
                     if isinstance(item, protocol.SessionDone):
                         return
                 await awake.wait()
-        except (WebSocketDisconnect, RuntimeError, TimeoutError, OSError):
+        except Exception as error:  # each server has its own kind for a connection that is gone
+            log.debug("a viewer takes no more: %s", type(error).__name__)
             self._worker.leave(stream)
             with suppress(Exception):
                 await self._socket.close(1011)

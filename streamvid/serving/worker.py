@@ -318,14 +318,15 @@ class Worker:
             if self._stopping:
                 return False
             ended = self._departed(time.monotonic())
+            self._admit()
+            task, wait_s = (None, 0) if ended else self._choose(time.monotonic())
+            if task is None and not ended:
+                self._condition.wait(wait_s)  # in the block that has looked: no call is missed
+                return True
         for stream, reason in ended:
             self._end(stream, reason)
-        with self._condition:
-            self._admit()
-            task, wait_s = self._choose(time.monotonic())
-            if task is None:
-                self._condition.wait(wait_s)
-                return True
+        if task is None:
+            return True
         if isinstance(task, Stream):
             self._since_clip += 1
             self._serve(task)

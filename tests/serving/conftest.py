@@ -172,8 +172,8 @@ def make_client(make_app):
 class Live:
     """A viewer in a test: sends messages, collects what comes."""
 
-    def __init__(self, socket):
-        self.socket = socket
+    def __init__(self, socket, worker):
+        self.socket, self.worker = socket, worker
         self.messages, self.frames = [], []
 
     def send(self, message_type, **fields):
@@ -223,7 +223,7 @@ def live():
     def connect(client, headers=None, **options):
         headers = {"host": "localhost", **(headers or {})}
         with client.websocket_connect("/v1/realtime/video", headers=headers, **options) as socket:
-            yield Live(socket)
+            yield Live(socket, client.app.state.worker)
 
     connect.Closed, connect.red_of = Closed, red_of
     return connect

@@ -188,15 +188,27 @@ def test_figures_count(make_client, live):
 @pytest.mark.parametrize(
     "fields",
     [
-        {}, {"prompt": ""}, {"prompt": "a", "seconds": 1e9}, {"prompt": "a", "seconds": "x"},
-        {"prompt": "a", "size": "64"}, {"prompt": "a", "size": "9999x9999"},
-        {"prompt": "a", "model": "sora-2"}, {"prompt": "a", "fps": -1}, {"prompt": "a", "unknown": 1},
-        {"prompt": "a" * 501}, {"prompt": "a", "input_reference": {"image_url": "file:///etc/passwd"}},
-        [], 7, None, {"prompt": "\ud800"},
+        {},
+        {"prompt": ""},
+        {"prompt": "a", "seconds": 1e9},
+        {"prompt": "a", "seconds": "x"},
+        {"prompt": "a", "size": "64"},
+        {"prompt": "a", "size": "9999x9999"},
+        {"prompt": "a", "model": "sora-2"},
+        {"prompt": "a", "fps": -1},
+        {"prompt": "a", "unknown": 1},
+        {"prompt": "a" * 501},
+        {"prompt": "a", "input_reference": {"image_url": "file:///etc/passwd"}},
+        [],
+        7,
+        None,
+        {"prompt": "\ud800"},
     ],
-)  # fmt: skip
+)
 def test_a_wrong_request_is_told_in_openais_shape(make_client, fields):
-    reply = make_client().post("/v1/videos", content=json.dumps(fields), headers={"content-type": "application/json"})  # fmt: skip
+    reply = make_client().post(
+        "/v1/videos", content=json.dumps(fields), headers={"content-type": "application/json"}
+    )
     error = reply.json()["error"]
     assert reply.status_code == 400 and error["type"] == "invalid_request_error"
     assert "\n" not in error["message"] and "Traceback" not in reply.text
@@ -257,8 +269,15 @@ def test_any_host_needs_a_token():
         Guard(None, token=None, hosts=None, body_bytes=1)
 
 
-@pytest.mark.parametrize("path", ["/page/../server.py", "/page/%2e%2e/server.py", "/page//etc/passwd",
-                                  "/v1/videos/..%2f..%2fserver.py/content"])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/page/../server.py",
+        "/page/%2e%2e/server.py",
+        "/page//etc/passwd",
+        "/v1/videos/..%2f..%2fserver.py/content",
+    ],
+)
 def test_no_path_of_a_client_is_opened(make_client, path):
     reply = make_client().get(path)
     assert reply.status_code == 404 and "import" not in reply.text
@@ -277,13 +296,29 @@ def test_an_error_of_ours_is_one_line(make_app, monkeypatch, make_client):
     assert reply.status_code == 500 and "division" not in reply.text
 
 
-paths = st.sampled_from(["/v1/videos", "/v1/videos/x", "/v1/videos/x/content", "/readyz", "/v1/info", "/nope"])  # fmt: skip
+paths = st.sampled_from(
+    ["/v1/videos", "/v1/videos/x", "/v1/videos/x/content", "/readyz", "/v1/info", "/nope"]
+)
 bodies = st.binary(max_size=60) | st.dictionaries(
-    st.sampled_from(["prompt", "seconds", "size", "seed", "steps", "fps", "num_frames", "format", "x"]),
-    st.none() | st.integers() | st.floats() | st.text(max_size=8) | st.lists(st.integers(), max_size=2),
-).map(lambda fields: json.dumps(fields).encode())  # fmt: skip
-kinds = st.sampled_from(["application/json", "multipart/form-data", "multipart/form-data; boundary=x",
-                         "application/x-www-form-urlencoded", "text/plain", ""])  # fmt: skip
+    st.sampled_from(
+        ["prompt", "seconds", "size", "seed", "steps", "fps", "num_frames", "format", "x"]
+    ),
+    st.none()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.lists(st.integers(), max_size=2),
+).map(lambda fields: json.dumps(fields).encode())
+kinds = st.sampled_from(
+    [
+        "application/json",
+        "multipart/form-data",
+        "multipart/form-data; boundary=x",
+        "application/x-www-form-urlencoded",
+        "text/plain",
+        "",
+    ]
+)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))

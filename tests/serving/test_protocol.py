@@ -14,8 +14,16 @@ u32 = st.integers(0, 2**32 - 1)
 
 
 @FEW
-@given(u32, u32, u32, u32, st.integers(0, 2**64 - 1), st.sampled_from(["jpeg", "webp"]),
-       st.integers(0, 3), st.binary(max_size=50))  # fmt: skip
+@given(
+    u32,
+    u32,
+    u32,
+    u32,
+    st.integers(0, 2**64 - 1),
+    st.sampled_from(["jpeg", "webp"]),
+    st.integers(0, 3),
+    st.binary(max_size=50),
+)
 def test_a_frame_survives_the_way(sequence, chunk, prompt, us, captured, encoding, flags, picture):
     header = protocol.FrameHeader(sequence, chunk, prompt, us, captured, encoding, flags)
     message = protocol.pack_frame(header, picture)
@@ -94,7 +102,7 @@ def test_a_wrong_field_is_named(fields, word):
         '{"type": "ack"',
         '{"type": "session.start", "prompt": "\\ud800"}',
         '{"type": "session.start", "fps": NaN}',
-    ],  # fmt: skip
+    ],
 )
 def test_what_is_no_message_is_refused(text):
     with pytest.raises(ValueError):
@@ -128,9 +136,14 @@ names = st.sampled_from(["prompt", "seed", "steps", "fps", "mode", "sequence", "
 
 
 @FEW
-@given(st.text(max_size=60) | st.builds(
-    lambda kind, fields: json.dumps({"type": kind, **fields}), types,
-    st.dictionaries(names, json_values, max_size=4)))  # fmt: skip
+@given(
+    st.text(max_size=60)
+    | st.builds(
+        lambda kind, fields: json.dumps({"type": kind, **fields}),
+        types,
+        st.dictionaries(names, json_values, max_size=4),
+    )
+)
 def test_any_text_gives_a_message_or_a_value_error(text):
     try:
         message = protocol.parse_viewer_message(text)
