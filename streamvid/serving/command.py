@@ -235,7 +235,8 @@ def world_examples() -> list[str]:
     """Sentences of the verifiable world, which the shipped student was trained on."""
     from streamvid.data.world import caption, sample_spec
 
-    return [caption(sample_spec(seed), seed) for seed in EXAMPLE_SEEDS]
+    captions = (caption(sample_spec(seed), seed) for seed in EXAMPLE_SEEDS)
+    return list(dict.fromkeys(captions))
 
 
 if __name__ == "__main__":
