@@ -265,7 +265,7 @@ def _read_yaml(text: str) -> Any:
 
 def _read_lines(text: str) -> Any:
     lines = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -191,6 +191,7 @@ class Session:
             ValueError: at the first chunk, if weights or prompt give numbers that are not finite.
         """
         started_s = self._now_s()
+        num_commits = self._num_commits() if self._uncommitted else 0
         self._commit_pending()
         self._choose_steps()
         change = None if self._queued is None else _resolved(self._queued)
@@ -224,8 +225,8 @@ class Session:
             self.close()
             raise SessionClosed("the session was closed while a chunk was made")
         denoise_s, decode_s = denoised_s - started_s, decoded_s - denoised_s
-        if self._rate:
-            self._rate.observe(len(events) + self._num_commits(), denoise_s, decode_s)
+        if self._rate and (change is None or change.prompt is None):  # a switch is no rule
+            self._rate.observe(len(events) + num_commits, denoise_s, decode_s)
         return SessionChunk(
             frames=frames,
             latents=result.latents,
@@ -305,7 +306,8 @@ class Session:
         Raises:
             ValueError: if the rate is not positive, or a choice is no number of steps.
         """
-        self._rate = None if fps is None else RateHolder(fps, choices)
+        measured = (self._rate.pass_s, self._rate.decode_s) if self._rate else ()
+        self._rate = None if fps is None else RateHolder(fps, choices, *measured)
 
     def steer(self, change: Change) -> None:
         """Queue a change for the next chunk, whatever its ``at`` says; a later one wins over what

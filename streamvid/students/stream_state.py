@@ -85,7 +85,7 @@ def mix(origin: Tensor, target: Tensor, share: float, interpolation: Interpolati
     along = torch.sin((1 - share) * angle) * unit[0] + torch.sin(share * angle) * unit[1]
     length = (1 - share) * lengths[0] + share * lengths[1]
     curved = along / sine.clamp(min=1e-12) * length
-    has_arc = (sine > 1e-4) & (lengths[0] > 0) & (lengths[1] > 0)
+    has_arc = (sine > 1e-2) & (lengths[0] > 0) & (lengths[1] > 0)
     return torch.where(has_arc, curved, straight)
 
 

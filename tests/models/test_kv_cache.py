@@ -172,3 +172,60 @@ def test_passes_and_commits_that_do_not_fit_are_refused():
         cache.check_pass(1, 2, 4, 4)
     with pytest.raises(ValueError, match="multiple of the patch"):
         StreamKVCache(1, 1, height=5, width=4, patch_size=(2, 2))
+
+
+def test_a_state_goes_on_where_it_was():
+    """Stored frames, their number in the stream and what later passes see are the same."""
+    cache = make_cache(window_frames=6, sink_frames=1)
+    for start in range(0, 12, 3):
+        cache.append(frames_of(*range(start, start + 3)))
+    other = make_cache(window_frames=6, sink_frames=1)
+    other.load_state(cache.state(), cache.num_committed_frames)
+    for each in (cache, other):
+        each.append(frames_of(12, 13))
+    assert seen(cache, 2) == seen(other, 2) == [0, 11, 12, 13]
+    assert other.frame_positions(2) == cache.frame_positions(2)
+    empty = make_cache(window_frames=6)
+    other.load_state(empty.state(), 0)
+    assert other.num_frames == 0
+
+
+def test_a_state_of_another_cache_is_refused():
+    cache = make_cache(window_frames=6, sink_frames=1)
+    cache.append(frames_of(0, 1, 2))
+    state = cache.state()
+    with pytest.raises(ValueError, match="layers"):
+        cache.load_state({"0.key": state["0.key"]}, 3)
+    with pytest.raises(ValueError, match="stores 3 frames of 2"):
+        cache.load_state(state, 2)
+    with pytest.raises(ValueError, match="expected keys and values"):
+        cache.load_state({name: x[:, :, :1] for name, x in state.items()}, 3)
+
+
+def test_frames_are_committed_again_at_their_places():
+    """Behind the sink may be a gap, which no pass sees; the rest of the window fills up again."""
+    cache = make_cache(window_frames=6, sink_frames=1, positions="window", max_trained_frames=9)
+    cache.append(frames_of(*range(12)))
+    before = cache.clone()
+    cache.rewind(8, 1)
+    assert cache.stored_frames() == (0,) and seen(cache, 2) == [0]
+    assert cache.frame_positions(2) == ((0,), (7, 8))  # frame 10 would be the last one
+    cache.append(frames_of(8, 9))
+    assert seen(cache, 2) == list(cache.visible_frames(2)) == [0, 8, 9]
+    cache.append(frames_of(10, 11))
+    assert cache.stored_frames() == (0, 8, 9, 10, 11)
+    assert seen(cache, 2) == seen(before, 2) == [0, 9, 10, 11]
+    assert cache.frame_positions(2) == before.frame_positions(2)
+
+
+def test_a_gap_is_behind_the_sink_only():
+    cache = make_cache(window_frames=6, sink_frames=1)
+    cache.append(frames_of(*range(4)))
+    with pytest.raises(ValueError, match="behind the sink"):
+        cache.rewind(3, 2)
+    with pytest.raises(ValueError, match="at most the 4 stored"):
+        cache.rewind(9, 5)
+    cache.rewind(2, 2)
+    assert cache.stored_frames() == (0, 1)
+    cache.rewind(0)
+    assert cache.num_frames == 0 and cache.num_committed_frames == 0
