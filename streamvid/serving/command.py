@@ -123,7 +123,7 @@ def serve(args: argparse.Namespace) -> None:
         app,
         host=args.host,
         port=args.port,
-        log_level="warning",
+        log_level="critical",
         access_log=False,  # its lines would hold what clients ask for
         ws_max_size=limits.message_bytes,
         ws_ping_interval=10,
@@ -166,9 +166,12 @@ def announce(uvicorn: Any, config: Any, args: argparse.Namespace, token: str | N
             threading.Thread(target=drain, daemon=True).start()
 
     server = Server(config)
-    server.run()
-    if not server.started:
-        raise ValueError(f"can't listen on {args.host}:{args.port}; is the port in use?")
+    try:
+        server.run()
+    except SystemExit as error:  # uvicorn's way to say that it can't listen
+        raise ValueError(
+            f"can't listen on {args.host}, port {args.port}; if it is in use, name another --port"
+        ) from error
 
 
 def page_url(host: str, port: int) -> str:

@@ -452,7 +452,7 @@ const timeline = {
       const middle = frame + slot / 2;
       const nearest = this.pictures.reduce((best, picture) =>
         Math.abs(picture.frame - middle) < Math.abs(best.frame - middle) ? picture : best);
-      context.drawImage(nearest.canvas, left, 0, wide + 0.5, STRIP);
+      context.drawImage(nearest.canvas, left, 0, wide - 1, STRIP);
     }
   },
 
@@ -797,7 +797,8 @@ function setMode(mode) {
 }
 
 function showExamples() {
-  const picks = [...app.info.examples].sort(() => Math.random() - 0.5).slice(0, 6);
+  const shuffled = [...app.info.examples].sort(() => Math.random() - 0.5).slice(0, 10);
+  const picks = shuffled.sort((a, b) => a.length - b.length).slice(0, 4); // short ones fit
   const chips = picks.map((example) => {
     const chip = make("button", "chip");
     chip.type = "button";
