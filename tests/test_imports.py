@@ -29,6 +29,7 @@ LEVELS = [
     {"rollout"},
     {"methods", "objectives", "evaluation"},
     {"settings", "students"},
+    {"serving"},
     {"experiment"},
     {"studies"},
     {"gpu_check"},

@@ -41,7 +41,7 @@ from torch import Tensor
 from streamvid.codecs.base import flatten_state, rebuild_state
 from streamvid.config import build_config
 from streamvid.printing import one_line
-from streamvid.rollout.loop import ChunkResult, context_input, rollout, unwrapped
+from streamvid.rollout.loop import ChunkResult, context_input, rollout
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import check_finite, latent_shape_of, new_cache, now_s
 from streamvid.rollout.schedule import Denoise, StreamConfig
@@ -152,7 +152,7 @@ class Session:
     def _begin(self, student: Student, script: Script) -> None:
         """What every session has, a new one, a restored one and a branch."""
         self.student = student
-        self._transformer = unwrapped(student.transformer)
+        self._transformer = student.transformer
         self._device = next(self._transformer.parameters()).device
         self._script = script
         self._latent_shape = latent_shape_of(

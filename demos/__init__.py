@@ -1,0 +1,1 @@
+"""Demonstrations; each is a module that `python -m` runs."""

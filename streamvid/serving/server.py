@@ -1,0 +1,230 @@
+"""The application: live streams, clips, checks, figures, and the page."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import FastAPI, HTTPException, Request, Response, WebSocket
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from streamvid import __version__
+from streamvid.serving import protocol
+from streamvid.serving.clips import clip_routes
+from streamvid.serving.guard import LOOPBACK, SUBPROTOCOL, Guard, error_body
+from streamvid.serving.limits import Limits
+from streamvid.serving.metrics import Metrics
+from streamvid.serving.realtime import Defaults, Viewer
+from streamvid.serving.recording import ClipStore
+from streamvid.serving.worker import Worker
+from streamvid.students.script import MODES
+from streamvid.students.session import DEFAULT_MODE, Session
+
+log = logging.getLogger(__name__)
+PAGE = Path(__file__).parent / "page"
+
+
+class Info(BaseModel):
+    """What a client may ask for, and what it gets without asking."""
+
+    model: str
+    version: str
+    device: str
+    height: int
+    width: int
+    fps: float
+    steps: int
+    max_steps: int
+    chunk_frames: int
+    """Frames per chunk of pixels, after the first chunk."""
+    prompt_chars: int
+    modes: list[str]
+    default_mode: str
+    formats: list[str]
+    examples: list[str]
+
+
+class Health(BaseModel):
+    """One word."""
+
+    status: str
+
+
+def create_app(
+    student: Any,
+    *,
+    name: str = "student",
+    height: int = 64,
+    width: int = 64,
+    fps: float = 16.0,
+    limits: Limits | None = None,
+    token: str | None = None,
+    hosts: Collection[str] | None = LOOPBACK,
+    folder: str | Path | None = None,
+    examples: Sequence[str] = (),
+    open_session: Callable[..., Any] | None = None,
+    warm_up: bool = True,
+) -> FastAPI:
+    """An application that serves one student.
+
+    Args:
+        student: a ``students.folder.Student``.
+        name: of the model, as clients see it.
+        height, width: of the frames where a client says nothing, in pixels.
+        fps: of playback where a client says nothing, in frames per second.
+        limits: of what a client may ask for.
+        token: demanded of every client; None demands none.
+        hosts: names that the server answers to; None is any, which needs a token.
+        folder: of clips and recordings; None is a temporary one that is removed at the end.
+        examples: prompts that the page offers.
+        open_session: makes a session, in place of ``students.session.Session``.
+        warm_up: make chunks until the window is full before ``/readyz`` says 200.
+
+    Raises:
+        ValueError: if any host is allowed without a token.
+    """
+    limits = limits or Limits()
+    if open_session is None:
+        open_session = partial(Session, student)
+    metrics = Metrics()
+    defaults = Defaults(name, height, width, fps)
+    temporary = tempfile.TemporaryDirectory(prefix="streamvid-") if folder is None else None
+    store = ClipStore(Path(temporary.name if temporary else folder), limits.clips_kept)
+    worker = Worker(
+        open_session,
+        limits,
+        metrics,
+        store,
+        name,
+        watched=student.transformer,
+        warm_up=partial(fill_window, open_session, student, height, width) if warm_up else None,
+        device=device_of(student),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        worker.stop(timeout=60)
+        if temporary is not None:
+            temporary.cleanup()
+
+    app = FastAPI(title="streamvid", version=__version__, lifespan=lifespan)
+    app.state.worker = worker
+    app.state.metrics = metrics
+    app.add_middleware(Guard, token=token, hosts=hosts, body_bytes=limits.upload_bytes)
+    _add_errors(app)
+    app.include_router(clip_routes(worker, store, limits, defaults))
+    info = Info(
+        model=name,
+        version=__version__,
+        device=str(device_of(student)),
+        height=height,
+        width=width,
+        fps=fps,
+        steps=student.stream.num_steps,
+        max_steps=limits.max_steps,
+        chunk_frames=student.stream.chunk_frames * student.codec.temporal_ratio,
+        prompt_chars=limits.prompt_chars,
+        modes=list(MODES),
+        default_mode=DEFAULT_MODE,
+        formats=list(protocol.ENCODINGS),
+        examples=list(examples),
+    )
+    _add_checks(app, worker, metrics, info)
+    _add_live(app, worker, limits, metrics, defaults)
+    _add_page(app)
+    return app
+
+
+def fill_window(open_session: Callable[..., Any], student: Any, height: int, width: int) -> None:
+    """Make chunks until the window is full, and one more: every shape that a stream has."""
+    stream = student.stream
+    session = open_session("warm up", seed=0, height=height, width=width)
+    for _ in range((stream.window_frames or 0) // stream.chunk_frames + 2):
+        session.next_chunk()
+    session.close()
+
+
+def device_of(student: Any) -> torch.device:
+    """The device of a student's weights."""
+    parameter = next(student.transformer.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Every error is one line of JSON, without a trace of the code."""
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(
+            error_body(error.status_code, str(error.detail)), error.status_code, error.headers
+        )
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return JSONResponse(error_body(400, f"{first['loc'][-1]}: {first['msg']}"), 400)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        log.error("a request has failed", exc_info=error)
+        return JSONResponse(error_body(500, "the server failed on this request"), 500)
+
+
+def _add_checks(app: FastAPI, worker: Worker, metrics: Metrics, info: Info) -> None:
+    @app.get("/healthz", tags=["checks"], response_model=Health)
+    async def health() -> JSONResponse:
+        """Whether the process should live: 500 when the worker has ended by itself."""
+        if worker.failure is not None:
+            return JSONResponse({"status": "the worker has failed"}, 500)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/readyz", tags=["checks"], response_model=Health)
+    async def ready() -> JSONResponse:
+        """Whether streams can be begun: 503 while the model warms up and when the server stops."""
+        if worker.ready.is_set() and worker.alive:
+            return JSONResponse({"status": "ready"})
+        status = "warming up" if worker.alive else "stopping"
+        return JSONResponse({"status": status}, 503, {"retry-after": "1"})
+
+    @app.get("/metrics", tags=["checks"], response_class=Response)
+    async def figures() -> Response:
+        """Figures for Prometheus."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/info", tags=["live"], response_model=Info)
+    async def describe() -> Info:
+        """The model, its defaults and the limits."""
+        return info
+
+
+def _add_live(
+    app: FastAPI, worker: Worker, limits: Limits, metrics: Metrics, defaults: Defaults
+) -> None:
+    addresses: Counter[str] = Counter()
+
+    @app.websocket("/v1/realtime/video")
+    async def live(socket: WebSocket) -> None:
+        offered = socket.scope.get("subprotocols", [])
+        await socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        await Viewer(socket, worker, limits, metrics, defaults, addresses).run()
+
+
+def _add_page(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html")
+
+    app.mount("/page", StaticFiles(directory=PAGE), name="page")

@@ -1,0 +1,78 @@
+"""The command line: who may be let in, and how a server ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+import httpx
+import pytest
+
+from streamvid.data.world import read_caption
+from streamvid.serving import command
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
+def test_a_public_address_demands_a_token(host, capsys, monkeypatch):
+    monkeypatch.delenv(command.TOKEN_VARIABLE, raising=False)
+    assert command.main(["--host", host]) == 2
+    error = capsys.readouterr().err
+    assert "token" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_loopback_demands_none(host):
+    command.check_address(host, None)
+
+
+@pytest.mark.parametrize("token", ["short", "", "has spaces in it 0123456789", "ü" * 20 + "!"])
+def test_a_token_that_is_no_secret_is_refused(tmp_path, token):
+    (tmp_path / "token").write_text(token)
+    with pytest.raises(ValueError, match="expected at least 16"):
+        command.read_token(str(tmp_path / "token"))
+
+
+def test_the_examples_are_sentences_of_the_world():
+    examples = command.world_examples()
+    assert len(set(examples)) == len(examples) > 20
+    assert all(read_caption(example).bodies for example in examples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_cleanly(number, tmp_path):
+    """The stream gets its end, and the recording is complete."""
+    from websockets.exceptions import ConnectionClosed
+    from websockets.sync.client import connect
+
+    from streamvid.serving.protocol import parse_server_message
+
+    server = subprocess.Popen(
+        [sys.executable, "-m", "streamvid.serving.command", "--port", "0", "--folder", tmp_path],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    try:
+        address = re.search(r"localhost:\d+", server.stdout.readline())[0]
+        while httpx.get(f"http://{address}/readyz").status_code != 200:
+            pass
+        with connect(f"ws://{address}/v1/realtime/video") as socket:
+            socket.send('{"type": "session.start", "prompt": "a small red circle moves up"}')
+            socket.send('{"type": "record.start"}')
+            while not isinstance(socket.recv(), bytes):
+                pass
+            server.send_signal(number)
+            said = []
+            with suppress(ConnectionClosed):  # with 1012, the server restarts
+                while True:
+                    if isinstance(message := socket.recv(), str):
+                        said.append(parse_server_message(message))
+        assert [m.reason for m in said if m.type == "session.done"] == ["server_stopping"]
+        recorded = next(m for m in said if m.type == "record.done")
+        assert (tmp_path / f"{recorded.id}.mp4").stat().st_size > 0
+        assert server.wait(30) == 128 + number
+    finally:
+        server.kill()
