@@ -1,6 +1,6 @@
 """Distil a few-step streaming student on one page: no trainer, no configuration.
 
-    python examples/dmd_loop.py           # 120 steps, about three minutes on two cores
+    python examples/dmd_loop.py           # 60 steps, about three minutes on two cores
     python tools/sample.py --student runs/dmd_loop --prompt "a blue ball falls" --out clip.mp4
 
 The teacher denoises a whole clip, in 50 guided steps. The causal start has the teacher's weights,
@@ -98,7 +98,7 @@ def world_score(transformer, student, num_prompts):
     return mean_scores(score_clips(clips, prompts))["overall"]
 
 
-def distil(num_steps=120, out="runs/dmd_loop", num_scored=32):
+def distil(num_steps=60, out="runs/dmd_loop", num_scored=32):
     """Distil the shipped start into ``out``; returns what was printed."""
     torch.manual_seed(0)
     teacher = WanTeacher.from_pretrained(TINY_TEACHER)
@@ -122,7 +122,7 @@ def distil(num_steps=120, out="runs/dmd_loop", num_scored=32):
         loss = student_loss(teacher, fake_score, x, cond)
         numbers["student"] = update(student_adam, loss)
         couple(average.parameters(), student.parameters(), keep=0.95)
-        if step % 20 == 0:
+        if step % 10 == 0:
             losses = f"student {numbers['student']:.4f}, fake score {numbers['fake_score']:.3f}"
             print(f"step {step}: {losses}", flush=True)
     save_student(out, average, start.stream)
