@@ -11,7 +11,7 @@ A *velocity field* is any callable ``v(x_t, t) -> Tensor`` with its prompt close
 the loss core takes networks as such.
 
 Shapes: tensors are images ``[B, C, H, W]`` or videos ``[B, C, T, H, W]``. A time is a float, a
-scalar tensor, ``[B]`` (one a sample) or, for videos, ``[B, T]`` (one a latent frame); it is
+scalar tensor, ``[B]`` (one per sample) or, for videos, ``[B, T]`` (one per latent frame); it is
 continuous in [0, 1] and already shifted. Results are float32, or float64 where an input is.
 """
 

@@ -45,7 +45,7 @@ class WorldSet:
     num_clips: int = 12000
     """Clips in the set."""
     num_frames: int = 33
-    """Pixel frames a clip, 1 + 4k."""
+    """Pixel frames per clip, 1 + 4k."""
     paraphrases: int = 2
     """Captions a clip."""
     first_seed: int = 0

@@ -13,7 +13,7 @@ from streamvid.seeding import key_to_seed, keyed_generator
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, one a line.
+    """The prompts of a text file, one per line.
 
     A line ends with a line feed, a carriage return, or both, and with nothing else that Unicode
     counts as an end. Blank lines are skipped, and comments: lines that are ``#`` alone or begin
@@ -104,7 +104,7 @@ class PromptBatches:
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
         """Samples ``indices`` of the joint batch: cond ``[B, L, D]`` (float32), prompts, ``keys``,
-        a seed a sample.
+        one seed per sample.
         """
         keys = [key_to_seed(self.seed, "prompt", step, turn, micro, index) for index in indices]
         rows = [

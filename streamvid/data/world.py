@@ -1,6 +1,6 @@
 """The verifiable world: procedural clips whose captions can be checked against their pixels.
 
-Three families, on a plain dark floor of 64 x 64 pixels at 16 frames a second, of any length:
+Three families, on a plain dark floor of 64 x 64 pixels at 16 frames per second, of any length:
 
 - ``move``: one shape with constant velocity that bounces off the walls;
 - ``fall``: a ball under gravity that bounces on the floor with a stated elasticity;
@@ -10,7 +10,7 @@ Three families, on a plain dark floor of 64 x 64 pixels at 16 frames a second, o
 paraphrases of a small English grammar and ``read_caption`` reads any of them back. What is measured
 from pixels is in ``streamvid.evaluation.world_score``.
 
-Units: pixels and frames; x to the right, y downwards; a velocity is in pixels a frame.
+Units: pixels and frames; x to the right, y downwards; a velocity is in pixels per frame.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class WorldSpec:
 
 @dataclass(frozen=True)
 class CaptionedBody:
-    """What a caption says of one body; None where it says nothing."""
+    """The words of a caption about one body; None where it says nothing."""
 
     colour: str | None = None
     shape: str | None = None

@@ -9,7 +9,7 @@ goes in as tensors and what a pass leaves comes out as detached tensors, so acti
 recomputes exactly what it computed and no gradient crosses from a chunk to the ones before it.
 
 Legend: B batch, C latent channels, T latent frames, H W latent size, F frames in the sequence (T,
-or clean and noisy ones together), S tokens a frame, L tokens, D model size, N heads, E head size.
+or clean and noisy ones together), S tokens per frame, L tokens, D model size, N heads, E head size.
 """
 
 from __future__ import annotations

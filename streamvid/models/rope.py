@@ -6,7 +6,7 @@ f. Tables are computed from the positions in float64, so that there is no table 
 can run out of, and are kept as complex64: a complex tensor is left alone by the float casts of
 mixed-precision wrappers.
 
-Legend: B batch, F frames, S tokens a frame (height x width of the token grid), N heads, D head
+Legend: B batch, F frames, S tokens per frame (height x width of the token grid), N heads, D head
 size.
 """
 
@@ -33,7 +33,7 @@ def rotary_table(
     """The rotations of all tokens of frames at these positions (integer or real, in latent frames).
 
     Args:
-        frame_positions: one number a frame.
+        frame_positions: one number per frame.
         grid: rows and columns of tokens in a frame.
         head_size: D, even.
         device: where the table shall live.

@@ -10,9 +10,9 @@ gradient passes from step to step (arXiv 2506.08009), nor from chunk to chunk: s
 are detached. Nothing is yielded inside a ``no_grad`` block, which would turn gradients off for the
 consumer.
 
-Shapes: B batch, C channels, f latent frames a chunk, T = f times the chunks of an event, h w latent
-size. States are float32 (float64 if the prompts are); the student may cast them and return lower
-precision.
+Shapes: B batch, C channels, f latent frames per chunk, T = f times the chunks of an event, h w
+latent size. States are float32 (float64 if the prompts are); the student may cast them and return
+lower precision.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def rollout(
             parallelism.
         encoder_hidden_states: the prompts ``[B, L, D]``, on the student's device.
         schedule: from ``rollout.schedule``; may be endless.
-        noise: one sample a prompt.
+        noise: one sample per prompt.
         latent_shape: (C, h, w).
         chunk_frames: f.
         cache: from ``student.new_cache``; None for a model without context, with ``commit="none"``.
@@ -139,7 +139,7 @@ class _Chunk:
 
 @dataclass
 class _Run:
-    """What stays the same during a rollout, and the parts of a step."""
+    """All that stays the same during a rollout, and the parts of a step."""
 
     student: Any
     prompts: Tensor
@@ -308,7 +308,7 @@ def _detached(kv: Any) -> Any:
 
 
 def _hooked(name: str, hook: ChunkHook, chunk: int, t: float, x: Tensor) -> Tensor:
-    """What a hook makes of a chunk; a ValueError unless it has its shape."""
+    """A hook's version of a chunk; a ValueError unless it has its shape."""
     changed = hook(chunk, t, x)
     if not isinstance(changed, Tensor) or changed.shape != x.shape:
         came = list(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__

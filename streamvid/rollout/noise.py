@@ -36,7 +36,7 @@ class Noise(Protocol):
 
 
 class KeyedNoise:
-    """One seed a sample; drawn in float32 on the CPU, so the same on every device."""
+    """One seed per sample; drawn in float32 on the CPU, so the same on every device."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.seeds = tuple(seeds)

@@ -29,7 +29,7 @@ memory."""
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """What a viewer gets at a time."""
+    """The part of a stream that a viewer gets at once."""
 
     frames: Tensor  # [B, T, 3, H, W] in [0, 1]; chunk 0 has 1 + r (f - 1) of them, the others r f
     latents: Tensor  # [B, C, f, h, w]
@@ -58,7 +58,7 @@ def stream(
         codec: decodes chunk by chunk.
         encoder_hidden_states: the prompts ``[B, L, D]``.
         config: how the student wants to be streamed.
-        seeds: one a prompt; a sample depends on its prompt and its seed, up to rounding of the
+        seeds: one per prompt; a sample depends on its prompt and its seed, up to rounding of the
             batch's matrix products.
         height, width: of the frames, in pixels.
         num_frames: None streams for ever.

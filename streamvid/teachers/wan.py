@@ -31,7 +31,7 @@ from streamvid.hub import resolve_checkpoint
 from streamvid.teachers.base import TIMESTEPS, VideoCond, check_family, open_prompts
 from streamvid.weights import load_strictly, read_json
 
-MASK_CHANNELS = 4  # one a pixel frame of a latent frame
+MASK_CHANNELS = 4  # one per pixel frame of a latent frame
 
 
 class WanTeacher:
@@ -291,7 +291,7 @@ class WanTeacher:
         if t.ndim == 2:
             _, rows, columns = expert.config.patch_size
             tokens = (x_t.shape[3] // rows) * (x_t.shape[4] // columns)
-            timestep = timestep.repeat_interleave(tokens, dim=1)  # diffusers takes one a token
+            timestep = timestep.repeat_interleave(tokens, dim=1)  # diffusers takes one per token
         image_embeds = None if image_embeds is None else image_embeds.to(weight)
         return expert(x_t.to(weight), timestep, embeds.to(weight), image_embeds, return_dict=False)[
             0
