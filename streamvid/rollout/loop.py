@@ -10,9 +10,9 @@ gradient passes from step to step (arXiv 2506.08009), nor from chunk to chunk: s
 are detached. Nothing is yielded inside a ``no_grad`` block, which would turn gradients off for the
 consumer.
 
-Shapes: B batch, C channels, f latent frames per chunk, T = f times the chunks of an event, h w
-latent size. States are float32 (float64 if the prompts are); the student may cast them and return
-lower precision.
+Shapes: B batch, C channels, f latent frames a chunk, T = f times the chunks of an event, h w latent
+size. States are float32 (float64 if the prompts are); the student may cast them and return lower
+precision.
 """
 
 from __future__ import annotations
