@@ -130,11 +130,11 @@ class PromptEncoder:
         tokenizer: of the checkpoint.
         text_encoder: a ``UMT5EncoderModel`` or ``T5EncoderModel``, frozen in place; or its folder,
             loaded when needed.
-        max_length: tokens a prompt is padded or cut to; None takes the tokenizer's own limit, at
-            most the recipe's.
-        cache_dir: a folder for embeddings, one safetensors file per prompt, read when it is asked
-            for; None keeps them in memory. A file that is damaged, or of another prompt or encoder,
-            is made anew.
+        max_length: tokens that a prompt is padded or cut to; None takes the tokenizer's own limit,
+            at most the recipe's.
+        cache_dir: a folder for embeddings, one safetensors file per prompt, read whenever it is
+            asked for; None keeps them in memory. A file that is damaged, or of another prompt or
+            encoder, is made anew.
     """
 
     def __init__(

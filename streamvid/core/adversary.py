@@ -39,7 +39,7 @@ _PAIRS: dict[str, tuple[_Loss, _Loss]] = {
 
 
 def generator_loss(kind: AdversaryKind, fake: Tensor, real: Tensor | None = None) -> Tensor:
-    """What the student lowers, a scalar.
+    """The loss of the student, a scalar.
 
     ================  ===============  ==========================  ================================
     kind              student          discriminator               source
@@ -71,7 +71,7 @@ def generator_loss(kind: AdversaryKind, fake: Tensor, real: Tensor | None = None
 
 
 def discriminator_loss(kind: AdversaryKind, fake: Tensor, real: Tensor) -> Tensor:
-    """What the discriminator lowers, a scalar; see ``generator_loss``. The samples are detached by
+    """The loss of the discriminator, a scalar; see ``generator_loss``. The samples are detached by
     the caller.
     """
     _, discriminator = _pair(kind)
@@ -174,7 +174,7 @@ def as_tokens(features: Tensor) -> Tensor:
 
 
 class TokenHead(nn.Module):
-    """A logit per token, averaged: ``[B, L, D]`` to ``[B, K]``. With ``film`` the time scales and
+    """One logit per token, averaged: ``[B, L, D]`` to ``[B, K]``. With ``film`` the time scales and
     shifts the hidden layer.
 
     Args:
@@ -260,7 +260,7 @@ class QueryHead(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """What the register has gathered, ``[B, hidden]``."""
+        """The summary in the register, ``[B, hidden]``."""
         tokens = as_tokens(features)
         query = self.register_token.expand(len(tokens), 1, -1)
         split = lambda x: x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # noqa: E731  [B, N, L, D]
@@ -273,7 +273,7 @@ class QueryHead(nn.Module):
 
 
 class FeatureHeads(nn.Module):
-    """A discriminator on captured features: one head a layer.
+    """A discriminator on captured features: one head per layer.
 
     Args:
         dims: channels or width of each layer's features.

@@ -191,8 +191,8 @@ def total_derivative(
 
 
 def mean_velocity_target(v: Tensor, du_dt: Tensor, t: Time, s: Time, share: float = 1.0) -> Tensor:
-    """What a mean velocity must be, ``v - share (t - s) du/dt`` (MeanFlow, arXiv 2505.13447, eq.
-    6); no gradient.
+    """The value that a mean velocity must have, ``v - share (t - s) du/dt`` (MeanFlow, arXiv
+    2505.13447, eq. 6); no gradient.
 
     At s = 0 it is the consistency model's target, v - t du/dt (sCM, arXiv 2410.11081, for this
     process): ``u + df/dt`` with f = x_t - t u. At s = t it is flow matching.

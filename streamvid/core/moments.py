@@ -1,4 +1,4 @@
-"""Moments: distances between two *sets* of samples, in features that no one has to train.
+"""Moments: distances between two *sets* of samples, in features that need no training.
 
 Maximum mean discrepancy in the features of random networks is the Embedding Loss (arXiv
 2604.22379); a spectral and a relational distance look at what a mean of features misses.

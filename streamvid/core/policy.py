@@ -170,7 +170,7 @@ def winner_loser_gradient(
         winner, loser: ``inject.dmd_gradient`` with the fake score of winners and of losers, of one
             shape.
         x_is_winner: ``[B]``; each sample gets the direction of its own side.
-        eta: 0 leaves the losers alone; one per sample, ``[B]``, of which a negative one draws its
+        eta: 0 leaves the losers alone; one per sample, ``[B]``; a negative one draws its
             loser to the data.
     """
     side = expand_time(x_is_winner.to(winner.dtype), winner)

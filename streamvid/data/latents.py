@@ -356,7 +356,7 @@ class LatentClips:
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
         """Samples ``indices`` of the joint batch: latents ``[B, C, T, h, w]``, cond ``[B, L, D]``,
-        prompts, ``offset [B]`` (latent frame at which the cut starts) and ``keys``, a seed a
+        prompts, ``offset [B]`` (latent frame at which the cut starts) and ``keys``, one seed per
         sample.
         """
         rows = [self._sample(step, turn, micro, index) for index in indices]

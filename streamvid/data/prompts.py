@@ -104,7 +104,7 @@ class PromptBatches:
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
         """Samples ``indices`` of the joint batch: cond ``[B, L, D]`` (float32), prompts, ``keys``,
-        a seed per sample.
+        one seed per sample.
         """
         keys = [key_to_seed(self.seed, "prompt", step, turn, micro, index) for index in indices]
         rows = [

@@ -151,7 +151,7 @@ class Trajectories:
 
     @property
     def latent_channels(self) -> int:
-        """Of the teacher's latents."""
+        """The channels of the teacher's latents."""
         return self._parts[0].get_slice("states").get_shape()[2]
 
     @property
@@ -169,7 +169,7 @@ class Trajectories:
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
         """Samples ``indices`` of the joint batch: states ``[B, K, C, T, h, w]``, their times ``[B,
-        K]``, cond ``[B, L, D]`` (all float32), prompts, and ``keys``, a seed per sample.
+        K]``, cond ``[B, L, D]`` (all float32), prompts, and ``keys``, one seed per sample.
         """
         keys = [key_to_seed(self.seed, "trajectory", step, turn, micro, index) for index in indices]
         rows = [

@@ -81,7 +81,7 @@ class WorldSpec:
 
 @dataclass(frozen=True)
 class CaptionedBody:
-    """What a caption says of one body; None where it says nothing."""
+    """The words of a caption about one body; None where it says nothing."""
 
     colour: str | None = None
     shape: str | None = None

@@ -13,7 +13,7 @@ from t to s, and told nothing the velocity at t. diffusers opens its folder too,
 not know the embedding, and gives the velocity at t.
 
 Legend: B batch, C latent channels, T latent frames, H W latent size, F frames in the sequence (T,
-or clean and noisy ones together), S tokens a frame, L tokens, D model size, N heads, E head size.
+or clean and noisy ones together), S tokens per frame, L tokens, D model size, N heads, E head size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a stream remembers: keys and values of the frames that were committed.
+"""The memory of a stream: keys and values of the frames that were committed.
 
 The tensors in a cache are never written to. ``append`` installs new ones, so a denoising pass, a
 backward pass or a clone that holds the old ones is not disturbed, and everything in a cache is
@@ -10,7 +10,7 @@ context, of which the first ``sink_frames`` are the stream's first ones and the 
 ones. The store holds up to a whole window, because how many frames come next is known only when
 they come.
 
-Legend: B batch, F frames, S tokens a frame, L = F S tokens, N heads, D head size.
+Legend: B batch, F frames, S tokens per frame, L = F S tokens, N heads, D head size.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 A video transformer looks at the clip in latent space, all frames at once and at one small noise
 level, with the prompt in its cross-attention; on the activations of some blocks, heads whose
 learned registers gather what they need (``core.adversary.FeatureHeads`` of kind "query"; APT, arXiv
-2501.08316) give a logit for the clip, one a chunk, or one a token. The trunk begins as a denoiser,
-such as the student: it knows the world and the words already. APT and AAPT train all of it,
-diffusion GANs keep it frozen (LADD, arXiv 2403.12015).
+2501.08316) give one logit for the clip, one per chunk, or one per token. The trunk begins as a
+denoiser, such as the student: it knows the world and the words already. APT and AAPT train all of
+it, diffusion GANs keep it frozen (LADD, arXiv 2403.12015).
 
-Shapes: B batch, C channels, T latent frames, h w latent size, K chunks of f frames, S tokens a
+Shapes: B batch, C channels, T latent frames, h w latent size, K chunks of f frames, S tokens per
 frame, D width.
 """
 
@@ -32,7 +32,7 @@ class VideoDiscriminator(nn.Module):
             collapse.
         train_trunk: False freezes it; the gradient to the clip passes all the same.
         hidden: width of the heads, a multiple of 4.
-        chunk_frames: f, for a logit a chunk; None gives one for the clip.
+        chunk_frames: f, for one logit per chunk; None gives one for the clip.
         per_token: a logit for each of the clip's T S tokens instead, of what the trunk makes of it
             amid all others.
         seed: of the heads' first weights.

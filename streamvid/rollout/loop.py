@@ -71,7 +71,7 @@ def rollout(
         student: ``models.causal_wan`` or anything with its call and its ``commit``.
         encoder_hidden_states: the prompts ``[B, L, D]``, on the student's device.
         schedule: from ``rollout.schedule``; may be endless.
-        noise: one sample a prompt.
+        noise: one sample per prompt.
         latent_shape: (C, h, w).
         chunk_frames: f.
         cache: from ``student.new_cache``; None for a model without context, with ``commit="none"``.
@@ -157,7 +157,7 @@ class _Chunk:
 
 @dataclass
 class _Run:
-    """What stays the same during a rollout, and the parts of a step."""
+    """All that stays the same during a rollout, and the parts of a step."""
 
     student: Any
     prompts: Tensor
@@ -333,7 +333,7 @@ def _detached(kv: Any) -> Any:
 
 
 def _hooked(name: str, hook: ChunkHook, chunk: int, t: float, x: Tensor) -> Tensor:
-    """What a hook makes of a chunk; a ValueError unless it has its shape."""
+    """A hook's version of a chunk; a ValueError unless it has its shape."""
     changed = hook(chunk, t, x)
     if not isinstance(changed, Tensor) or changed.shape != x.shape:
         came = list(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__

@@ -29,7 +29,7 @@ memory."""
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """What a viewer gets at a time."""
+    """The part of a stream that a viewer gets at once."""
 
     frames: Tensor  # [B, T, 3, H, W] in [0, 1]; chunk 0 has 1 + r (f - 1) of them, the others r f
     latents: Tensor  # [B, C, f, h, w]

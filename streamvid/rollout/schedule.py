@@ -172,7 +172,7 @@ def move_tap(
     last.
 
     The exit's prediction carries the gradient, and the chunk takes the rest of its steps before it
-    becomes context, which so is written from the state and at the time at which a stream writes it.
+    becomes context. So the context is written from the state and at the time that a stream has.
     A chunk with fewer steps is tapped at its last one.
 
     Args:
@@ -222,7 +222,7 @@ def _truncated(schedule: Iterable[Denoise], exit_of: Callable[[int], int]) -> It
 
 @dataclass(frozen=True)
 class Cost:
-    """What a schedule costs, counted without running it."""
+    """The cost of a schedule, counted without running it."""
 
     nfe: int  # student forwards that denoise
     commits: int  # student forwards that write context
@@ -284,7 +284,7 @@ class StreamConfig:
     """
 
     num_steps: int = 4
-    """Steps a chunk, at ``step_times(num_steps, shift)``; students have 1 to 4, teachers about
+    """Steps per chunk, at ``step_times(num_steps, shift)``; students have 1 to 4, teachers about
     50."""
     shift: float = 5.0
     """Timestep shift, > 0; 1 is none, Wan has 3 to 8."""

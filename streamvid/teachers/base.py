@@ -29,13 +29,13 @@ class VideoCond:
     """
 
     embeds: Tensor
-    """Of the prompts, ``[B, L, D]``."""
+    """Embeddings of the prompts, ``[B, L, D]``."""
     first_frame: Tensor
     """Latents of the first frame, ``[B, C, 1, h, w]`` or, where the family says so, with what
     follows it."""
     image_embeds: Tensor | None = None
-    """Of the first frame, ``[B, tokens, D']``, for a family that looks at it through an image
-    encoder."""
+    """Embeddings of the first frame, ``[B, tokens, D']``, for a family that looks at it through an
+    image encoder."""
 
     def rows(self, index: Tensor) -> VideoCond:
         """A part of the batch."""
@@ -47,7 +47,7 @@ class Teacher(Protocol):
     """A frozen model of the data, which can give its score."""
 
     provides: frozenset[str]
-    """Of "score", "features", "clips"."""
+    """Some of "score", "features", "clips"."""
     uncond: Tensor | None
     """Embedding ``[L, D]`` of the negative prompt; None if none could be made."""
 

@@ -55,7 +55,7 @@ class ClipFolder:
             check_clip(path, self.form)
 
     def names(self) -> list[str]:
-        """Of each clip a name that changes with the file, its caption and the format, for what is
+        """A name of each clip that changes with the file, its caption and the format, for what is
         made of it.
         """
         f = self.form
@@ -107,7 +107,7 @@ class ClipRenderer:
         return frames, [prompt]
 
     def names(self) -> list[str]:
-        """Of each clip a name that changes with its prompt and seed, for what is made of it."""
+        """A name of each clip that changes with its prompt and seed, for what is made of it."""
         return [
             f"{key_to_seed('clip', self.seed, index, prompt):016x}"
             for index, prompt in enumerate(self.prompts)

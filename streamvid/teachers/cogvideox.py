@@ -167,7 +167,8 @@ class CogVideoXTeacher:
         transformer's precision.
 
         Raises:
-            ValueError: on times per frame, a first frame, or a clip that patches do not divide.
+            ValueError: on one time per frame, a first frame, or a clip that the patches do not
+                divide.
         """
         if isinstance(cond, VideoCond):
             raise ValueError(
