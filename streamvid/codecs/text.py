@@ -132,7 +132,7 @@ class PromptEncoder:
             loaded when needed.
         max_length: tokens a prompt is padded or cut to; None takes the tokenizer's own limit, at
             most the recipe's.
-        cache_dir: a folder for embeddings, one safetensors file per prompt, read when it is asked
+        cache_dir: a folder for embeddings, one safetensors file a prompt, read whenever it is asked
             for; None keeps them in memory. A file that is damaged, or of another prompt or encoder,
             is made anew.
     """

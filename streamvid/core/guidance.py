@@ -98,8 +98,8 @@ def long_short(scale: float) -> GuidanceSpec:
 
 
 def random_scale(low: float = 0.5, high: float = 4.0) -> GuidanceSpec:
-    """SNOOPI's PG-SB (arXiv 2412.02687): a scale per sample, for both; (0.5, 4) for Stable
-    Diffusion, (0.5, 3) for PixArt.
+    """SNOOPI's PG-SB (arXiv 2412.02687): a scale a sample, for both; (0.5, 4) for Stable Diffusion,
+    (0.5, 3) for PixArt.
     """
     return GuidanceSpec(real=(low, high), shared=True)
 

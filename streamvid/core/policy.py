@@ -123,8 +123,8 @@ def nft_loss(
     Args:
         v: the network's velocity, with gradient.
         v_old: the lagged policy's; ``v_target``: v*; neither gets gradient.
-        weight: r in [0, 1], of ``optimality``: ``[B]``, or one per place, of a shape that
-            broadcasts to that of ``v``.
+        weight: r in [0, 1], of ``optimality``: ``[B]``, or one a place, of a shape that broadcasts
+            to that of ``v``.
         beta: b > 0.
         x_t, t: given both, the errors are taken of x0 and each sample's divided by its own mean
             absolute error, as in the released code; otherwise they are the plain squares above.
@@ -170,7 +170,7 @@ def winner_loser_gradient(
         winner, loser: ``inject.dmd_gradient`` with the fake score of winners and of losers, of one
             shape.
         x_is_winner: ``[B]``; each sample gets the direction of its own side.
-        eta: 0 leaves the losers alone; one per sample, ``[B]``, of which a negative one draws its
+        eta: 0 leaves the losers alone; one a sample, ``[B]``, of which a negative one draws its
             loser to the data.
     """
     side = expand_time(x_is_winner.to(winner.dtype), winner)

@@ -57,7 +57,7 @@ def write_trajectories(
 
     Args:
         folder: of the set; made if needed.
-        prompts: one per clip; clip i has the seed ``first_seed`` + i.
+        prompts: one a clip; clip i has the seed ``first_seed`` + i.
         times: falling, the last one 0.
         embed: prompts to embeddings ``[B, L, D]``.
         solve: embeddings ``[B, L, D]`` and seeds to states ``[B, K, C, T, h, w]`` at ``times``.
@@ -169,7 +169,7 @@ class Trajectories:
 
     def batch(self, step: int, turn: str, micro: int, indices: range) -> dict:
         """Samples ``indices`` of the joint batch: states ``[B, K, C, T, h, w]``, their times ``[B,
-        K]``, cond ``[B, L, D]`` (all float32), prompts, and ``keys``, a seed per sample.
+        K]``, cond ``[B, L, D]`` (all float32), prompts, and ``keys``, a seed a sample.
         """
         keys = [key_to_seed(self.seed, "trajectory", step, turn, micro, index) for index in indices]
         rows = [

@@ -163,11 +163,11 @@ class CogVideoXTeacher:
         return self.prompt_encoder.encode(prompts)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Tensor | VideoCond) -> Tensor:
-        """See ``Teacher.predict``; for t in (0, 1], one per sample. In float32 around the
+        """See ``Teacher.predict``; for t in (0, 1], one a sample. In float32 around the
         transformer's precision.
 
         Raises:
-            ValueError: on times per frame, a first frame, or a clip that patches do not divide.
+            ValueError: on a time a frame, a first frame, or a clip that the patches do not divide.
         """
         if isinstance(cond, VideoCond):
             raise ValueError(
