@@ -211,7 +211,7 @@ class TokenHead(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """Convolutions on a map, frame by frame, and a logit per place, averaged: ``[B, C, (T,) H, W]``
+    """Convolutions on a map, frame by frame, and a logit a place, averaged: ``[B, C, (T,) H, W]``
     to ``[B, K]``.
     """
 
@@ -342,7 +342,7 @@ class HeadPool(nn.Module):
     Args:
         make_head: a group's index to a new head.
         num_groups: such as layers, or layers times noise levels.
-        per_group: heads per group.
+        per_group: heads a group.
     """
 
     def __init__(self, make_head: Callable[[int], nn.Module], num_groups: int, per_group: int):
@@ -357,7 +357,7 @@ class HeadPool(nn.Module):
         )
 
     def take(self, generator: torch.Generator) -> list[nn.Module]:
-        """One head per group, at random; a pool of one head per group draws nothing."""
+        """One head a group, at random; a pool of one head a group draws nothing."""
         groups = self._heads()
         per_group = len(groups[0])
         if per_group == 1:

@@ -123,8 +123,8 @@ def nft_loss(
     Args:
         v: the network's velocity, with gradient.
         v_old: the lagged policy's; ``v_target``: v*; neither gets gradient.
-        weight: r in [0, 1], of ``optimality``: ``[B]``, or one per place, of a shape that
-            broadcasts to that of ``v``.
+        weight: r in [0, 1], of ``optimality``: ``[B]``, or one a place, of a shape that broadcasts
+            to that of ``v``.
         beta: b > 0.
         x_t, t: given both, the errors are taken of x0 and each sample's divided by its own mean
             absolute error, as in the released code; otherwise they are the plain squares above.

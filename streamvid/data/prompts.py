@@ -13,7 +13,7 @@ from streamvid.seeding import key_to_seed, keyed_generator
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, one per line.
+    """The prompts of a text file, one a line.
 
     A line ends with a line feed, a carriage return, or both, and with nothing else that Unicode
     counts as an end. Blank lines are skipped, and comments: lines that are ``#`` alone or begin
@@ -24,7 +24,7 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no prompt file at {path}; expected a text file with one prompt per line")
+        raise ValueError(f"no prompt file at {path}; expected a text file with one prompt a line")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -40,7 +40,7 @@ def read_prompts(path: str | Path) -> list[str]:
     lines = [line.strip() for line in text.split("\n")]
     prompts = [line for line in lines if line and not is_comment(line)]
     if not prompts:
-        raise ValueError(f"{path} holds no prompt; write one per line")
+        raise ValueError(f"{path} holds no prompt; write one a line")
     return prompts
 
 

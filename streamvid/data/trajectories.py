@@ -57,7 +57,7 @@ def write_trajectories(
 
     Args:
         folder: of the set; made if needed.
-        prompts: one per clip; clip i has the seed ``first_seed`` + i.
+        prompts: one a clip; clip i has the seed ``first_seed`` + i.
         times: falling, the last one 0.
         embed: prompts to embeddings ``[B, L, D]``.
         solve: embeddings ``[B, L, D]`` and seeds to states ``[B, K, C, T, h, w]`` at ``times``.

@@ -163,7 +163,7 @@ class CogVideoXTeacher:
         return self.prompt_encoder.encode(prompts)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Tensor | VideoCond) -> Tensor:
-        """See ``Teacher.predict``; for t in (0, 1], one per sample. In float32 around the
+        """See ``Teacher.predict``; for t in (0, 1], one a sample. In float32 around the
         transformer's precision.
 
         Raises:

@@ -33,7 +33,7 @@ def test_a_hashtag_is_a_prompt_and_a_comment_is_not(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "no prompt file at .*one prompt per line"),
+        (None, "no prompt file at .*one prompt a line"),
         (b"", "holds no prompt"),
         (b"# only\n\n", "holds no prompt"),
         (b"a cat\n\xff\xfe", "is not UTF-8 text .byte 6."),
