@@ -75,7 +75,7 @@ class GuidanceSpec:
             return torch.full((batch_size,), float(self.real)), fake
         low, high = self.real
         u = torch.rand(batch_size) if uniform is None else uniform()
-        real = (low + (high - low) * u).cpu()
+        real = low + (high - low) * u
         return real, real.clone() if self.shared else fake
 
 

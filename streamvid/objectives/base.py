@@ -582,9 +582,10 @@ def fit_fake_score(
 
 def _guided(network: Any, x_t: Tensor, t: Tensor, scale: Tensor | float) -> Tensor:
     prompted = network(x_t, t)
-    if bool((torch.as_tensor(scale) == 1).all()):
+    scale = torch.as_tensor(scale)
+    if not scale.is_meta and bool((scale == 1).all()):
         return prompted
-    scale = torch.as_tensor(scale, dtype=x_t.dtype, device=x_t.device)
+    scale = scale.to(x_t.device, x_t.dtype)
     return guide(prompted, network(x_t, t, prompted=False), scale)
 
 
