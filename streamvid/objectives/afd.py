@@ -50,7 +50,6 @@ h w latent size, J logits per clip: 1, K, or one per token.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -285,7 +284,7 @@ class AFD(Objective):
         )
         del logits, real_logits
         size = len(x) if self.clips_per_pass is None else self.clips_per_pass
-        numbers: Counter[str] = Counter()
+        numbers: dict[str, Tensor] = {}
         for number in range(self.noisings):
             noising = step.new_noising(
                 number, self.group_size, self.time_law, self.shift, self.shared_noise
@@ -295,7 +294,8 @@ class AFD(Objective):
                 share = len(x[rows]) / len(x) / self.noisings
                 weight = step.chunk_weights(r[rows], x[rows], per_token=self.logit == "token")
                 loss, parts = self._update(step, x, noising, rows, weight)
-                numbers.update({name: share * part for name, part in parts.items()})
+                for name, part in parts.items():
+                    numbers[name] = numbers.get(name, torch.zeros_like(part)) + share * part
                 step.record(**numbers)
                 yield share * loss
 
@@ -343,7 +343,7 @@ class AFD(Objective):
         group = None
         if self.baseline == "group":
             group = step.group_of_everyone(len(everyone), self.group_size)
-        std = "batch" if self.normalize == "std" else "none"
+        std: Literal["batch", "none"] = "batch" if self.normalize == "std" else "none"
         advantages = group_advantage(everyone, group, std)[first : first + len(logits)]
         if self.control == "none":
             return advantages

@@ -145,8 +145,8 @@ class MotionFeature(nn.Module):
                 nn.Conv2d(hidden, channels, 1),
             )
             self.head = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, moving: Tensor) -> Tensor:
         """The features, of the shape of ``moving``."""

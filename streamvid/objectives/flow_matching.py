@@ -82,6 +82,7 @@ class FlowMatching(Objective):
         return t.repeat_interleave(chunk)[:num_frames]
 
     def _drop_prompts(self, step: ClipStep) -> Tensor:
+        assert step.uncond is not None
         cond = step.batch["cond"]
         generators = [keyed_generator(step.seed, "drop", key) for key in step.keys]
         draws = [float(torch.rand((), generator=generator)) for generator in generators]

@@ -84,7 +84,7 @@ class TrajectoryRegression(Objective):
         clean = x0 if self.mode == "teacher_forcing" else None
         v = step.velocity(x_t, t, None, chunk_frames, clean)
         error = (x0_from_v(x_t, v, t) - x0).square()
-        counts = expand_time((t > SAME_TIME).float(), error).expand_as(error)
+        counts = torch.as_tensor(expand_time((t > SAME_TIME).float(), error)).expand_as(error)
         return (error * counts).sum() / counts.sum()
 
     def _draw_levels(self, step: ClipStep, stored: list[float], num_chunks: int) -> Tensor:

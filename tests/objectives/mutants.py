@@ -364,15 +364,15 @@ MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "renoised_to_the_level_it_came_from",
         PLANE,
-        "x_t = renoise_step(x, self.noise(), self.step_time(index + 1))",
-        "x_t = renoise_step(x, self.noise(), self.step_time(index))",
+        "x_t = renoise_step(x, self.noise(), self.step_time(index + 1, of))",
+        "x_t = renoise_step(x, self.noise(), self.step_time(index, of))",
         (OBJECTIVES, "-k", "renoises"),
     ),
     (
         "steps_begin_one_late",
         PLANE,
-        "return shift_time(1 - index / self.num_steps, self.objective.shift)",
-        "return shift_time(1 - (index + 1) / self.num_steps, self.objective.shift)",
+        "return 1 - index / count",
+        "return 1 - (index + 1) / count",
         (OBJECTIVES, "-k", "backward_simulation"),
     ),
     (
