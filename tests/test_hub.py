@@ -3,8 +3,6 @@ as its cache has them.
 """
 
 import shutil
-import sys
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -15,7 +13,6 @@ from streamvid.students.folder import TINY_STUDENT, TINY_TEACHER, load_student, 
 from streamvid.students.pipeline import StreamVidPipeline
 from streamvid.teachers.wan import WanTeacher
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 STUDENT, TEACHER = "someone/student", "someone/teacher"
 
 
@@ -111,7 +108,7 @@ def test_a_link_out_of_the_components_is_not_published(tmp_path):
     ],
 )
 def test_sample(asked, monkeypatch, options):
-    import sample
+    from tools import sample
 
     monkeypatch.setenv("TQDM_DISABLE", "1")
     argv = [
@@ -129,9 +126,7 @@ def test_sample(asked, monkeypatch, options):
 
 
 def test_evaluate_bench_and_trajectories(asked, monkeypatch):
-    import bench
-    import evaluate
-    import make_trajectories
+    from tools import bench, evaluate, make_trajectories
 
     monkeypatch.setenv("TQDM_DISABLE", "1")
     few = ["--prompts", "1", "--num-frames", "9", "--teacher-steps", "1"]
@@ -159,7 +154,7 @@ def test_evaluate_bench_and_trajectories(asked, monkeypatch):
 
 
 def test_offline_it_is_one_line(capsys, monkeypatch, tmp_path):
-    import sample
+    from tools import sample
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

@@ -20,6 +20,7 @@ from streamvid.core.adversary import (
     generator_loss,
 )
 from streamvid.core.process import x0_from_v
+from tests.fakes import TINY_WAN
 
 KINDS = ("ns", "hinge", "hinge_margin", "lsgan", "wgan", "paired")
 GRID = torch.linspace(-10, 12, 551, dtype=torch.float64)
@@ -230,15 +231,7 @@ def test_features_of_a_wan_transformer():
     from diffusers import WanTransformer3DModel
 
     trunk = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=3,
+        **{**TINY_WAN, "num_layers": 3},
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,

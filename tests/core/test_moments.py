@@ -120,6 +120,19 @@ def test_relations():
     assert student.grad is not None and teacher.grad is None
 
 
+def test_relations_of_three_in_numbers():
+    """Unit vectors at 0, 90 and 180 degrees, whose cosines are 0, 0 and -1, against three alike,
+    all of whose relations are even.
+    """
+    angles = torch.tensor([0, 90, 180], dtype=torch.float64).deg2rad()
+    spread = torch.stack([angles.cos(), angles.sin()], dim=1)
+    alike = torch.ones(3, 2, dtype=torch.float64)
+    near = 1 / (1 + math.exp(-1 / 0.5))  # of the first's two relations, of cosines 0 and -1
+    lopsided = -(math.log(2 * near) + math.log(2 * (1 - near))) / 2
+    expected = 2 / 3 * lopsided  # the second's relations are even in both
+    assert relational_kl(spread, alike, temperature=0.5).item() == pytest.approx(expected)
+
+
 def test_bad_requests_are_refused():
     x = normals(4, 2)
     with pytest.raises(ValueError, match="kernel='cosine'"):

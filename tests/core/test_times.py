@@ -158,6 +158,16 @@ def test_a_scheduled_target_uses_each_of_its_draws_once():
     torch.testing.assert_close(lowered, 0.25 * (1 - 0.3 * u))
 
 
+def test_which_target_and_how_far_below_it_are_drawn_apart():
+    """With one draw for both, the lower target would always be shrunk less than the upper one."""
+    low, high = 0.5, 0.75
+    s = scheduled_target(torch.full((4000,), 0.8), (0.0, low, high), 0.3, 0.1, generator())
+    for chosen, part in ((low, s[s <= low]), (high, s[s > low])):
+        assert float(part.mean()) == pytest.approx(0.95 * chosen, abs=0.005)
+        assert float(part.min()) >= 0.9 * chosen
+        assert float(part.max() - part.min()) > 0.095 * chosen
+
+
 def test_pairs_are_in_order():
     t = torch.rand(2000, generator=generator())
     draw = lambda seed: torch.rand(2000, generator=generator(seed))

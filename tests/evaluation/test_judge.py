@@ -6,18 +6,7 @@ from diffusers import WanTransformer3DModel
 
 from streamvid.evaluation.judge import win_rate
 from streamvid.seeding import keyed_normal
-
-TINY_WAN = dict(
-    patch_size=(1, 2, 2),
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=4,
-    out_channels=4,
-    text_dim=8,
-    freq_dim=16,
-    ffn_dim=32,
-    num_layers=2,
-)
+from tests.fakes import TINY_WAN
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 sizes.
 """
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from streamvid.gpu_check import check
 from streamvid.gpu_check.check import PARTS, Part, chosen, rows_of, run_parts
 from streamvid.gpu_check.equality import compared
 from streamvid.gpu_check.measure import Report, psnr
+from tools import gpu_check as tool
 
 SPOILT = """
 import os, time
@@ -37,15 +38,6 @@ def wrong(report):
 def raised(report):
     raise RuntimeError("of no measurement")
 """
-
-
-def tool():
-    spec = importlib.util.spec_from_file_location(
-        "gpu_check_tool", check.ROOT / "tools" / "gpu_check.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_part_takes_no_other_with_it(tmp_path, monkeypatch):
@@ -89,7 +81,7 @@ def test_parts_that_find_no_time_are_skipped(tmp_path):
 
 def test_two_parts_at_tiny_sizes(tmp_path, capsys):
     out = tmp_path / "deep" / "gpu.json"
-    assert tool().main(["--tiny", "--parts", "memory,machine", "--out", str(out)]) == 0, (
+    assert tool.main(["--tiny", "--parts", "memory,machine", "--out", str(out)]) == 0, (
         capsys.readouterr().out
     )
     machine, memory = json.loads(out.read_text())
@@ -101,7 +93,7 @@ def test_two_parts_at_tiny_sizes(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_all_parts_at_tiny_sizes(tmp_path, capsys):
-    assert tool().main(["--tiny", "--out", str(tmp_path / "gpu.json"), "--minutes", "10"]) == 0, (
+    assert tool.main(["--tiny", "--out", str(tmp_path / "gpu.json"), "--minutes", "10"]) == 0, (
         capsys.readouterr().out
     )
 
@@ -118,13 +110,13 @@ def test_all_parts_at_tiny_sizes(tmp_path, capsys):
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(arguments, message, capsys):
-    assert tool().main(arguments) == 2
+    assert tool.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
 
 def test_the_list_names_every_part(capsys):
-    assert tool().main(["--list"]) == 0
+    assert tool.main(["--list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         part.name for part in PARTS
     ]

@@ -6,16 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from method_fakes import TINY_WAN, Ar1Student, noise, run_turn
+from streamvid.methods.afd import AFD, Config, Method, noise_chunks, preferences
 from torch import nn
 
 from streamvid.core.times import step_times
-from streamvid.methods.afd import AFD, Config, Method, noise_chunks, preferences
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import new_cache
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import keyed_generator
+from tests.fakes import TINY_WAN, Ar1Student, noise, run_turn
 
 STREAM = StreamConfig(num_steps=2, chunk_frames=2)
 STREAM_TIMES = step_times(2, 5.0)

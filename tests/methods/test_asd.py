@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from method_fakes import (
+from streamvid.methods.asd import ASD, Config, Method
+from torch import nn
+
+from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.rollout.sampler import generate_latents
+from streamvid.rollout.schedule import StreamConfig
+from streamvid.seeding import key_to_seed
+from streamvid.teachers.wan import WanTeacher
+from tests.fakes import (
     TINY_WAN,
     Ar1Student,
     ClipStudent,
@@ -18,14 +26,6 @@ from method_fakes import (
     prompt_batch,
     run_turn,
 )
-from torch import nn
-
-from streamvid.methods.asd import ASD, Config, Method
-from streamvid.models.causal_wan import CausalWanTransformer3DModel
-from streamvid.rollout.sampler import generate_latents
-from streamvid.rollout.schedule import StreamConfig
-from streamvid.seeding import key_to_seed
-from streamvid.teachers.wan import WanTeacher
 
 STREAM = StreamConfig(num_steps=4, chunk_frames=2, shift=5.0)
 FIRST = replace(STREAM, first_steps=4, num_steps=3)

@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from method_fakes import Ar1Student, ScoreOf, ar1_teacher, noise, prompt_batch
-
 from streamvid.methods import afd, asd, diagonal, dmd
+
 from streamvid.rollout.sampler import generate_latents
 from streamvid.rollout.schedule import StreamConfig, cost_of
 from streamvid.seeding import key_to_seed
+from tests.fakes import Ar1Student, ScoreOf, ar1_teacher, noise, prompt_batch
 
 CHUNKS, KEYS = 3, [3, 4]
 TABLE = ((1.0, 0.95, 0.8, 0.47), (1.0, 0.95, 0.47), (1.0, 0.47))

@@ -5,7 +5,18 @@ streaming does.
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from method_fakes import (
+from streamvid.methods.diagonal import Config, Diagonal, Method, MotionFeature, frame_weights
+from streamvid.methods.matching import Decision
+from torch import nn
+
+from streamvid.core.inject import dmd_gradient
+from streamvid.core.process import x0_from_v
+from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.rollout.sampler import generate_latents
+from streamvid.rollout.schedule import StreamConfig, build_schedule, cost_of
+from streamvid.seeding import key_to_seed
+from streamvid.teachers.wan import WanTeacher
+from tests.fakes import (
     TINY_WAN,
     Ar1Student,
     ClipStudent,
@@ -14,17 +25,6 @@ from method_fakes import (
     noise,
     prompt_batch,
 )
-from torch import nn
-
-from streamvid.core.inject import dmd_gradient
-from streamvid.core.process import x0_from_v
-from streamvid.methods.diagonal import Config, Diagonal, Method, MotionFeature, frame_weights
-from streamvid.methods.matching import Decision
-from streamvid.models.causal_wan import CausalWanTransformer3DModel
-from streamvid.rollout.sampler import generate_latents
-from streamvid.rollout.schedule import StreamConfig, build_schedule, cost_of
-from streamvid.seeding import key_to_seed
-from streamvid.teachers.wan import WanTeacher
 
 FRAMES = 4
 ONE_STEP = StreamConfig(num_steps=1, chunk_frames=1)

@@ -7,7 +7,17 @@ import math
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from method_fakes import (
+from streamvid.methods.dmd import DMD, Config, Method
+from streamvid.methods.matching import Decision
+from torch import nn
+
+from streamvid.core.inject import dmd_gradient
+from streamvid.core.process import x0_from_v
+from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.rollout.schedule import StreamConfig
+from streamvid.teachers.analytic import AnalyticTeacher
+from streamvid.teachers.wan import WanTeacher
+from tests.fakes import (
     TINY_WAN,
     Ar1Student,
     ClipStudent,
@@ -17,16 +27,6 @@ from method_fakes import (
     noise,
     prompt_batch,
 )
-from torch import nn
-
-from streamvid.core.inject import dmd_gradient
-from streamvid.core.process import x0_from_v
-from streamvid.methods.dmd import DMD, Config, Method
-from streamvid.methods.matching import Decision
-from streamvid.models.causal_wan import CausalWanTransformer3DModel
-from streamvid.rollout.schedule import StreamConfig
-from streamvid.teachers.analytic import AnalyticTeacher
-from streamvid.teachers.wan import WanTeacher
 
 FRAMES, RHO = 3, 0.8
 ONE_STEP = StreamConfig(num_steps=1, chunk_frames=1)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from method_fakes import TINY_WAN, noise
+from streamvid.methods.flow_matching import Config, FlowMatching
 from torch import nn
 
-from streamvid.methods.flow_matching import Config, FlowMatching
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from tests.fakes import TINY_WAN, noise
 
 CAUSAL = ("diffusion_forcing", "teacher_forcing")
 

@@ -4,11 +4,6 @@ import math
 
 import pytest
 import torch
-from method_fakes import TINY_WAN, ar1_covariance, ar1_teacher, noise
-from torch import nn
-
-from streamvid.core.process import expand_time
-from streamvid.core.times import step_times
 from streamvid.methods.trajectory import (
     Config,
     TrajectoryRegression,
@@ -17,9 +12,14 @@ from streamvid.methods.trajectory import (
     select_states,
     solve_trajectories,
 )
+from torch import nn
+
+from streamvid.core.process import expand_time
+from streamvid.core.times import step_times
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import keyed_normal
+from tests.fakes import TINY_WAN, ar1_covariance, ar1_teacher, noise
 
 STREAM = StreamConfig(num_steps=2, shift=3.0, chunk_frames=2)
 TIMES = (*step_times(2, 3.0), 0.0)  # 1, .75, 0

@@ -24,27 +24,17 @@ from streamvid.models.lora import (
 )
 from streamvid.models.video_discriminator import VideoDiscriminator
 from streamvid.students.folder import TINY_TEACHER, load_student, load_transformer
+from tests.fakes import TINY_WAN
 
 pytest.importorskip("peft")
 
-SIZES = dict(
-    patch_size=(1, 2, 2),
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=4,
-    out_channels=4,
-    text_dim=8,
-    freq_dim=16,
-    ffn_dim=32,
-    num_layers=2,
-)
 RANK_4 = LoraConfig(rank=4)
 RUNS = Path(__file__).parents[2] / "configs" / "run"
 
 
 def wan(cls=CausalWanTransformer3DModel, seed=0):
     torch.manual_seed(seed)
-    return cls(**SIZES)
+    return cls(**TINY_WAN)
 
 
 def moved(role, seed=1, size=0.3):
@@ -252,8 +242,8 @@ def test_an_adapter_goes_to_disk_and_back(tmp_path):
 def test_an_adapter_of_another_network_is_one_line(tmp_path):
     save_adapter(adapt(wan(), RANK_4), tmp_path / "lora")
     torch.manual_seed(0)
-    wider = CausalWanTransformer3DModel(**{**SIZES, "num_attention_heads": 3})
-    deeper = CausalWanTransformer3DModel(**{**SIZES, "num_layers": 3})
+    wider = CausalWanTransformer3DModel(**{**TINY_WAN, "num_attention_heads": 3})
+    deeper = CausalWanTransformer3DModel(**{**TINY_WAN, "num_layers": 3})
     others = [adapt(wider, RANK_4), adapt(deeper, RANK_4)]
     others += [adapt(wan(), LoraConfig(rank=8)), adapt(wan(), LoraConfig(rank=4, alpha=8.0))]
     for role in others:
@@ -306,7 +296,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
     shutil.copytree(TINY_TEACHER / "scheduler", folder / "scheduler")
     sizes = {
-        **SIZES,
+        **TINY_WAN,
         "num_attention_heads": 1,
         "in_channels": 16,
         "out_channels": 16,

@@ -10,18 +10,7 @@ from torch import nn
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import LoraConfig, adapt
 from streamvid.models.step_labels import add_step_labels, labelled
-
-TINY = dict(
-    patch_size=(1, 2, 2),
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=4,
-    out_channels=4,
-    text_dim=8,
-    freq_dim=16,
-    ffn_dim=32,
-    num_layers=2,
-)
+from tests.fakes import TINY_WAN
 
 
 def velocity(network):
@@ -36,7 +25,7 @@ def velocity(network):
 @pytest.mark.parametrize("cls", [WanTransformer3DModel, CausalWanTransformer3DModel])
 def test_a_label_is_a_shift_of_the_time_embedding(cls):
     torch.manual_seed(0)
-    network = cls(**TINY).eval()
+    network = cls(**TINY_WAN).eval()
     before = velocity(network)
     add_step_labels(network, 3)
     with labelled(network, 1):
@@ -54,7 +43,7 @@ def test_a_label_is_a_shift_of_the_time_embedding(cls):
 
 
 def test_the_label_goes_away_with_an_error_too():
-    network = WanTransformer3DModel(**TINY)
+    network = WanTransformer3DModel(**TINY_WAN)
     add_step_labels(network, 1)
     with pytest.raises(RuntimeError), labelled(network, 0):
         raise RuntimeError
@@ -65,4 +54,4 @@ def test_a_network_of_another_form_is_refused():
     with pytest.raises(ValueError, match="time embedding, which Linear does not have"):
         add_step_labels(nn.Linear(2, 2), 3)
     with pytest.raises(ValueError, match="set fake_score.lora_rank=0"):
-        add_step_labels(adapt(WanTransformer3DModel(**TINY), LoraConfig(rank=2)), 3)
+        add_step_labels(adapt(WanTransformer3DModel(**TINY_WAN), LoraConfig(rank=2)), 3)

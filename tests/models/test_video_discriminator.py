@@ -8,23 +8,12 @@ from torch import nn
 from streamvid.models.discriminators import TrunkHeads
 from streamvid.models.video_discriminator import VideoDiscriminator
 from streamvid.seeding import keyed_normal
-
-TINY_WAN = dict(
-    patch_size=(1, 2, 2),
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=4,
-    out_channels=4,
-    text_dim=8,
-    freq_dim=16,
-    ffn_dim=32,
-    num_layers=3,
-)
+from tests.fakes import TINY_WAN
 
 
 def trunk():
     torch.manual_seed(0)
-    return WanTransformer3DModel(**TINY_WAN)
+    return WanTransformer3DModel(**{**TINY_WAN, "num_layers": 3})
 
 
 def inputs(num=2, frames=4):

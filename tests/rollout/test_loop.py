@@ -181,6 +181,22 @@ def test_a_sample_does_not_depend_on_its_batch(student, prompts, schedule):
         assert torch.equal(a.latents[1:], b.latents)
 
 
+def test_a_step_puts_the_next_level_of_its_own_noise_on_the_prediction(student, prompts):
+    """State k is the prediction of step k - 1 with draw k at the time of step k."""
+    noise, states, predictions = LeafNoise([3, 4]), {}, {}
+    hooks = {
+        "before_step": lambda chunk, t, x_t: states.update({(chunk, t): x_t}) or x_t,
+        "after_x0": lambda chunk, t, x0: predictions.update({(chunk, t): x0}) or x0,
+    }
+    with torch.no_grad():
+        list(run(student, prompts, autoregressive(TIMES, 2), noise, **hooks))
+    for chunk in range(2):
+        assert torch.equal(states[chunk, TIMES[0]], noise.draws[chunk, 0])
+        for event, (before, t) in enumerate(itertools.pairwise(TIMES), start=1):
+            expected = (1 - t) * predictions[chunk, before] + t * noise.draws[chunk, event]
+            torch.testing.assert_close(states[chunk, t], expected)
+
+
 def test_truncation_shows_the_predictions_of_the_full_rollout(student, prompts):
     """The exit's prediction is that of the same step of the whole rollout, given the same
     context.

@@ -21,6 +21,7 @@ from streamvid.rollout.sampler import (
     stream_latents,
 )
 from streamvid.rollout.schedule import StreamConfig, build_schedule
+from tests.fakes import TINY_WAN
 
 CONFIG = StreamConfig(num_steps=2, first_steps=3, chunk_frames=2, context_t=0.1)
 SIZE = {"height": 8, "width": 8}
@@ -55,14 +56,7 @@ def codec():
 def tiny_wan():
     torch.manual_seed(0)
     return CausalWanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=3,
-        out_channels=3,
-        text_dim=3,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
+        **{**TINY_WAN, "in_channels": 3, "out_channels": 3, "text_dim": 3}
     ).eval()
 
 

@@ -3,7 +3,6 @@ a whole report.
 """
 
 import json
-import sys
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from streamvid.studies.plane_metrics import (
     median_distance,
     modes_covered,
 )
+from tools import toy2d
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -116,21 +116,7 @@ def test_distillation_brings_a_one_step_student_near():
     assert after < before / 20
 
 
-@pytest.fixture
-def toy2d(monkeypatch):
-    import importlib.util
-    from pathlib import Path
-
-    spec = importlib.util.spec_from_file_location(
-        "toy2d_tool", Path(__file__).parents[2] / "tools" / "toy2d.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "toy2d_tool", module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_tool_writes_a_report_and_goes_on_where_it_was(toy2d, tmp_path, capsys):
+def test_the_tool_writes_a_report_and_goes_on_where_it_was(tmp_path, capsys):
     arguments = [
         "--quick",
         "--only",
@@ -166,13 +152,13 @@ def test_the_tool_writes_a_report_and_goes_on_where_it_was(toy2d, tmp_path, caps
         (["--out", "report.txt"], "the report is a .json file"),
     ],
 )
-def test_bad_requests_end_with_one_line(toy2d, arguments, said, capsys):
+def test_bad_requests_end_with_one_line(arguments, said, capsys):
     assert toy2d.main(arguments) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
 
 
-def test_the_list_names_papers(toy2d, capsys):
+def test_the_list_names_papers(capsys):
     assert toy2d.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert (

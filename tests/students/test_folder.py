@@ -3,6 +3,7 @@ clear line.
 """
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.jump_embedding import add_jump_embedding
 from streamvid.rollout.sampler import generate_latents
-from streamvid.rollout.schedule import StreamConfig
+from streamvid.rollout.schedule import StreamConfig, build_schedule, cost_of
 from streamvid.students.folder import (
     TINY_STUDENT,
     TINY_TEACHER,
     choose_device,
+    deployed,
     load_student,
     load_transformer,
     save_student,
@@ -204,3 +206,25 @@ def test_another_codec_of_the_same_latents_can_stand_in(tmp_path):
     )
     with pytest.raises(ValueError, match="no config.json"):
         load_student(TINY_STUDENT, codec=tmp_path / "nowhere")
+
+
+# What is asked for in place of a student's own configuration -----------------------------------
+
+
+def test_asked_steps_win_over_a_step_table():
+    """A table would win over the number: its three steps would be taken where one was asked for."""
+    table = StreamConfig(step_table=((1.0, 0.9, 0.6), (1.0, 0.6)), chunk_frames=1)
+    asked = deployed(table, steps=1)
+    assert asked.step_table == () and asked.num_steps == 1
+    assert cost_of(build_schedule(asked, 3), 1).nfe == 3
+    assert deployed(table) == table and deployed(table, sink=0).step_table == table.step_table
+
+
+def test_what_is_not_asked_for_stays(tmp_path):
+    assert deployed(STREAM, steps=4, window=9, sink=1) == replace(
+        STREAM, num_steps=4, window_frames=9, sink_frames=1
+    )
+    (tmp_path / "other.json").write_text(StreamConfig(num_steps=3).to_json())
+    assert deployed(STREAM, str(tmp_path / "other.json"), sink=0) == StreamConfig(num_steps=3)
+    with pytest.raises(ValueError, match="no schedule backwards: neither autoregressive"):
+        deployed(STREAM, "backwards")

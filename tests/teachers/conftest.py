@@ -30,18 +30,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from tests.fakes import TINY_WAN
+
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "ball", "falls", "cat"]
-SIZES = dict(
-    patch_size=(1, 2, 2),
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=4,
-    out_channels=4,
-    text_dim=8,
-    freq_dim=16,
-    ffn_dim=32,
-    num_layers=2,
-)
 TEXT = dict(vocab_size=len(WORDS), d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
 VAE = dict(
     base_dim=4,
@@ -102,7 +93,7 @@ def tokenizer():
 
 def transformer(seed, **sizes):
     torch.manual_seed(seed)
-    return WanTransformer3DModel(**{**SIZES, **sizes})
+    return WanTransformer3DModel(**{**TINY_WAN, **sizes})
 
 
 def clip():

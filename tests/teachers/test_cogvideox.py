@@ -10,11 +10,11 @@ import shutil
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from streamvid.methods import asd
+from streamvid.methods.dmd import DMD, Config
 
 from streamvid.core.inject import dmd_gradient
 from streamvid.core.process import add_noise, x0_from_v
-from streamvid.methods import asd
-from streamvid.methods.dmd import DMD, Config
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import LoraConfig, adapt
 from streamvid.rollout.loop import rollout

@@ -1,8 +1,5 @@
 """The tool that solves a Wan teacher's trajectories, from its command line to the batches."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,12 +7,7 @@ from safetensors.torch import load_file
 from streamvid.core.times import step_times
 from streamvid.data.prompts import world_prompts
 from streamvid.data.trajectories import Trajectories
-
-spec = importlib.util.spec_from_file_location(
-    "make_trajectories", Path(__file__).parents[2] / "tools" / "make_trajectories.py"
-)
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+from tools import make_trajectories as tool
 
 
 def run(folder, out, *options):

@@ -19,12 +19,9 @@ from streamvid.config import read_config
 from streamvid.experiment.config import load_run
 from streamvid.students.folder import load_student
 from streamvid.video import VideoWriter
+from tools import make_trajectories, sample
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import make_trajectories  # noqa: E402
-import sample  # noqa: E402
-
 RECIPES = ROOT / "configs" / "run"
 NAMES = sorted(path.stem for path in RECIPES.glob("wan*.yaml"))
 LAUNCH = [

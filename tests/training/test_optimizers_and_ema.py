@@ -275,6 +275,13 @@ def test_average_follows_until_start_and_then_warms_up():
     assert ema.decay_at(10**6) == 0.9
 
 
+def test_warm_up_of_the_average_counts_from_its_start():
+    _, ema = average_of([], EMAConfig(decay=0.5, start_step=3, warmup=True))
+    assert [ema.decay_at(update) for update in (2, 3, 4, 9, 11, 12)] == pytest.approx(
+        [0, 1 / 10, 2 / 11, 7 / 16, 0.5, 0.5]
+    )
+
+
 def test_averaged_weights_are_put_in_place_and_taken_out_again():
     layer, ema = average_of([1.0, 2.0], EMAConfig(decay=0.5))
     weight = layer.weight

@@ -111,11 +111,17 @@ def test_what_a_run_has_written_already_counts_as_room(tmp_path, monkeypatch, ca
     assert not caplog.records
 
 
+def refuse(constant):
+    """NaN and Infinity, which Python reads and JSON does not have."""
+    raise ValueError(constant)
+
+
 def test_a_damaged_line_of_metrics_is_dropped_alone(tmp_path):
     """All lines after it used to go with it."""
     path = tmp_path / "metrics.jsonl"
     for step in range(1, 7):
         append_metrics(path, {"step": step, "loss": float("nan") if step == 6 else 0.5})
+    assert json.loads(path.read_text().splitlines()[-1], parse_constant=refuse)["loss"] is None
     lines = path.read_bytes().split(b"\n")
     lines[2] = lines[2][:8]
     lines[3:3] = [

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from sharded_run import afd, dmd
 from torch import nn
 
 import streamvid
@@ -23,6 +22,7 @@ from streamvid.students.folder import TINY_TEACHER
 from streamvid.training.checkpoint import list_checkpoints
 from streamvid.training.metrics import read_metrics
 from streamvid.training.sharding import check_shardable, find_networks
+from tests.training.sharded_run import afd, dmd
 
 SCRIPT = Path(__file__).with_name("sharded_run.py")
 ENVIRONMENT = {

@@ -19,7 +19,6 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors import SafetensorError
-from tiny_run import everything, make_trainer
 from torch import nn
 
 import streamvid
@@ -32,6 +31,8 @@ from streamvid.training.launch import RunLock
 from streamvid.training.metrics import read_metrics
 from streamvid.training.processes import StopSignals
 from streamvid.training.trainer import Trainer, TrainingError, switch_on
+from tests.fakes import TINY_WAN
+from tests.training.tiny_run import everything, make_trainer
 
 SCRIPT = Path(__file__).with_name("tiny_run.py")
 ENVIRONMENT = {
@@ -412,17 +413,24 @@ def test_each_network_takes_its_own_number_of_steps(tmp_path):
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path):
-    """accelerate's shared counter would never step the student here."""
-    whole = train(tmp_path / "whole", "train.batch_size=4")
+    """accelerate's shared counter would never step the student here. A great eps and no clipping:
+    the updates would otherwise not tell a sum of passes from their mean.
+    """
+    linear = [f"train.optimizers.{name}.eps=1" for name in ("student", "fake_score")]
+    linear.append("train.optimizers.student.clip_norm=null")
+    whole = train(tmp_path / "whole", "train.batch_size=4", *linear)
     halves = train(
         tmp_path / "halves",
         "train.optimizers.student.accumulate=2",
         "train.optimizers.fake_score.accumulate=2",
+        *linear,
     )
     got, expected = everything(halves), everything(whole)
     for name in got:
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-6)
-    assert metrics_of(halves)[-1]["samples"] == metrics_of(whole)[-1]["samples"] == 16 * 4
+    got, expected = metrics_of(halves)[-1], metrics_of(whole)[-1]
+    assert got["samples"] == expected["samples"] == 16 * 4
+    assert got["fake_score/loss"] == pytest.approx(expected["fake_score/loss"], rel=1e-5)
 
 
 def test_a_loss_in_parts_trains_as_in_one(tmp_path):
@@ -450,16 +458,7 @@ def test_a_loss_in_parts_trains_as_in_one(tmp_path):
 def test_checkpointing_reaches_networks_inside_others():
     """A discriminator on a transformer kept all its activations: 682 GiB where 25 will do."""
     torch.manual_seed(0)
-    trunk = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=3,
-    )
+    trunk = WanTransformer3DModel(**{**TINY_WAN, "num_layers": 3})
     disc = VideoDiscriminator(trunk)
     x, cond = torch.randn(2, 4, 2, 4, 4), torch.randn(2, 5, 8)
     gradients = []

@@ -1,0 +1,450 @@
+"""Plants one error at a time in a copy of the package, and asks whether a test notices.
+
+    python -m tests.mutations
+    python -m tests.mutations --only kv --only guidance
+    python -m tests.mutations --list
+
+An error that no test notices survives; the exit status is then 1. The working tree is never
+changed. To add an error, add a row to ``MUTANTS``: text that occurs once in a file, what to write
+in its place, and tests that take seconds and should notice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("streamvid", "tests", "tools", "configs", "pyproject.toml")
+LOG = "pytest.log"  # of the last run, in the copy
+KILLED, SURVIVED = 1, 0  # pytest's exit status when tests fail and when all pass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A planted error."""
+
+    name: str
+    file: str  # from the root
+    old: str  # occurs once in the file
+    new: str
+    tests: tuple[str, ...]  # as pytest takes them
+
+
+def mutants(file: str, *tests: str, **errors: tuple[str, str]) -> list[Mutant]:
+    """Errors of one file that the same tests notice, each a name and (old, new)."""
+    return [Mutant(name, file, old, new, tests) for name, (old, new) in errors.items()]
+
+
+MUTANTS: list[Mutant] = [
+    *mutants(
+        "streamvid/seeding.py",
+        "tests/test_seeding.py",
+        seed_keeps_its_last_bit=('"little") >> 1', '"little") >> 0'),
+        seed_loses_a_bit=('"little") >> 1', '"little") >> 2'),
+        seed_of_joined_text=('"/".join', '"".join'),
+    ),
+    *mutants(
+        "streamvid/methods/matching.py",
+        "tests/objectives/test_closed_forms.py",
+        drift_upside_down=("rms[-1] / rms[0]", "rms[0] / rms[-1]"),
+        motion_with_sign=("- x[:, :, :-1]).abs()", "- x[:, :, :-1])"),
+    ),
+    *mutants(
+        "streamvid/methods/diagonal.py",
+        "tests/objectives/test_closed_forms.py",
+        frame_weights_exchanged=(
+            "0.7 * accumulated / accumulated.mean(1, keepdim=True) + 0.3 *",
+            "0.3 * accumulated / accumulated.mean(1, keepdim=True) + 0.7 *",
+        ),
+    ),
+    *mutants(
+        "streamvid/students/folder.py",
+        "tests/students/test_folder.py::test_asked_steps_win_over_a_step_table",
+        asked_steps_lose_to_a_table=("table = None if steps is None else ()", "table = None"),
+    ),
+    *mutants(
+        "streamvid/core/times.py",
+        "tests/core/test_times.py",
+        target_reuses_a_draw=("(1 - shrink * draws[1])", "(1 - shrink * draws[0])"),
+        target_beyond_the_last=("(last - first + 1)).long()", "(last - first)).long()"),
+        shift_inverted=(
+            "return shift * u / (1 + (shift - 1) * u)",
+            "return unshift_time(u, shift)",
+        ),
+        steps_end_at_zero=("shift_time(1 - i / num_steps", "shift_time(1 - (i + 1) / num_steps"),
+        times_clamped_at_zero=("u = 1 - torch.rand(", "u = 0 + 0 * torch.rand("),
+        pair_out_of_order=(
+            "torch.where(same, later, earlier)",
+            "torch.where(same, earlier, later)",
+        ),
+    ),
+    *mutants(
+        "streamvid/core/process.py",
+        "tests/core/test_process.py",
+        "tests/core/test_process_steps.py",
+        noise_and_data_exchanged=("return (1 - t) * x0 + t * eps", "return t * x0 + (1 - t) * eps"),
+        velocity_sign=("as_work(eps) - as_work(x0)", "as_work(x0) - as_work(eps)"),
+        x0_from_v_sign=(
+            "return x_t - expand_time(t, x_t) * v",
+            "return x_t + expand_time(t, x_t) * v",
+        ),
+        v_from_x0_sign=("return (x_t - x0) / expand", "return (x0 - x_t) / expand"),
+        eps_from_v_without_the_rest=(
+            "x_t + (1 - expand_time(t, x_t)) * v",
+            "x_t + expand_time(t, x_t) * v",
+        ),
+        score_sign=("return -eps_from_v", "return eps_from_v"),
+        euler_backwards=(
+            "return x_t - (expand_time(t, x_t) - expand_time(t_next, x_t)) * v",
+            "return x_t + (expand_time(t, x_t) - expand_time(t_next, x_t)) * v",
+        ),
+        renoise_at_another_level=(
+            "return add_noise(x0, eps_new, t_next)",
+            "return add_noise(x0, eps_new, 1 - t_next)",
+        ),
+        eta_step_keeps_all_noise=("_root(s**2 - renewed**2) * eps", "s * eps"),
+        transition_adds_too_much=("_root(t**2 - (a * s) ** 2) * noise", "t * noise"),
+        v_network_sign=("alpha * x - sigma * out,", "alpha * x + sigma * out,"),
+    ),
+    *mutants(
+        "streamvid/core/guidance.py",
+        "tests/core/test_guidance.py",
+        guidance_sign=("* (cond - uncond)\n\n\nCONV", "* (uncond - cond)\n\n\nCONV"),
+        guidance_counted_twice=("uncond + expand_time(scale", "cond + expand_time(scale"),
+    ),
+    *mutants(
+        "streamvid/core/inject.py",
+        "tests/core/test_inject.py",
+        "tests/core/test_inject_forms.py",
+        dmd_sign=(
+            "gradient = as_work(x0_fake) - as_work(x0_real)",
+            "gradient = as_work(x0_real) - as_work(x0_fake)",
+        ),
+        surrogate_sign=("(x - x.detach() + grad).square()", "(x - x.detach() - grad).square()"),
+        sid_alpha_sign=("- x - alpha * gap)", "- x + alpha * gap)"),
+        reverse_kl_for_kl=('"kl": lambda r: r,', '"kl": lambda r: 1 / r,'),
+    ),
+    *mutants(
+        "streamvid/core/fitting.py",
+        "tests/core/test_fitting.py",
+        fit_weighs_the_wrong_end=('"x0": lambda t, sd: t**2', '"x0": lambda t, sd: (1 - t) ** 2'),
+        couple_keeps_the_other=(
+            "kept.lerp_(new.to(kept), 1 - keep)",
+            "kept.lerp_(new.to(kept), keep)",
+        ),
+    ),
+    *mutants(
+        "streamvid/core/flowmap.py",
+        "tests/core/test_flowmap.py",
+        tangent_sign=("(as_work(v) - share * span", "(as_work(v) + share * span"),
+        secant_sign=("return (x_t - x_s) / (expand", "return (x_s - x_t) / (expand"),
+        aim_at_the_start=(
+            "aim = euler_step(x_r, target(x_r, r, s), r, s)",
+            "aim = euler_step(x_r, target(x_r, r, s), s, r)",
+        ),
+    ),
+    *mutants(
+        "streamvid/core/policy.py",
+        "tests/core/test_policy.py",
+        worse_is_better=(
+            "centred = rewards - share @ rewards",
+            "centred = share @ rewards - rewards",
+        ),
+        loser_preferred=(
+            "logsigmoid(beta * (winner - loser))",
+            "logsigmoid(beta * (loser - winner))",
+        ),
+        good_and_bad_exchanged=(
+            "(weight * good + (1 - weight) * bad)",
+            "(weight * bad + (1 - weight) * good)",
+        ),
+    ),
+    *mutants(
+        "streamvid/core/moments.py",
+        "tests/core/test_moments.py",
+        mmd_counts_a_sample_with_itself=("len(gram) - 1))", "len(gram)))"),
+        relation_reversed=(
+            "features @ features.T / temperature",
+            "features @ features.T * temperature",
+        ),
+    ),
+    *mutants(
+        "streamvid/rollout/schedule.py",
+        "tests/rollout/test_schedule.py",
+        tap_one_step_late=(
+            "taps.append(step == exit_of(chunk)",
+            "taps.append(step == exit_of(chunk) + 1",
+        ),
+        exit_one_step_late=("elif step < exit_of(chunk):", "elif step < exit_of(chunk) - 1:"),
+        table_repeats_the_list_before=(
+            "min(chunk, len(step_table) - 1)",
+            "min(chunk, len(step_table) - 2)",
+        ),
+        rolling_newest_first=("(chunk, times, newest - chunk)", "(chunk, times, chunk - first)"),
+        last_commit_counted=("0 if commit_last or not nfe", "0 if True or not nfe"),
+        first_times_forgotten=(
+            "times if first_times is None else first_times, times]",
+            "times, times]",
+        ),
+    ),
+    *mutants(
+        "streamvid/rollout/loop.py",
+        "tests/rollout/test_loop.py",
+        "tests/rollout/test_ar1_oracle.py",
+        gradient_from_step_to_step=("x_t, x0 = x_t.detach(), x0.detach()", "x_t, x0 = x_t, x0"),
+        gradient_through_reused_keys=("_detached(output.kv)", "output.kv"),
+        context_at_another_time=(
+            "self.timestep((self.context_t,))",
+            "self.timestep((1 - self.context_t,))",
+        ),
+        context_without_its_noise=("if self.context_t > 0:", "if self.context_t > 1:"),
+        same_noise_again=(
+            "partial(self.draw, chunk, state.nfe)",
+            "partial(self.draw, chunk, INITIAL_EVENT)",
+        ),
+        renoise_to_the_old_level=(
+            "renoise_step(x0, draw(), t_next)",
+            "renoise_step(x0, draw(), t)",
+        ),
+        prediction_of_the_last_step=("if tap or not state.tapped:", "if True:"),
+        timestep_of_the_first_chunk=(
+            "fill(level, batch, frames) for level in t]",
+            "fill(t[0], batch, frames) for level in t]",
+        ),
+        never_commits=("oldest += len(finished)", "oldest += len(finished); finished = []"),
+    ),
+    *mutants(
+        "streamvid/rollout/noise.py",
+        "tests/rollout/test_noise.py",
+        noise_without_its_chunk=('"rollout", seed, chunk, event)', '"rollout", seed, 0, event)'),
+        noise_without_its_sample=(
+            "for seed in self.seeds]",
+            "for seed in self.seeds[:1] * len(self.seeds)]",
+        ),
+    ),
+    *mutants(
+        "streamvid/models/kv_cache.py",
+        "tests/models/test_kv_cache.py",
+        kv_window_one_too_long=(
+            "self.sink_frames - num_frames\n        return",
+            "self.sink_frames - num_frames + 1\n        return",
+        ),
+        kv_evicts_the_sink=(
+            "_ends(x, self.sink_frames, self.window_frames - self.sink_frames)",
+            "_ends(x, 0, self.window_frames)",
+        ),
+        kv_sink_moves=("i if i < self.sink_frames else i - shift", "i - shift"),
+        kv_keeps_a_stale_context=(
+            "self._context = None\n\n    def check_pass",
+            "\n    def check_pass",
+        ),
+        kv_text_of_a_changed_prompt=("or self._text[1] != _version(prompt)", "or False"),
+    ),
+    *mutants(
+        "streamvid/models/attention.py",
+        "tests/models/test_attention.py",
+        causal_one_chunk_late=(
+            "((0, context_tokens + (c + 1) * chunk_tokens),)",
+            "((0, context_tokens + c * chunk_tokens + 1),)",
+        ),
+        sees_its_own_clean_chunk=("((0, start), own)", "((0, start + chunk_tokens), own)"),
+    ),
+    *mutants(
+        "streamvid/models/rope.py",
+        "tests/models/test_rope.py",
+        rope_turns_too_slowly=("THETA ** -(", "THETA ** -2 ** ("),
+        rope_axes_exchanged=(
+            "angles[1][None, :, None], angles[2][None, None]",
+            "angles[2][None, :, None], angles[1][None, None]",
+        ),
+    ),
+    *mutants(
+        "streamvid/models/step_labels.py",
+        "tests/models/test_step_labels.py",
+        label_subtracted=("embedding + network.step_labels", "embedding - network.step_labels"),
+    ),
+    *mutants(
+        "streamvid/training/ema.py",
+        "tests/training/test_optimizers_and_ema.py",
+        ema_keeps_the_other_share=("weights, 1 - self.decay_at", "weights, self.decay_at"),
+        ema_starts_late=("if since_start < 0:", "if since_start <= 0:"),
+        ema_warms_up_twice_as_fast=(
+            "(1 + since_start) / (10 + since_start)",
+            "(1 + 2 * since_start) / (10 + since_start)",
+        ),
+        ema_counts_no_update=("self.updates += 1", "self.updates += 0"),
+        ema_stays_in_place=("self._put(own)", "self._put(self.shadow)"),
+    ),
+    *mutants(
+        "streamvid/training/optimizers.py",
+        "tests/training/test_optimizers_and_ema.py",
+        warm_up_begins_at_zero=(
+            "(update + 1) / config.warmup_steps",
+            "update / config.warmup_steps",
+        ),
+        cosine_without_its_half=("* 0.5 * (1 + math.cos", "* (1 + math.cos"),
+        decay_of_vectors=(
+            '{"params": vectors, "weight_decay": 0.0}',
+            '{"params": vectors, "weight_decay": config.weight_decay}',
+        ),
+    ),
+    *mutants(
+        "streamvid/training/metrics.py",
+        "tests/training/test_room_and_metrics.py::test_a_damaged_line_of_metrics_is_dropped_alone",
+        "tests/training/test_room_and_metrics.py::"
+        "test_a_maximum_is_one_over_steps_passes_and_processes_however_they_are_divided",
+        least_for_most=("or value > sums[name]", "or value < sums[name]"),
+        sum_for_mean=("sums[name] / counts[name] for name in sums", "sums[name] for name in sums"),
+        line_of_the_step_trimmed=('line["step"] <= step', 'line["step"] < step'),
+        not_a_number_in_json=("value if math.isfinite(value) else None", "value"),
+    ),
+    *mutants(
+        "streamvid/training/trainer.py",
+        "tests/training/test_trainer.py::test_accumulation_equals_a_larger_batch",
+        "tests/training/test_trainer.py::test_a_turn_leaves_gradients_only_where_it_updates",
+        passes_added_and_not_averaged=(
+            "loss = loss / learner.config.accumulate",
+            "loss = loss / 1",
+        ),
+        passes_of_the_same_samples=("first = (part * processes +", "first = (0 * processes +"),
+        every_turn_moves_every_network=(
+            "self._require_gradients_of([turn])",
+            "self._require_gradients_of(self.learners)",
+        ),
+    ),
+]
+
+
+def check_row(mutant: Mutant, root: Path = ROOT) -> None:
+    """Raise ValueError unless a row fits the files, SyntaxError if its error is one."""
+    file = root / mutant.file
+    if not file.is_file():
+        raise ValueError(f"{mutant.name}: there is no {mutant.file}")
+    count = file.read_text().count(mutant.old)
+    if count != 1:
+        raise ValueError(f"{mutant.name}: {mutant.old!r} occurs {count} times in {mutant.file}")
+    compile(file.read_text().replace(mutant.old, mutant.new), mutant.file, "exec")
+    for test in mutant.tests:
+        if not (root / test.partition("::")[0]).is_file():
+            raise ValueError(f"{mutant.name}: there is no {test}")
+
+
+def import_libraries() -> None:
+    """What takes longest to import, so that a forked process need not; nothing of the package."""
+    import pytest  # noqa: F401
+    import torch
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def run_tests(copy: Path, tests: tuple[str, ...]) -> int:
+    """pytest's exit status in the copy, in a forked process."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 3  # pytest's own for an internal error
+    try:
+        log = os.open(copy / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for descriptor in (1, 2):
+            os.dup2(log, descriptor)
+        os.chdir(copy)
+        sys.path.insert(0, str(copy))
+        del sys.modules["tests"]  # the copy's stands in for it
+        os.environ["PYTHONPATH"] = str(copy)  # of processes that tests start
+        # a mutant of the same size and second would be taken for what it replaces
+        sys.dont_write_bytecode = True
+        import pytest
+
+        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+    finally:
+        os._exit(status)
+
+
+def plant(copy: Path, mutant: Mutant) -> int:
+    """pytest's exit status with the error in the copy, which is put right again."""
+    file = copy / mutant.file
+    text = file.read_text()
+    try:
+        file.write_text(text.replace(mutant.old, mutant.new))
+        return run_tests(copy, mutant.tests)
+    finally:
+        file.write_text(text)
+
+
+def copy_package(folder: Path) -> None:
+    """Copy to ``folder`` what the tests need."""
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+
+
+def find_survivors(chosen: list[Mutant]) -> list[str]:
+    """Plant each error, print what came of it, and return the names that no test noticed.
+
+    Raises:
+        ValueError: if a row does not fit the files, or its tests fail without an error, or can't
+            run with it.
+    """
+    for mutant in chosen:
+        check_row(mutant)
+    import_libraries()
+    survivors = []
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name)
+        copy_package(copy)
+        tests = tuple(sorted({test for mutant in chosen for test in mutant.tests}))
+        if run_tests(copy, tests) != SURVIVED:
+            raise ValueError("without an error planted:\n" + (copy / LOG).read_text()[-3000:])
+        for mutant in chosen:
+            began = time.monotonic()
+            status = plant(copy, mutant)
+            if status not in (KILLED, SURVIVED):
+                raise ValueError(f"{mutant.name}: pytest ended with {status}, expected 0 or 1")
+            if status == SURVIVED:
+                survivors.append(mutant.name)
+            verdict = "survived" if status == SURVIVED else "killed"
+            print(f"{verdict:9s} {time.monotonic() - began:5.1f} s  {mutant.name}", flush=True)
+    return survivors
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", action="append", metavar="NAME", help="part of a name or a file")
+    parser.add_argument("--list", action="store_true", help="print the names, and stop")
+    args = parser.parse_args(argv)
+    chosen = [
+        mutant
+        for mutant in MUTANTS
+        if not args.only or any(part in f"{mutant.file} {mutant.name}" for part in args.only)
+    ]
+    if not chosen:
+        parser.error(f"--only {args.only}: no such name; see --list")
+    if args.list:
+        print("\n".join(f"{mutant.file}  {mutant.name}" for mutant in chosen))
+        return 0
+    try:
+        survivors = find_survivors(chosen)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
