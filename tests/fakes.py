@@ -1,13 +1,21 @@
-"""The smallest networks that a method takes: students of numbers, and scores that are exact."""
+"""The smallest networks that an objective takes: students of numbers, and scores that are exact."""
 
+import math
 from types import SimpleNamespace
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import nn
 
 from streamvid.core.process import expand_time
+from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.models.jump_embedding import add_jump_embedding
+from streamvid.objectives import find_objective
+from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import keyed_normal
+from streamvid.settings.video import RolloutConfig, VideoSetting
 from streamvid.teachers.analytic import AnalyticTeacher
+from streamvid.teachers.wan import WanTeacher
 
 TINY_WAN = dict(
     patch_size=(1, 2, 2),
@@ -20,6 +28,8 @@ TINY_WAN = dict(
     ffn_dim=32,
     num_layers=2,
 )
+ONE_STEP = StreamConfig(num_steps=1, chunk_frames=1)
+FOUR_STEPS = StreamConfig(num_steps=4, chunk_frames=1)
 
 
 class Ar1Student(nn.Module):
@@ -103,13 +113,88 @@ def noise(*shape, seed=0):
     return keyed_normal(shape, "test", seed)
 
 
-def run_turn(method, batch, turn, step=0):
+def ar1_setting(
+    name, student, fake=None, stream=ONE_STEP, rollout=None, frames=3, teacher=None, **options
+):
+    """An objective on clips of single numbers, without guidance; the fake score is the teacher,
+    unless another is given.
+
+    Args:
+        rollout: of ``RolloutConfig``; ``num_chunks`` is ``frames``.
+        options: of the objective, and "discriminator" and "as_image".
+    """
+    parts = {key: options.pop(key, None) for key in ("discriminator", "as_image")}
+    teacher = ar1_teacher(0.8, frames) if teacher is None else teacher
+    kind = find_objective(name)
+    if "guidance_scale" in kind.__dataclass_fields__:
+        options.setdefault("guidance_scale", 1.0)
+    return VideoSetting(
+        kind(**options),
+        student,
+        stream,
+        (1, 1, 1),
+        teacher=teacher,
+        rollout=RolloutConfig(**{"num_chunks": frames, **(rollout or {})}),
+        fake_score=ScoreOf(teacher) if fake is None else fake,
+        **parts,
+    )
+
+
+def wan_setting(name, stream, rollout=None, student=None, jumps=False, **options):
+    """An objective with a causal Wan student and a Wan teacher, tiny and random.
+
+    Args:
+        rollout: of ``RolloutConfig``.
+        student: makes another of the causal network.
+        jumps: whether the student is told where to land.
+    """
+    torch.manual_seed(0)
+    teacher = WanTeacher(WanTransformer3DModel(**TINY_WAN), None, shift=5.0)
+    teacher.uncond = noise(5, 8)
+    causal = CausalWanTransformer3DModel(**TINY_WAN)
+    if jumps:
+        add_jump_embedding(causal)
+    return VideoSetting(
+        find_objective(name)(**options),
+        causal if student is None else student(causal),
+        stream,
+        (4, 4, 4),
+        teacher=teacher,
+        rollout=RolloutConfig(**(rollout or {})),
+    )
+
+
+def wan_batch(**more):
+    """Two prompts for ``wan_setting``."""
+    return {"cond": noise(2, 5, 8, seed=1), "keys": [7, 8], **more}
+
+
+def rolled_out(setting, batch, step=0, turn="student", **exit):
+    """The student's sample, as a turn's loss has it."""
+    return setting.step_of(turn, batch, step).sample(**exit).x
+
+
+def step_where(setting, turn, is_wanted, steps=300):
+    """The first training step whose decision is such."""
+    decisions = ((step, setting.step_of(turn, None, step).decide()) for step in range(steps))
+    return next(step for step, decision in decisions if is_wanted(decision))
+
+
+def gradients(setting, turn, batch, step=0):
+    """Of the turn's network, by name; its numbers are finite."""
+    loss, numbers = setting.loss(turn, batch, step)
+    loss.backward()
+    assert all(math.isfinite(number) for number in numbers.values())
+    return {name: p.grad for name, p in setting.networks()[turn].named_parameters()}
+
+
+def run_turn(setting, batch, turn, step=0):
     """As the trainer does it: only the turn's own parameters require gradients."""
-    for name, network in method.networks().items():
+    for name, network in setting.networks().items():
         network.requires_grad_(name == turn)
         network.zero_grad(set_to_none=True)
-    loss, numbers = method.loss(turn, batch, step)
+    loss, numbers = setting.loss(turn, batch, step)
     loss.backward()
     return {
-        name: {k: p.grad for k, p in n.named_parameters()} for name, n in method.networks().items()
+        name: {k: p.grad for k, p in n.named_parameters()} for name, n in setting.networks().items()
     }, numbers

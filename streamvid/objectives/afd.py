@@ -215,7 +215,9 @@ class AFD(Objective):
         stream: Any,
         seed: int,
     ) -> dict[str, nn.Module]:
-        """The discriminator: a copy of the student that reads whole clips."""
+        """The discriminator, where none is given: a copy of the student that reads whole clips."""
+        if "discriminator" in networks:
+            return {}
         return {
             "discriminator": VideoDiscriminator(
                 copy.deepcopy(networks["student"]),

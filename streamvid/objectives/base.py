@@ -141,7 +141,7 @@ class Objective:
         """Networks for clips that only this objective has.
 
         Args:
-            networks: "student", and "fake_score" where there is one.
+            networks: "student", and "fake_score" and a given "discriminator" where there are such.
             latent_shape: (C, h, w).
             stream: a ``rollout.schedule.StreamConfig``, how the student is streamed.
             seed: of their first weights.

@@ -214,10 +214,10 @@ class VideoSetting:
         if self.rollout.fake_knows_steps and "fake_score" in self.trained:
             labels = self.num_steps * (self.num_steps + 1) // 2
             add_step_labels(self.trained["fake_score"], labels)
-        self.trained |= objective.new_networks(self.trained, self.latent_shape, stream, seed)
         if discriminator is not None:
             self.trained["discriminator"] = discriminator
-        elif "discriminator" in names and "discriminator" not in self.trained:
+        self.trained |= objective.new_networks(self.trained, self.latent_shape, stream, seed)
+        if "discriminator" in names and "discriminator" not in self.trained:
             self.trained["discriminator"] = self._new_heads()
         self.copies = {
             name: copy.deepcopy(student).requires_grad_(False).eval()
