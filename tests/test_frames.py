@@ -209,7 +209,7 @@ def test_of_a_long_clip_only_the_beginning_is_read(tmp_path, monkeypatch):
     assert len(seen) == 4
 
 
-# ---- upright, square, in the right colours -------------------------------------------------------------------
+# ---- upright, square, in the right colours -------------------------------------------------------
 
 
 def ffmpeg(*arguments):
@@ -342,7 +342,7 @@ def test_a_gif_with_holes_and_an_animated_webp_are_read(tmp_path):
         ]
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 
 def damaged(path, content):

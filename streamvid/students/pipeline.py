@@ -157,7 +157,7 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         elif value:
             self._num_stops += 1
 
-    # ---- folders ----
+    # ---- folders ---------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -287,7 +287,7 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             _cast(self.transformer, dtype)
         return self
 
-    # ---- adapters ----
+    # ---- adapters --------------------------------------------------------------------------------
 
     def load_lora_weights(
         self,
@@ -348,7 +348,7 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             )
         log.info("loaded %d layers of %s as %s", loaded, name, added)
 
-    # ---- clips and streams ----
+    # ---- clips and streams -----------------------------------------------------------------------
 
     def __call__(
         self,
@@ -568,7 +568,7 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return after_x0
 
 
-# ---- parts ----
+# ---- parts ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ class Session:
         self._uncommitted: Iterator[ChunkResult] | None = None  # its next step is the commit
         self._closed = False
 
-    # ---- the stream ----
+    # ---- the stream ------------------------------------------------------------------------------
 
     @property
     def index(self) -> int:
@@ -254,7 +254,7 @@ class Session:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    # ---- steering ----
+    # ---- steering --------------------------------------------------------------------------------
 
     def switch_prompt(
         self,
@@ -331,7 +331,7 @@ class Session:
         """What has happened so far. It lives on after ``close``."""
         return self._script
 
-    # ---- keeping ----
+    # ---- keeping ---------------------------------------------------------------------------------
 
     def branch(self) -> Session:
         """Another session that goes on from here by itself. The two share memory, not fate."""
@@ -425,7 +425,7 @@ class Session:
         self._queued = facts["queued"] and build_config(Change, facts["queued"])
         self._rate = facts["rate"] and RateHolder(**facts["rate"])
 
-    # ---- parts ----
+    # ---- parts -----------------------------------------------------------------------------------
 
     def _open_state(self) -> StreamState:
         state = self._state

@@ -56,9 +56,10 @@ class Method(Protocol):
     - `choices(turn: str, step: int) -> Hashable`: what of the random choices of a turn its cost
       depends on, None if nothing; the dry run measures steps of equal choices once, and of a method
       without it each step by itself;
-    - `frozen() -> dict[str, Module]`: networks that it holds and does not train, such as a teacher's;
-      where networks are divided among processes, these are too;
-    - `set_progress(progress: float) -> None`, called before each step: how far the run is, in [0, 1];
+    - `frozen() -> dict[str, Module]`: networks that it holds and does not train, such as a
+      teacher's; where networks are divided among processes, these are too;
+    - `set_progress(progress: float) -> None`, called before each step: how far the run is, in
+      [0, 1];
     - `extra_state() -> dict[str, Tensor]`: live tensors besides the networks that change in
       training, such as a reference policy that follows the student; they are saved in checkpoints
       and restored in place.

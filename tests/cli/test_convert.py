@@ -124,7 +124,7 @@ def test_which_and_lora_are_used(model, checkpoint, tmp_path, capsys):
     assert "merged: lora.pt (1 updates)" in (tmp_path / "student" / "README.md").read_text()
 
 
-# ---- how each is streamed -----------------------------------------------------------------------------
+# ---- how each is streamed ------------------------------------------------------------------------
 
 
 def stream_of(family) -> StreamConfig:
@@ -203,7 +203,7 @@ def test_every_family_streams(family, model, checkpoint, tmp_path, capsys):
     )
 
 
-# ---- mistakes -----------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 def refused(capsys, tmp_path, match, *argv):

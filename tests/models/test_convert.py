@@ -94,7 +94,7 @@ def assert_same_weights(one, other) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-# ---- names --------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_wrappings_come_off(wrapped):
     assert bare_name(wrapped) == "blocks.0.ffn.0.weight"
 
 
-# ---- files --------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def prefixed(tensors, prefix):
@@ -304,7 +304,7 @@ def test_what_opens_is_the_model_that_was_saved(model, original, tmp_path):
         torch.testing.assert_close(opened, theirs(*inputs).sample, rtol=1e-4, atol=1e-4)
 
 
-# ---- what is wrong with a file ------------------------------------------------------------------------
+# ---- what is wrong with a file -------------------------------------------------------------------
 
 
 class Code:
@@ -478,7 +478,7 @@ def test_what_is_wrong_in_the_layout_of_diffusers_is_named_as_there(model, tmp_p
         open_original(tmp_path / "wan")
 
 
-# ---- LoRA ---------------------------------------------------------------------------------------------
+# ---- LoRA ----------------------------------------------------------------------------------------
 
 
 def updates(original, rank=4) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -285,7 +285,7 @@ def test_a_teacher_stands_on_the_students_weights():
             share_weights(other, student)
 
 
-# ---- whole runs ---------------------------------------------------------------------------------------
+# ---- whole runs ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

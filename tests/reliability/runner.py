@@ -213,7 +213,7 @@ def _limit_of(pid: int, waited_s: float) -> str:
     return ""
 
 
-# ---- verdicts -----------------------------------------------------------------------------------------
+# ---- verdicts ------------------------------------------------------------------------------------
 
 
 def decent(outcome: Outcome) -> None:
@@ -260,7 +260,7 @@ def worked_or_refused(outcome: Outcome, *files: Path) -> None:
     worked(outcome, *files) if outcome.code == 0 else refused(outcome)
 
 
-# ---- running ------------------------------------------------------------------------------------------
+# ---- running -------------------------------------------------------------------------------------
 
 
 def import_everything() -> None:

@@ -61,7 +61,7 @@ SCHEDULES = {
 }
 
 
-# ---- gradient -----------------------------------------------------------------------------------------
+# ---- gradient ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("commit", ["clean", "reuse"])
@@ -160,7 +160,7 @@ def test_grad_mode_is_the_consumers_and_is_left_alone(student, prompts):
         assert torch.is_grad_enabled()
 
 
-# ---- values -------------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -324,7 +324,7 @@ def test_states_are_float32_whatever_the_student_returns(student, prompts):
     assert all(r.latents.dtype == torch.float32 for r in results)
 
 
-# ---- errors -------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def clip(pipe, **changes):
     return pipe(PROMPT, **{**SHORT, "generator": 0, "output_type": "pt", **changes}).frames
 
 
-# ---- clips ----------------------------------------------------------------------------------------------
+# ---- clips ---------------------------------------------------------------------------------------
 
 
 def test_a_seed_gives_the_clip_of_the_sampler_bit_for_bit(shipped, student):
@@ -210,7 +210,7 @@ def test_steps_are_the_student_s_own_or_those_asked_for(pipe):
     assert counted == [4, 2, 6]  # in two chunks
 
 
-# ---- callbacks ------------------------------------------------------------------------------------------
+# ---- callbacks -----------------------------------------------------------------------------------
 
 
 def test_the_callback_sees_each_step_of_each_chunk(pipe):
@@ -327,7 +327,7 @@ def test_a_callback_of_diffusers_brings_its_own_inputs(pipe):
     assert count.steps == 4
 
 
-# ---- mistakes -------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_mistakes_are_one_line_before_anything_runs(pipe, changes, message):
             pipe.stream(**arguments)  # at once, not with the first chunk
 
 
-# ---- folders --------------------------------------------------------------------------------------------
+# ---- folders -------------------------------------------------------------------------------------
 
 
 def test_a_student_folder_opens_as_a_pipeline_and_its_transformer_in_diffusers(
@@ -480,7 +480,7 @@ def test_a_precision_is_that_of_the_transformer_however_it_is_asked_for(folder, 
     assert clip(pipe).isfinite().all()
 
 
-# ---- adapters -------------------------------------------------------------------------------------------
+# ---- adapters ------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def assert_latents(chunks, latents):
     ] * len(chunks)
 
 
-# ---- unsteered ----
+# ---- unsteered -----------------------------------------------------------------------------------
 
 
 def test_a_stream_that_nobody_steers_is_the_samplers(student):
@@ -168,7 +168,7 @@ def test_a_pipelines_session_is_its_stream(plain):
         StreamVidPipeline(plain.transformer, plain.codec).session(A, **SIZE)
 
 
-# ---- what is steered ----
+# ---- what is steered -----------------------------------------------------------------------------
 
 
 def test_a_cut_gives_later_passes_the_new_prompt_and_nothing_else(student):
@@ -354,7 +354,7 @@ def test_of_two_changes_in_one_chunk_the_later_wins(plain):
     assert session.script.changes == (Change(0, B, "cut", seed=4, steps=3),)
 
 
-# ---- what is kept ----
+# ---- what is kept --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["none", *MODES])
@@ -441,7 +441,7 @@ def test_a_branch_goes_on_by_itself(plain):
     assert not session.script.changes and len(branch.script.changes) == 1
 
 
-# ---- scripts ----
+# ---- scripts -------------------------------------------------------------------------------------
 
 
 def steered(student):
@@ -522,7 +522,7 @@ def test_the_shipped_scripts_open():
     assert len(scripts) >= 2 and all(script.changes for script in scripts.values())
 
 
-# ---- from frames ----
+# ---- from frames ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -578,7 +578,7 @@ def test_a_single_image_is_refused_unless_a_chunk_is_one_latent_frame(plain, cli
         begin(plain, start=clip[..., :16])
 
 
-# ---- rates ----
+# ---- rates ---------------------------------------------------------------------------------------
 
 
 def test_the_most_steps_that_hold_the_rate_are_chosen():
@@ -623,7 +623,7 @@ def test_a_held_rate_is_in_the_script(slow):
     assert_same(list(play_script(slow, session.script)), chunks)
 
 
-# ---- ends and failures ----
+# ---- ends and failures ---------------------------------------------------------------------------
 
 
 def test_a_closed_session_says_so_and_holds_nothing(plain):

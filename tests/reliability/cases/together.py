@@ -124,7 +124,7 @@ def read_while_replaced(place: Place) -> None:
         worked(outcome)
 
 
-# ---- variables ----------------------------------------------------------------------------------------
+# ---- variables -----------------------------------------------------------------------------------
 
 
 def with_variables(place: Place, variables: dict[str, str | None]) -> None:
@@ -145,7 +145,7 @@ def unset(place: Place, override: str) -> None:
     refused(place.run("train", *command(place, override)))
 
 
-# ---- threads ------------------------------------------------------------------------------------------
+# ---- threads -------------------------------------------------------------------------------------
 
 
 def in_threads(place: Place, body: str) -> None:
