@@ -26,7 +26,8 @@ KILLED = """
 import os, signal, sys
 from streamvid.files import atomic_file, atomic_folder
 from pathlib import Path
-with atomic_file(sys.argv[1] + "/clip.mp4") as file, atomic_folder(sys.argv[1] + "/pictures") as folder:
+place = sys.argv[1]
+with atomic_file(place + "/clip.mp4") as file, atomic_folder(place + "/pictures") as folder:
     file.write_text("half"), (folder / "a.png").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """

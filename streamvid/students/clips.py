@@ -95,7 +95,7 @@ def export_clip(
     chunks = itertools.chain([next(chunks)], chunks)
     with writer, tqdm(total=num_frames, unit="frame", desc=printable(path)) as bar:
         try:
-            for num_chunks, chunk in enumerate(chunks, 1):
+            for num_chunks, chunk in enumerate(chunks, 1):  # noqa: B007 (read below)
                 first_frame_s = first_frame_s or time.perf_counter() - started
                 writer.append(chunk.frames[0])
                 bar.update(chunk.frames.shape[1])

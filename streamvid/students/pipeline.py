@@ -9,13 +9,13 @@ What a diffusers user knows works as in a `WanPipeline`: `.to`, `save_pretrained
 the noise of a stream is keyed, not drawn in a row, and its clips are made a chunk at a time:
 
 - a generator stands for the seed that it was made with; asked twice, it gives the same clip twice.
-  `generator=7` is the clip of `streamvid sample --seed 7`, bit for bit, and the i-th video of a call
-  has the seed 7 + i;
+  `generator=7` is the clip of `streamvid sample --seed 7`, bit for bit, and the i-th video of a
+  call has the seed 7 + i;
 - the callback gets the chunk that is being denoised, as the data prediction of the step, and may
   return another one;
 - there is no scheduler: when which chunk is denoised is in `stream_config.json`.
 
-The loop is `rollout.sampler.stream`. A folder of `serving.student` opens as a pipeline, and the
+The loop is `rollout.sampler.stream`. A folder of `students.folder` opens as a pipeline, and the
 other way round. Shapes: B videos, C channels, T frames, H W pixels; f latent frames a chunk, h w
 latent size.
 """

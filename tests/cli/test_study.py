@@ -14,10 +14,14 @@ num_frames: 33
 long_times: 1
 long_prompts: 1
 variants:
-  start: {{student: {root}/streamvid/assets/start, deploy: {{1 step: {{num_steps: 1}}}}, curves: {{start: []}}}}
+  start:
+    student: {root}/streamvid/assets/start
+    deploy: {{1 step: {{num_steps: 1}}}}
+    curves: {{start: []}}
   dmd:
     run: {root}/configs/run/tiny_dmd.yaml
-    overrides: [train.max_steps=1, train.batch_size=1, data.num_prompts=2, options.student_start_step=0]
+    overrides:
+      [train.max_steps=1, train.batch_size=1, data.num_prompts=2, options.student_start_step=0]
     deploy: {{1 step: {{num_steps: 1, first_steps: none}}, 2 steps: {{num_steps: 2}}}}
     long: [1 step, 2 steps]
     judge: 4
@@ -99,7 +103,8 @@ def test_a_training_may_start_from_anothers_student(small, tmp_path, capsys):
   more:
     run: {ROOT}/configs/run/tiny_dmd.yaml
     after: dmd
-    overrides: [train.max_steps=1, train.batch_size=1, data.num_prompts=2, options.student_start_step=0]
+    overrides:
+      [train.max_steps=1, train.batch_size=1, data.num_prompts=2, options.student_start_step=0]
 """)
     assert study.main(arguments_of(small, tmp_path, "--only", "more")) == 0
     done = [

@@ -213,7 +213,7 @@ def test_the_length_is_the_tokenizers_but_at_most_wans():
     assert PromptEncoder(make_tokenizer(4096), make_text_encoder()).max_length == 512
 
 
-# Folders ------------------------------------------------------------------------------------------------
+# ---- Folders -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -333,7 +333,7 @@ def test_weights_of_another_size_are_found_when_they_are_loaded(folder):
     assert "\n" not in str(caught.value)
 
 
-# Code in a folder ---------------------------------------------------------------------------------------
+# ---- Code in a folder ----------------------------------------------------------------------------
 
 
 def bring_code(folder, part, file, **values):

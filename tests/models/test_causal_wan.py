@@ -81,7 +81,7 @@ def stream(
     return torch.cat(outputs, dim=2)
 
 
-# Numbers of an independent implementation ---------------------------------------------------------------
+# ---- Numbers of an independent implementation ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_frame_timesteps_equal_token_timesteps_of_diffusers(student, reference):
     torch.testing.assert_close(student(latents, timestep, text).sample, expected, atol=1e-5, rtol=0)
 
 
-# Causality ----------------------------------------------------------------------------------------------
+# ---- Causality -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -238,7 +238,7 @@ def test_joint_frames_see_each_other(student):
     assert not torch.equal(*first)
 
 
-# The cache under passes, gradients and long streams -----------------------------------------------------
+# ---- The cache under passes, gradients and long streams ------------------------------------------
 
 
 def stored(cache: StreamKVCache) -> list[torch.Tensor]:
@@ -393,7 +393,7 @@ def frames_kv(student: CausalWanTransformer3DModel, frames: int, seed: int) -> t
     return tuple((draw(), draw()) for _ in range(config.num_layers))
 
 
-# Folders, precision, compilation, errors ----------------------------------------------------------------
+# ---- Folders, precision, compilation, errors -----------------------------------------------------
 
 
 class Warnings(logging.Handler):

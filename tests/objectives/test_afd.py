@@ -58,7 +58,7 @@ def number_batch(keys, mean=2.0):
     }
 
 
-# Turns and rollouts -------------------------------------------------------------------------------------
+# ---- Turns and rollouts --------------------------------------------------------------------------
 
 
 def test_the_discriminator_is_first_and_warms_up_alone():
@@ -127,7 +127,7 @@ def test_times_are_the_streams_and_the_same_for_all_samples():
     assert any(a != b for a, b in draws)
 
 
-# Noised chunks ------------------------------------------------------------------------------------------
+# ---- Noised chunks -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -164,7 +164,7 @@ def test_networks_asked_with_one_noise_see_one_state():
     )
 
 
-# The update ---------------------------------------------------------------------------------------------
+# ---- The update ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shared_noise", [True, False])
@@ -202,7 +202,7 @@ def test_away_from_the_old_policy_it_is_pulled_back():
         student.proj_out.weight.add_(0.05 * noise(*student.proj_out.weight.shape))
     optimizer = torch.optim.Adam(student.parameters(), 1e-3)
     gaps = []
-    for step in range(25):
+    for _ in range(25):
         loss, numbers = method.loss("student", wan_batch(), 0)
         optimizer.zero_grad()
         loss.backward()
@@ -396,7 +396,7 @@ def test_advantages_of_tokens_say_the_same_with_less_noise():
     assert slopes["token"].var() < slopes["clip"].var() / 4
 
 
-# Errors -------------------------------------------------------------------------------------------------
+# ---- Errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def step_with(method, turn, n):
     return next(step for step, draw in draws if draw.num_steps == n and draw.exit_index == n - 1)
 
 
-# Decisions ----------------------------------------------------------------------------------------------
+# ---- Decisions -----------------------------------------------------------------------------------
 
 
 def test_the_discriminator_plays_before_the_student():
@@ -101,7 +101,7 @@ def test_the_first_chunk_has_an_exit_of_its_own(turn, numbers):
     assert later == (everything if turn == "student" else {(n, n - 1) for n in numbers})
 
 
-# What the fake score is told ------------------------------------------------------------------------------
+# ---- What the fake score is told -----------------------------------------------------------------
 
 
 def test_each_step_of_each_number_of_steps_has_a_label_of_its_own():
@@ -136,7 +136,7 @@ def test_the_fake_score_learns_its_labels_and_the_discriminator_is_not_told():
     )
 
 
-# Rollouts -----------------------------------------------------------------------------------------------
+# ---- Rollouts ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_the_better_clip_carries_no_gradient():
     assert sum(not grad for _, grad in student.calls) == 3 + 9
 
 
-# Who learns ---------------------------------------------------------------------------------------------
+# ---- Who learns ----------------------------------------------------------------------------------
 
 
 def test_each_turn_trains_its_own_network():
@@ -254,7 +254,7 @@ def test_real_clips_are_what_the_most_steps_are_compared_with():
         method.loss("student", batch, 0)
 
 
-# What the discriminator finds ---------------------------------------------------------------------------
+# ---- What the discriminator finds ----------------------------------------------------------------
 
 
 class SlopeOfMean(nn.Module):
@@ -341,7 +341,7 @@ def test_a_penalty_flattens_the_logit():
     assert 0 < slopes[1] < 0.6 * slopes[0]
 
 
-# Errors -------------------------------------------------------------------------------------------------
+# ---- Errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

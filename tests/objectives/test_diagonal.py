@@ -68,7 +68,7 @@ def clip_student(seed=0):
     return ClipStudent(noise(len(KEYS), 1, FRAMES, 1, 1, seed=seed))
 
 
-# The flow term ------------------------------------------------------------------------------------------
+# ---- The flow term -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["even", "growing"])
@@ -124,7 +124,7 @@ def test_growing_weights_have_mean_one_and_grow():
     assert (frame_weights("even", noise(3, 2, 6, 4, 4)) == 1).all()
 
 
-# The learned feature ------------------------------------------------------------------------------------
+# ---- The learned feature -------------------------------------------------------------------------
 
 
 def test_a_learned_feature_begins_as_the_difference():
@@ -158,7 +158,7 @@ def test_the_feature_keeps_the_shape_of_what_moves():
     assert torch.equal(feature(moving), moving) and feature.predict(moving).shape == moving.shape
 
 
-# Diagonal denoising and forcing -------------------------------------------------------------------------
+# ---- Diagonal denoising and forcing --------------------------------------------------------------
 
 
 def test_a_clip_takes_seventeen_forwards_where_four_steps_and_clean_context_take_thirty_five():
@@ -257,7 +257,7 @@ def test_training_rolls_out_what_will_be_streamed():
     assert torch.equal(x, streamed)
 
 
-# Errors -------------------------------------------------------------------------------------------------
+# ---- Errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

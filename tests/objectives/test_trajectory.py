@@ -162,7 +162,7 @@ def test_states_are_selected_a_chunk():
     torch.testing.assert_close(chosen, torch.tensor([[0.0, 0.1, 2.2, 2.3], [1.0, 1.1, 1.2, 1.3]]))
 
 
-# Solving ------------------------------------------------------------------------------------------------
+# ---- Solving -------------------------------------------------------------------------------------
 
 
 def solve(times=TIMES, steps=100, guidance_scale=1.0, prompt="", seeds=(3, 4), teacher=None):

@@ -22,7 +22,8 @@ components: {parts}/teacher
 options: {{num_chunks: 2, student_start_step: 0, fake_updates_per_student: 1}}
 data: {{num_prompts: 2}}
 latent_size: [2, 2]
-stream: {{num_steps: 1, shift: 8.0, chunk_frames: 1, window_frames: 9, positions: window, max_trained_frames: 9}}
+stream: {{num_steps: 1, shift: 8.0, chunk_frames: 1, window_frames: 9, positions: window,
+  max_trained_frames: 9}}
 """
 FLOW = """
 method: flow_matching
@@ -37,7 +38,8 @@ student: {{path: {parts}/start}}
 components: {parts}/teacher
 options: {{mode: teacher_forcing, chunk_frames: 1, shift: 8.0}}
 data: {{kind: latents, path: {parts}/latents.safetensors}}
-stream: {{num_steps: 1, shift: 8.0, chunk_frames: 1, window_frames: 9, positions: window, max_trained_frames: 9}}
+stream: {{num_steps: 1, shift: 8.0, chunk_frames: 1, window_frames: 9, positions: window,
+  max_trained_frames: 9}}
 """
 SIZES = dict(
     patch_size=(1, 2, 2),

@@ -208,7 +208,7 @@ def test_another_codec_of_the_same_latents_can_stand_in(tmp_path):
         load_student(TINY_STUDENT, codec=tmp_path / "nowhere")
 
 
-# What is asked for in place of a student's own configuration -----------------------------------
+# ---- What is asked for in place of a student's own configuration ---------------------------------
 
 
 def test_asked_steps_win_over_a_step_table():

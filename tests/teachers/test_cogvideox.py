@@ -188,7 +188,7 @@ def test_half_precision_stays_close(cogvideox):
     )
 
 
-# As a teacher of a student ------------------------------------------------------------------------------
+# ---- As a teacher of a student -------------------------------------------------------------------
 
 
 def dmd_of(folder, cls=DMD, config=None):
@@ -290,7 +290,7 @@ def test_what_reads_inside_a_wan_transformer_refuses_this_one(cogvideox):
         adapt(teacher.transformer, LoraConfig(rank=2, targets=("to_q",)))
 
 
-# Bad input ----------------------------------------------------------------------------------------------
+# ---- Bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

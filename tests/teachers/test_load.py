@@ -96,7 +96,7 @@ def test_an_option_that_a_family_lacks_is_named(cogvideox):
         open_teacher(cogvideox("2b"), offload=True)
 
 
-# In a run -----------------------------------------------------------------------------------------------
+# ---- In a run ------------------------------------------------------------------------------------
 
 
 def teacher_of_a_run(folder, components, **settings):

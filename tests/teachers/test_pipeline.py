@@ -120,7 +120,7 @@ def test_a_damaged_folder_is_one_clear_line(wan, tmp_path, message):
     assert "\n" not in str(caught.value)
 
 
-# Code in a folder ---------------------------------------------------------------------------------------
+# ---- Code in a folder ----------------------------------------------------------------------------
 
 
 def write_code(folder, name):

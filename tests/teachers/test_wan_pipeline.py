@@ -98,7 +98,7 @@ def test_the_shift_of_the_folder_gives_the_pipelines_times(wan):
     assert (from_rollout(teacher, teacher.step_times(4), embeds) - expected).abs().max() > 1e-3
 
 
-# Experts ------------------------------------------------------------------------------------------------
+# ---- Experts -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_experts_that_do_not_belong_together_are_refused(experts):
         WanTeacher(experts.transformer, None, 3.0, transformer_2=experts.transformer_2)
 
 
-# First frames -------------------------------------------------------------------------------------------
+# ---- First frames --------------------------------------------------------------------------------
 
 
 def image_of(codec):
