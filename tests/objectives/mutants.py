@@ -292,8 +292,8 @@ MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
     (
         "tangent_along_the_wrong_way",
         FLOWMAP,
-        "total_derivative(u, x_t, t, s, v, step.tangent)",
-        "total_derivative(u, x_t, t, s, -v, step.tangent)",
+        "total_derivative(u, x_t, t, s, v, step.tangent, step.difference)",
+        "total_derivative(u, x_t, t, s, -v, step.tangent, step.difference)",
         of("scm"),
     ),
     (
