@@ -26,6 +26,9 @@ COMMANDS = {
     "convert": "convert",
     "trajectories": "trajectories",
     "toy2d": "toy2d",
+    "objectives": "objectives",
+    "serve": "serve",
+    "demo": "demo",
     "gpu-check": "gpu_check",
 }
 """Names of commands, and their modules in `streamvid.cli`."""

@@ -48,6 +48,7 @@ def find_objective(name: str) -> type[Objective]:
     known = all_objectives()
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"objective={name} is not one of {', '.join(known)}{hint}")
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    raise ValueError(
+        f"objective={name} is unknown, did you mean {nearest}? `streamvid toy2d --list` names all"
+    )

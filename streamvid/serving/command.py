@@ -2,7 +2,7 @@
 
     streamvid-demo
     streamvid-serve --student runs/tiny_dmd/student --port 8000
-    streamvid-serve --student STUDENT --size 480 832 --host 0.0.0.0 --token-file token.txt
+    streamvid-serve --student STUDENT --size 480x832 --host 0.0.0.0 --token-file token.txt
 
 Only this machine can reach the server, unless --host says otherwise, which demands a token. Ctrl-C
 and SIGTERM end streams cleanly and finish recordings.
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from streamvid.command_line import Parser, run_tool, say
+from streamvid.command_line import Parser, run_tool, say, sides
 
 TOKEN_VARIABLE = "STREAMVID_TOKEN"
 SHORTEST_TOKEN = 16
@@ -30,16 +30,22 @@ EXAMPLE_SEEDS = range(100, 124)
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The options of ``streamvid-serve`` and ``streamvid-demo``."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "serve")
     parser.add_argument("--student", help="a student folder; by default the shipped student")
     parser.add_argument(
         "--components",
         help="folder of vae/, text_encoder/ and tokenizer/, if the student's lacks them",
     )
     parser.add_argument("--codec", help="another codec of the same latents")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default auto)")
+    parser.add_device()
     parser.add_argument("--dtype", choices=("float32", "bf16"), default="float32")
-    parser.add_argument("--size", type=int, nargs=2, default=(64, 64), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument(
+        "--size",
+        type=sides("HxW"),
+        default=(64, 64),
+        metavar="HxW",
+        help="height and width in pixels (default 64x64)",
+    )
     parser.add_argument("--fps", type=float, default=16.0, help="of playback (default 16)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (loopback)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes any free one")

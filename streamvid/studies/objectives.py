@@ -8,11 +8,12 @@ has one is not run again.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ from streamvid.training.trainer import TrainingError
 NUM_FRAMES = 33
 SHIFT = 8.0
 GUIDANCE = 2.0
-START = "streamvid/assets/start"
 NETWORKS = ("fake_score", "discriminator", "motion")
 RATE = 5e-4  # of the networks beside the student
 ATTRIBUTES = ("colour", "shape", "direction", "speed", "physics", "overall")
@@ -174,8 +174,6 @@ def score(job: Job, student: Student) -> dict[str, float]:
 
 def score_start(jobs: Sequence[Job], start: Path) -> dict[str, dict[str, float]]:
     """The start streamed in every way that an objective streams its student, by ``way_of``."""
-    from dataclasses import replace
-
     found: dict[str, dict[str, float]] = {}
     student = load_student(start)
     for job in jobs:
@@ -251,10 +249,8 @@ def table(results: Sequence[dict[str, Any]], start: dict[str, dict[str, float]])
     return reports.markdown(lines)
 
 
-def remove_runs(jobs: Sequence[Job]) -> None:
+def remove_checkpoints(jobs: Sequence[Job]) -> None:
     """Give up the checkpoints of finished jobs, which would be some gigabytes."""
-    import shutil
-
     for job in jobs:
         if job.result_file.exists():
             with suppress(OSError):
