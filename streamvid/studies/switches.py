@@ -44,7 +44,7 @@ from streamvid.data.world import (
     direction_of,
     sample_spec,
 )
-from streamvid.evaluation.report import environment
+from streamvid.reports import environment
 from streamvid.evaluation.tracking import Estimate, TrackedBody, parse
 from streamvid.evaluation.world_score import score_estimate
 from streamvid.files import atomic_file
