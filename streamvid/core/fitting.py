@@ -47,30 +47,21 @@ Weighting = Literal["v", "x0", "eps", "edm", "dmd2_edm", "swiftbrush"]
 def loss_weight(kind: Weighting, t: Number, sigma_data: float = 0.5) -> Number:
     """The weight on the squared error of the velocity that makes it the loss that others write.
 
-        "v"            1                                flow matching
-        "x0", "eps"    t^2, (1 - t)^2                   mean squared error of x0, of eps
-        "edm"          (t^2 + (1 - t)^2 sd^2) / sd^2    EDM, (sigma^2 + sd^2) / (sigma sd)^2 on x0
-        "dmd2_edm"     (1 - t)^2 + t^2 / sd^2           DMD2's fake score, 1/sigma^2 + 1/sd^2 on x0
-        "swiftbrush"   (1 - t)^4 / (t^2 + (1 - t)^2)    SwiftBrush's, alpha^2 on eps
-        =============  ===============================  ================================================
+    ============  =============================  ==============================================
+    "v"           1                              flow matching
+    "x0", "eps"   t^2, (1 - t)^2                 mean squared error of x0, of eps
+    "edm"         (t^2 + (1 - t)^2 sd^2) / sd^2  EDM's, (sigma^2 + sd^2) / (sigma sd)^2 on x0:
+                                                 arXiv 2206.00364
+    "dmd2_edm"    (1 - t)^2 + t^2 / sd^2         DMD2's fake score, 1/sigma^2 + 1/sd^2 on x0:
+                                                 arXiv 2405.14867
+    "swiftbrush"  (1 - t)^4 / (t^2 + (1 - t)^2)  SwiftBrush's, alpha^2 on eps: arXiv 2312.05239
+    ============  =============================  ==============================================
 
-        Sources: EDM, arXiv 2206.00364; DMD2, 2405.14867; SwiftBrush, 2312.05239.
-    =======
-        ============  =============================  ==================================================
-        "v"           1                              flow matching
-        "x0", "eps"   t^2, (1 - t)^2                 mean squared error of x0, of eps
-        "edm"         (t^2 + (1 - t)^2 sd^2) / sd^2  EDM's, (sigma^2 + sd^2) / (sigma sd)^2 on x0:
-                                                     arXiv 2206.00364
-        "dmd2_edm"    (1 - t)^2 + t^2 / sd^2         DMD2's fake score, 1/sigma^2 + 1/sd^2 on x0:
-                                                     arXiv 2405.14867
-        "swiftbrush"  (1 - t)^4 / (t^2 + (1 - t)^2)  SwiftBrush's, alpha^2 on eps: arXiv 2312.05239
-        ============  =============================  ==================================================
+    Args:
+        sigma_data: sd, the deviation of the data that EDM assumes.
 
-        Args:
-            sigma_data: sd, the deviation of the data that EDM assumes.
-
-        Raises:
-            ValueError: on another kind.
+    Raises:
+        ValueError: on another kind.
     """
     if kind not in _WEIGHTS:
         raise ValueError(f"kind={kind!r}, expected one of {tuple(_WEIGHTS)}")
