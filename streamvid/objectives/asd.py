@@ -112,6 +112,10 @@ class ASD(DMD):
             raise ValueError(f"penalty_sigma={self.penalty_sigma}, expected a positive number")
 
     @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"score", "clips"} if self.real_clips else {"score"})
+
+    @property
     def feature_layers(self) -> Sequence[int] | None:
         return self.layers
 

@@ -4,46 +4,44 @@ streaming does.
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
-from streamvid.methods.diagonal import Config, Diagonal, Method, MotionFeature, frame_weights
-from streamvid.methods.matching import Decision
 from torch import nn
 
 from streamvid.core.inject import dmd_gradient
 from streamvid.core.process import x0_from_v
-from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.objectives.base import Exit
+from streamvid.objectives.diagonal import Diagonal, MotionFeature, frame_weights
 from streamvid.rollout.sampler import generate_latents
 from streamvid.rollout.schedule import StreamConfig, build_schedule, cost_of
 from streamvid.seeding import key_to_seed
-from streamvid.teachers.wan import WanTeacher
+from tests import fakes
 from tests.fakes import (
-    TINY_WAN,
+    ONE_STEP,
     Ar1Student,
     ClipStudent,
     ScoreOf,
+    ar1_setting,
     ar1_teacher,
+    gradients,
     noise,
     prompt_batch,
+    rolled_out,
+    wan_batch,
 )
 
 FRAMES = 4
-ONE_STEP = StreamConfig(num_steps=1, chunk_frames=1)
 TABLE = ((1.0, 0.9, 0.8, 0.6), (1.0, 0.9, 0.6), (1.0, 0.6))
 DIAGONAL = StreamConfig(step_table=TABLE, chunk_frames=1, commit="reuse")
 KEYS = range(5)
 
 
-def gaussian_method(student, fake, stream=ONE_STEP, **config):
-    options = {"num_chunks": FRAMES, "guidance_scale": 1.0, **config}
-    return Diagonal(
-        Config(**options), student, ar1_teacher(0.8, FRAMES), stream, (1, 1, 1), fake_score=fake
-    )
+def gaussian_setting(student, fake, stream=ONE_STEP, rollout=None, **options):
+    return ar1_setting("diagonal", student, fake, stream, rollout, FRAMES, **options)
 
 
-def student_gradient(method, turn="student"):
-    network = method.networks()[turn]
+def student_gradient(setting, turn="student"):
+    network = setting.networks()[turn]
     network.zero_grad(set_to_none=True)
-    loss, numbers = method.loss(turn, prompt_batch(method.teacher, KEYS), 0)
+    loss, numbers = setting.loss(turn, prompt_batch(setting.teacher, KEYS), 0)
     loss.backward()
     return [p.grad.clone() for p in network.parameters() if p.grad is not None], numbers
 
@@ -68,7 +66,7 @@ def clip_student(seed=0):
     return ClipStudent(noise(len(KEYS), 1, FRAMES, 1, 1, seed=seed))
 
 
-# ---- The flow term -------------------------------------------------------------------------------
+# ---- the flow term
 
 
 @pytest.mark.parametrize("kind", ["even", "growing"])
@@ -76,15 +74,15 @@ def test_the_flow_gradient_is_the_transposed_difference_of_the_weighted_motion_g
     """In the released code it is zero, for want of a graph."""
     student, fake = clip_student(), ScoreOf(ar1_teacher(0.1, FRAMES))
     (with_flow,), numbers = student_gradient(
-        gaussian_method(student, fake, motion_weight=0.7, frame_weights=kind)
+        gaussian_setting(student, fake, motion_weight=0.7, frame_weights=kind)
     )
-    method = gaussian_method(student, fake, motion_weight=0.0)
-    (without,), _ = student_gradient(method)
-    (x_t, t), cond = fake.inputs[-1], prompt_batch(method.teacher, KEYS)["cond"]
+    setting = gaussian_setting(student, fake, motion_weight=0.0)
+    (without,), _ = student_gradient(setting)
+    (x_t, t), cond = fake.inputs[-1], prompt_batch(setting.teacher, KEYS)["cond"]
     moving = student.clip.detach().diff(dim=2)
     fake_moves, real_moves = (
         x0_from_v(x_t, s.predict(x_t, t, cond), t).diff(dim=2)
-        for s in (fake.teacher, method.teacher)
+        for s in (fake.teacher, setting.teacher)
     )
     g = (
         dmd_gradient(moving, fake_moves, real_moves)
@@ -101,10 +99,10 @@ def test_an_offset_that_is_the_same_in_all_frames_is_no_motion():
     steady, moving = torch.full((1, 1, 1, 1, 1), 0.5), 0.5 * noise(1, 1, FRAMES, 1, 1)
     for offset, alike in ((steady, True), (moving, False)):
         (with_flow,), _ = student_gradient(
-            gaussian_method(clip_student(), Offset(offset), motion_weight=1.0)
+            gaussian_setting(clip_student(), Offset(offset), motion_weight=1.0)
         )
         (without,), _ = student_gradient(
-            gaussian_method(clip_student(), Offset(offset), motion_weight=0.0)
+            gaussian_setting(clip_student(), Offset(offset), motion_weight=0.0)
         )
         assert torch.allclose(with_flow, without, atol=1e-5) is alike
         assert without.abs().max() > 1e-3
@@ -112,7 +110,7 @@ def test_an_offset_that_is_the_same_in_all_frames_is_no_motion():
 
 def test_equal_scores_leave_the_student_exactly_where_it_is():
     (grad,), _ = student_gradient(
-        gaussian_method(clip_student(), ScoreOf(ar1_teacher(0.8, FRAMES)), motion_weight=1.0)
+        gaussian_setting(clip_student(), ScoreOf(ar1_teacher(0.8, FRAMES)), motion_weight=1.0)
     )
     assert (grad == 0).all()
 
@@ -124,13 +122,13 @@ def test_growing_weights_have_mean_one_and_grow():
     assert (frame_weights("even", noise(3, 2, 6, 4, 4)) == 1).all()
 
 
-# ---- The learned feature -------------------------------------------------------------------------
+# ---- the learned feature
 
 
 def test_a_learned_feature_begins_as_the_difference():
     fake = ScoreOf(ar1_teacher(0.1, FRAMES))
     grads = [
-        student_gradient(gaussian_method(clip_student(), fake, motion=motion))[0][0]
+        student_gradient(gaussian_setting(clip_student(), fake, motion_feature=motion))[0][0]
         for motion in ("difference", "learned")
     ]
     torch.testing.assert_close(*grads)
@@ -138,12 +136,12 @@ def test_a_learned_feature_begins_as_the_difference():
 
 def test_the_feature_learns_to_tell_motion_from_noise_and_nothing_else_learns_with_it():
     student, fake = clip_student(), ScoreOf(ar1_teacher(0.8, FRAMES))
-    method = gaussian_method(student, fake, motion="learned")
-    assert method.turns(4) == ("fake_score", "motion", "student")
-    optimizer = torch.optim.Adam(method.motion.parameters(), 3e-3)
+    setting = gaussian_setting(student, fake, motion_feature="learned")
+    assert setting.turns(1) == ("fake_score", "motion", "student")
+    optimizer = torch.optim.Adam(setting.networks()["motion"].parameters(), 3e-3)
     losses = []
     for step in range(60):
-        loss, _ = method.loss("motion", prompt_batch(method.teacher, KEYS), step)
+        loss, _ = setting.loss("motion", prompt_batch(setting.teacher, KEYS), step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -158,7 +156,7 @@ def test_the_feature_keeps_the_shape_of_what_moves():
     assert torch.equal(feature(moving), moving) and feature.predict(moving).shape == moving.shape
 
 
-# ---- Diagonal denoising and forcing --------------------------------------------------------------
+# ---- diagonal denoising and forcing
 
 
 def test_a_clip_takes_seventeen_forwards_where_four_steps_and_clean_context_take_thirty_five():
@@ -177,9 +175,12 @@ class CountsSteps(Ar1Student):
     def __init__(self):
         super().__init__()
         self.times = []
+        self.exits = []  # those that carry gradient
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, cache, return_kv=False):
         self.times.append((len(cache), round(float(timestep[0]) / 1000, 3)))
+        if torch.is_grad_enabled():
+            self.exits.append(self.times[-1])
         output = super().forward(hidden_states, timestep, encoder_hidden_states, cache)
         output.kv = hidden_states.detach()
         return output
@@ -196,80 +197,60 @@ def test_all_chunks_exit_at_the_same_fraction_of_their_lists(context, place, las
     """The exits are the same whether a chunk then takes the rest of its steps or not; the last
     chunk never does.
     """
-    student = CountsSteps()
-    method = gaussian_method(student, ScoreOf(ar1_teacher(0.8, FRAMES)), DIAGONAL, context=context)
-    events = list(method._schedule(DIAGONAL, Decision(0, place, 0), FRAMES))
-    exits = [(event.chunks[0], event.t[0]) for event in events if event.tap[0]]
-    assert exits == [(chunk, TABLE[min(chunk, 2)][last[min(chunk, 2)]]) for chunk in range(FRAMES)]
-    method._roll_out(prompt_batch(method.teacher, KEYS), DIAGONAL, Decision(0, place, 0))
-    ends = [
-        len(TABLE[min(chunk, 2)]) if context == "streamed" else last[min(chunk, 2)] + 1
-        for chunk in range(FRAMES - 1)
-    ]
-    ends.append(last[min(FRAMES - 1, 2)] + 1)
+    student, fake = CountsSteps(), ScoreOf(ar1_teacher(0.8, FRAMES))
+    setting = gaussian_setting(student, fake, DIAGONAL, {"context": context})
+    rolled_out(setting, prompt_batch(setting.teacher, KEYS), exit=Exit(place=place))
+    lists = [(chunk, TABLE[min(chunk, 2)], last[min(chunk, 2)]) for chunk in range(FRAMES)]
+    assert student.exits == [(chunk, times[index]) for chunk, times, index in lists]
+    whole = range(FRAMES - 1) if context == "streamed" else ()
     assert student.times == [
-        (chunk, t) for chunk, end in enumerate(ends) for t in TABLE[min(chunk, 2)][:end]
+        (chunk, t)
+        for chunk, times, index in lists
+        for t in times[: None if chunk in whole else index + 1]
     ]
 
 
-def wan_method(**config):
-    torch.manual_seed(0)
-    teacher = WanTeacher(WanTransformer3DModel(**TINY_WAN), None, shift=5.0)
-    teacher.uncond = noise(5, 8)
+def wan_setting(rollout=None, **options):
     stream = StreamConfig(
         step_table=TABLE, chunk_frames=2, window_frames=4, sink_frames=1, commit="reuse"
     )
-    method = Diagonal(
-        Config(num_chunks=3, **config),
-        CausalWanTransformer3DModel(**TINY_WAN),
-        teacher,
-        stream,
-        (4, 4, 4),
-    )
-    return method, {"cond": noise(2, 5, 8, seed=1), "keys": [7, 8]}
+    return fakes.wan_setting("diagonal", stream, {"num_chunks": 3, **(rollout or {})}, **options)
 
 
 @pytest.mark.parametrize("motion", ["difference", "learned"])
 def test_a_causal_wan_gets_a_finite_gradient_in_each_turn(motion):
-    method, batch = wan_method(motion=motion)
-    for turn in method.turns(4):
-        loss, numbers = method.loss(turn, batch, 0)
-        loss.backward()
-        grads = [p.grad for p in method.networks()[turn].parameters()]
-        assert all(g is not None and g.isfinite().all() for g in grads) and any(
-            g.any() for g in grads
-        )
+    setting = wan_setting(motion_feature=motion)
+    for turn in setting.turns(1):
+        grads = gradients(setting, turn, wan_batch()).values()
+        assert all(g is not None and g.isfinite().all() for g in grads)
+        assert any(g.any() for g in grads)
 
 
 def test_training_rolls_out_what_will_be_streamed():
-    method, batch = wan_method(exit="last")
-    with torch.no_grad():
-        x = method._roll_out(batch, method.stream, method.decide("student", 0))
-    seeds = [key_to_seed(0, "student", key) for key in batch["keys"]]
+    setting, batch = wan_setting({"exit": "last"}), wan_batch()
     streamed = generate_latents(
-        method.student,
+        setting.student,
         batch["cond"],
-        method.stream,
-        seeds=seeds,
+        setting.stream,
+        seeds=[key_to_seed(0, "student", key) for key in batch["keys"]],
         latent_shape=(4, 4, 4),
         num_chunks=3,
     )
-    assert torch.equal(x, streamed)
+    with torch.no_grad():
+        assert torch.equal(rolled_out(setting, batch), streamed)
 
 
-# ---- Errors --------------------------------------------------------------------------------------
+# ---- errors
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"motion_weight": -1.0}, {"motion": "flow"}, {"frame_weights": "late"}, {"num_chunks": 0}],
+    "wrong", [{"motion_weight": -1.0}, {"motion_feature": "flow"}, {"frame_weights": "late"}]
 )
-def test_a_wrong_setting_is_refused(wrong):
+def test_a_wrong_option_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Config(**wrong)
+        Diagonal(**wrong)
 
 
 def test_a_clip_of_one_frame_is_refused():
     with pytest.raises(ValueError, match="have no motion"):
-        gaussian_method(Ar1Student(), ScoreOf(ar1_teacher(0.8, 1)), num_chunks=1)
-    assert Method is Diagonal
+        ar1_setting("diagonal", Ar1Student(), frames=1)

@@ -4,21 +4,21 @@ import math
 
 import pytest
 import torch
-from streamvid.methods.trajectory import (
-    Config,
+from torch import nn
+
+from streamvid.core.process import expand_time
+from streamvid.core.times import step_times
+from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.objectives.trajectory import (
     TrajectoryRegression,
     chunk_times,
     grid_through,
     select_states,
     solve_trajectories,
 )
-from torch import nn
-
-from streamvid.core.process import expand_time
-from streamvid.core.times import step_times
-from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import keyed_normal
+from streamvid.settings.video import VideoSetting
 from tests.fakes import TINY_WAN, ar1_covariance, ar1_teacher, noise
 
 STREAM = StreamConfig(num_steps=2, shift=3.0, chunk_frames=2)
@@ -54,8 +54,8 @@ class Knows(nn.Module):
         )
 
 
-def method_of(student, stream=STREAM, mode="diffusion_forcing", level="chunk"):
-    return TrajectoryRegression(Config(mode, level), student, stream)
+def setting_of(student, stream=STREAM, mode="diffusion_forcing", level="chunk"):
+    return VideoSetting(TrajectoryRegression(mode, level), student, stream, (4, 4, 4))
 
 
 @pytest.mark.parametrize("mode, level", MODES)
@@ -63,7 +63,7 @@ def test_a_student_that_knows_the_ends_has_no_loss_and_one_that_is_off_its_squar
     batch = trajectories()
     for error in (0.0, 0.5):
         student = Knows(batch["states"][:, -1], error)
-        loss, _ = method_of(student, mode=mode, level=level).loss("student", batch, 0)
+        loss, _ = setting_of(student, mode=mode, level=level).loss("student", batch, 0)
         assert loss.item() == pytest.approx(error**2, abs=1e-6)
 
 
@@ -71,7 +71,7 @@ def test_a_student_that_knows_the_ends_has_no_loss_and_one_that_is_off_its_squar
 def test_chunks_are_at_the_students_times_and_come_from_there(mode, level):
     batch = trajectories(batch=64)
     student = Knows(batch["states"][:, -1])
-    method_of(student, mode=mode, level=level).loss("student", batch, 0)
+    setting_of(student, mode=mode, level=level).loss("student", batch, 0)
     x_t, t, chunk = student.calls[0]
     index = torch.stack([(t - time).abs() for time in TIMES]).argmin(0)  # [B, T]
     for b in range(64):
@@ -92,7 +92,7 @@ def test_entries_that_are_data_already_carry_no_loss():
     batch = trajectories(batch=64)
     student = Knows(batch["states"][:, -1])
     student.x0 = student.x0.clone().requires_grad_()
-    loss, _ = method_of(student).loss("student", batch, 0)
+    loss, _ = setting_of(student).loss("student", batch, 0)
     (grad,) = torch.autograd.grad(loss + 0 * student.error, student.x0, allow_unused=True)
     noisy = student.calls[0][1] > 0
     assert not grad.abs().sum((1, 3, 4))[~noisy].any() and (~noisy).any()
@@ -101,9 +101,9 @@ def test_entries_that_are_data_already_carry_no_loss():
 def test_a_sample_does_not_depend_on_its_batch():
     batch = trajectories()
     student = Knows(batch["states"][:, -1])
-    method_of(student).loss("student", batch, 0)
+    setting_of(student).loss("student", batch, 0)
     student.x0 = student.x0[3:]
-    method_of(student).loss("student", {name: value[3:] for name, value in batch.items()}, 0)
+    setting_of(student).loss("student", {name: value[3:] for name, value in batch.items()}, 0)
     assert torch.equal(student.calls[0][1][3:], student.calls[1][1])
 
 
@@ -111,7 +111,7 @@ def test_the_first_chunk_may_have_a_list_of_its_own():
     stream = StreamConfig(step_table=((1.0, 0.75), (1.0,)), chunk_frames=2)
     batch = trajectories(batch=64)
     student = Knows(batch["states"][:, -1])
-    method_of(student, stream, "teacher_forcing", "clip").loss("student", batch, 0)
+    setting_of(student, stream, "teacher_forcing", "clip").loss("student", batch, 0)
     t = student.calls[0][1][:, ::2]
     assert set(t[:, 0].tolist()) == {1.0, 0.75} and set(t[:, 1:].flatten().tolist()) == {1.0}
     assert chunk_times(stream, 3) == [[1.0, 0.75], [1.0], [1.0]]
@@ -120,7 +120,7 @@ def test_the_first_chunk_may_have_a_list_of_its_own():
 def test_times_that_the_student_does_not_use_are_not_drawn():
     batch = trajectories(batch=64, times=(1.0, 0.9, 0.75, 0.5, 0.0))
     student = Knows(batch["states"][:, -1])
-    method_of(student).loss("student", batch, 0)
+    setting_of(student).loss("student", batch, 0)
     assert set(student.calls[0][1].flatten().tolist()) == set(TIMES)
 
 
@@ -128,10 +128,9 @@ def test_trajectories_of_another_step_list_are_refused():
     """Self-Forcing's script stores shift 8 where its training asks for shift 5."""
     batch = trajectories(times=(*step_times(2, 5.0), 0.0))
     with pytest.raises(
-        ValueError,
-        match=r"no states at t=0\.75, .* only at 1, 0\.833333, 0; .*streamvid trajectories",
+        ValueError, match=r"no states at t=0\.75, .* only at 1, 0\.833333, 0; .*make_trajectories"
     ):
-        method_of(Knows(batch["states"][:, -1])).loss("student", batch, 0)
+        setting_of(Knows(batch["states"][:, -1])).loss("student", batch, 0)
 
 
 def test_chunks_that_do_not_fit_the_clip_are_refused():
@@ -139,16 +138,16 @@ def test_chunks_that_do_not_fit_the_clip_are_refused():
     with pytest.raises(
         ValueError, match="chunk_frames=2 does not divide the trajectories' 5 latent frames"
     ):
-        method_of(Knows(batch["states"][:, -1])).loss("student", batch, 0)
+        setting_of(Knows(batch["states"][:, -1])).loss("student", batch, 0)
     with pytest.raises(ValueError, match="mode='teacher'"):
-        Config(mode="teacher")
+        TrajectoryRegression(mode="teacher")
 
 
 @pytest.mark.parametrize("mode, level", MODES)
 def test_a_causal_wan_gets_a_gradient_everywhere(mode, level):
     torch.manual_seed(0)
     student = CausalWanTransformer3DModel(**TINY_WAN)
-    loss, _ = method_of(student, mode=mode, level=level).loss("student", trajectories(2), 0)
+    loss, _ = setting_of(student, mode=mode, level=level).loss("student", trajectories(2), 0)
     loss.backward()
     assert loss.isfinite() and all(
         p.grad is not None and p.grad.isfinite().all() for p in student.parameters()
@@ -162,7 +161,7 @@ def test_states_are_selected_a_chunk():
     torch.testing.assert_close(chosen, torch.tensor([[0.0, 0.1, 2.2, 2.3], [1.0, 1.1, 1.2, 1.3]]))
 
 
-# ---- Solving -------------------------------------------------------------------------------------
+# ---- solving
 
 
 def solve(times=TIMES, steps=100, guidance_scale=1.0, prompt="", seeds=(3, 4), teacher=None):
