@@ -44,10 +44,10 @@ from streamvid.data.world import (
     direction_of,
     sample_spec,
 )
-from streamvid.reports import environment
-from streamvid.evaluation.tracking import Estimate, TrackedBody, parse
-from streamvid.evaluation.world_score import score_estimate
+from streamvid.evaluation.tracking import ParsedClip, TrackedBody, parse
+from streamvid.evaluation.world_score import score_parsed
 from streamvid.files import atomic_file
+from streamvid.reports import environment
 from streamvid.students.folder import TINY_STUDENT, choose_device, load_student
 from streamvid.students.script import MODES
 from streamvid.students.session import Session
@@ -124,19 +124,19 @@ def measure_switch(pair: Pair, before: Tensor, after: Sequence[Tensor]) -> dict[
     }
 
 
-def _scores(estimate: Estimate, prompt: str) -> dict[str, float]:
+def _scores(estimate: ParsedClip, prompt: str) -> dict[str, float]:
     """World scores of a chunk; the direction as an axis, from the chunk's second half."""
-    scores = score_estimate(estimate, prompt).attributes()
-    second_half = score_estimate(estimate, prompt, len(estimate.floors) // 2).windows[-1]
+    scores = score_parsed(estimate, prompt).attributes()
+    second_half = score_parsed(estimate, prompt, len(estimate.floors) // 2).windows[-1]
     direction = second_half.attributes().get("direction")
     return scores if direction is None else {**scores, "direction": direction}
 
 
-def _main_body(estimate: Estimate) -> TrackedBody | None:
+def _main_body(estimate: ParsedClip) -> TrackedBody | None:
     return max(estimate.bodies, key=lambda body: body.present.sum(), default=None)
 
 
-def _jump(old: Estimate, new: Estimate) -> float:
+def _jump(old: ParsedClip, new: ParsedClip) -> float:
     """Pixels between where the body was going and where it is; the side of the frame if there is
     none.
     """
