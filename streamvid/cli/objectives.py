@@ -42,6 +42,11 @@ def parser() -> Parser:
     )
     options.add_argument("--out", default="runs/objectives/report.json", help="the report, .json")
     options.add_argument(
+        "--plane",
+        default="benchmarks/toy2d.json",
+        help="report of `streamvid toy2d`, shown beside (default benchmarks/toy2d.json)",
+    )
+    options.add_argument(
         "--report", action="store_true", help="only write the report of what is finished"
     )
     return options
@@ -60,6 +65,7 @@ def compare(args: argparse.Namespace) -> None:
     from streamvid.shipped import TINY_START
     from streamvid.studies.objectives import (
         Job,
+        read_plane,
         remove_checkpoints,
         run_job,
         score_start,
@@ -89,7 +95,8 @@ def compare(args: argparse.Namespace) -> None:
             for index, line in enumerate(pool.imap_unordered(run_job, jobs), 1):
                 tell(f"[{index}/{len(jobs)}] {line}")
         remove_checkpoints(jobs)
-    print(write_report(Path(args.out), jobs, score_start(jobs, TINY_START)))
+    start = score_start(jobs, TINY_START)
+    print(write_report(Path(args.out), jobs, start, read_plane(Path(args.plane))))
 
 
 def make_pairs(folder: Path) -> None:

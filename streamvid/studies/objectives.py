@@ -9,6 +9,7 @@ has one is not run again.
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from streamvid.experiment.estimate import estimate
 from streamvid.objectives import all_objectives
 from streamvid.objectives.base import Distillation, Objective, ScoreMatching
 from streamvid.rollout.runner import student_runner
+from streamvid.settings.targets import TARGETS
 from streamvid.students.folder import Student, load_student
 from streamvid.studies.jobs import read_result, result_file, write_result
 from streamvid.training.sharding import find_networks
@@ -194,8 +196,34 @@ def way_of(num_steps: int, stepper: str) -> str:
 # ---- the report ----------------------------------------------------------------------------------
 
 
-def write_report(path: Path, jobs: Sequence[Job], start: dict[str, dict[str, float]]) -> str:
-    """The table of all finished jobs, as JSON, and as Markdown beside it; returns the text."""
+def read_plane(file: Path) -> dict[str, dict[str, float]]:
+    """By objective and target, how far its points are from the teacher's in the plane, over the
+    sampling floor: of a report of `streamvid toy2d`, the mean over seeds.
+    """
+    if not file.exists():
+        return {}
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in read_result(file)["rows"]:
+        ratios = found.setdefault(row["objective"], {}).setdefault(row["target"], [])
+        ratios.append(row["ratio"])
+    return {
+        name: {target: statistics.mean(ratios) for target, ratios in of_targets.items()}
+        for name, of_targets in found.items()
+    }
+
+
+def write_report(
+    path: Path,
+    jobs: Sequence[Job],
+    start: dict[str, dict[str, float]],
+    plane: dict[str, dict[str, float]],
+) -> str:
+    """The table of all finished jobs, as JSON, and as Markdown beside it; returns the text.
+
+    Args:
+        start: of ``score_start``.
+        plane: of ``read_plane``.
+    """
     results = [read_result(job.result_file) for job in jobs if job.result_file.exists()]
     complete = [job.name for job in jobs if job.kind.role == "complete"]
     done = [r for r in results if "scores" in r]
@@ -210,9 +238,11 @@ def write_report(path: Path, jobs: Sequence[Job], start: dict[str, dict[str, flo
         f" way. {count} of {len(complete)} complete objectives improve the start. Seconds are one"
         " core's for the whole training; forwards and TFLOP are per update of the student; memory"
         " is the peak of a step on an accelerator, by the dry run. The steps are few, so this"
-        " says what trains, not what is best.\n\n"
+        " says what trains, not what is best. Ring, moons and prompts are targets in the plane:"
+        " the energy distance to the teacher's points over its sampling floor, 1 is as near as two"
+        " sets of the teacher's own (toy2d.md).\n\n"
     )
-    text = head + table(results, start)
+    text = head + table(results, start, plane)
     content = {"rows": results, "start": start}
     reports.write_report(path, text, content, reports.environment())
     return text
@@ -224,19 +254,26 @@ def gain_of(result: dict[str, Any], start: dict[str, dict[str, float]]) -> float
     return result["scores"]["overall"] - before
 
 
-def table(results: Sequence[dict[str, Any]], start: dict[str, dict[str, float]]) -> str:
+def table(
+    results: Sequence[dict[str, Any]],
+    start: dict[str, dict[str, float]],
+    plane: dict[str, dict[str, float]],
+) -> str:
     """A Markdown row per objective."""
     known = all_objectives()
     shown = [name for name in ATTRIBUTES if any(name in r.get("scores", {}) for r in results)]
     lines = [
         ["objective", "paper", "role", "steps", "start", "after", "gain", *shown[:-1]]
-        + ["networks", "forwards", "TFLOP", "GiB", "seconds"]
+        + ["networks", "forwards", "TFLOP", "GiB", "seconds", *TARGETS]
     ]
     for result in results:
         kind = known[result["objective"]]
         row = [kind.name, kind.paper, kind.role]
+        ratios = [plane.get(kind.name, {}).get(target) for target in TARGETS]
+        in_plane = ["-" if ratio is None else f"{ratio:.1f}" for ratio in ratios]
         if "error" in result:
-            lines.append([*row, result["error"], *[""] * (len(lines[0]) - 4)])
+            missing = len(lines[0]) - len(row) - len(in_plane) - 1
+            lines.append([*row, result["error"], *[""] * missing, *in_plane])
             continue
         way = way_of(result["num_steps"], result["stepper"])
         scores = result["scores"]
@@ -245,7 +282,7 @@ def table(results: Sequence[dict[str, Any]], start: dict[str, dict[str, float]])
         row += [f"{scores[name]:.2f}" for name in shown[:-1]]
         row += [str(result["networks"]), f"{sum(result['forwards'].values()):.0f}"]
         row += [f"{result['tflop']:.2f}", f"{result['peak_bytes'] / 2**30:.2f}"]
-        lines.append([*row, f"{result['seconds']:.0f}"])
+        lines.append([*row, f"{result['seconds']:.0f}", *in_plane])
     return reports.markdown(lines)
 
 
