@@ -88,13 +88,13 @@ def build_parser() -> argparse.ArgumentParser:
 def make(args: argparse.Namespace) -> None:
     """Open the teacher, choose prompts and times, and write the set."""
     import torch
-    from streamvid.methods.trajectory import grid_through, solve_trajectories
 
     from streamvid.core.times import step_times
     from streamvid.data.parts import checkpoint_key
     from streamvid.data.prompts import read_prompts, world_prompts
     from streamvid.data.trajectories import check_falling, write_trajectories
     from streamvid.hub import resolve_checkpoint
+    from streamvid.objectives.trajectory import grid_through, solve_trajectories
     from streamvid.students.folder import choose_device
     from streamvid.teachers.wan import WanTeacher
     from streamvid.video import ensure_place
