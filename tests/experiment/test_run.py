@@ -33,7 +33,7 @@ def test_every_shipped_run_file_can_be_read(path):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("objective=dnd", "did you mean dmd"),
+        ("objective=dnd", "objective=dnd is not one of dmd, "),
         ("options.guidance=3", "guidance_scale"),
         ("train.max_steps=many", "max_steps"),
         ("stream.num_steps=0", "num_steps"),
@@ -124,13 +124,15 @@ def test_teacher_start_student_and_clip(tmp_path):
             width=64,
             num_frames=21,
         )
-    assert clip.shape == (1, 21, 3, 64, 64) and "method: dmd" in (folder / "README.md").read_text()
+    assert (
+        clip.shape == (1, 21, 3, 64, 64) and "objective: dmd" in (folder / "README.md").read_text()
+    )
 
 
 def test_a_bidirectional_network_is_not_trained_chunk_by_chunk():
     with pytest.raises(
         ValueError,
-        match="method=flow_matching with options.mode=teacher_forcing trains a causal student",
+        match="objective=flow_matching with options.mode=teacher_forcing trains a causal student",
     ):
         load_run(ROOT / "configs" / "run" / "tiny_teacher.yaml", ["options.mode=teacher_forcing"])
     assert (
