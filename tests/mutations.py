@@ -51,13 +51,13 @@ MUTANTS: list[Mutant] = [
         seed_of_joined_text=('"/".join', '"".join'),
     ),
     *mutants(
-        "streamvid/methods/matching.py",
+        "streamvid/settings/video.py",
         "tests/objectives/test_closed_forms.py",
         drift_upside_down=("rms[-1] / rms[0]", "rms[0] / rms[-1]"),
         motion_with_sign=("- x[:, :, :-1]).abs()", "- x[:, :, :-1])"),
     ),
     *mutants(
-        "streamvid/methods/diagonal.py",
+        "streamvid/objectives/diagonal.py",
         "tests/objectives/test_closed_forms.py",
         frame_weights_exchanged=(
             "0.7 * accumulated / accumulated.mean(1, keepdim=True) + 0.3 *",

@@ -27,7 +27,7 @@ LEVELS = [
     {"core"},
     {"models", "codecs", "data", "teachers", "training"},
     {"rollout"},
-    {"methods", "objectives", "evaluation"},
+    {"objectives", "evaluation"},
     {"settings", "students"},
     {"serving"},
     {"experiment"},
@@ -53,7 +53,7 @@ def imports(source: str) -> set[str]:
 
 
 def violations(own: tuple[str, ...], source: str) -> list[str]:
-    """What a module, named as ("methods", "dmd"), must not import."""
+    """What a module, named as ("objectives", "dmd"), must not import."""
     wrong = []
     for name in imports(source):
         package, *inner = name.split(".")
@@ -65,14 +65,12 @@ def violations(own: tuple[str, ...], source: str) -> list[str]:
 
 
 def allowed(own: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """A package imports its own level or one below; methods and the rollout have rules of their
+    """A package imports its own level or one below; objectives and the rollout have rules of their
     own.
     """
     if other[0] not in LEVEL_OF:  # streamvid.__version__
         return True
-    if own[0] == other[0] == "methods":
-        return len(other) == 1 or other[1] == "matching"
-    if own[0] in ("methods", "objectives") and other[0] == "training":
+    if own[0] == "objectives" and other[0] == "training":
         return other[1:2] in ((), ("method",))
     if own[0] == "rollout" and LEVEL_OF[other[0]] == LEVEL_OF["models"]:
         codec = own == ("rollout", "sampler") and other[:2] == ("codecs", "base")
@@ -106,8 +104,8 @@ def test_imports_go_one_way():
         ("rollout/sampler", "from streamvid.codecs.text import PromptEncoder"),
         ("rollout/loop", "from streamvid.teachers import wan"),
         ("rollout/loop", "from streamvid.models.causal_wan import CausalWanTransformer3DModel"),
-        ("methods/dmd", "from streamvid.methods.trajectory import Config"),
-        ("methods/dmd", "from streamvid.training.ema import EMA"),
+        ("objectives/dmd", "from streamvid.settings.video import VideoSetting"),
+        ("objectives/dmd", "from streamvid.training.ema import EMA"),
         ("evaluation/runs", "from streamvid.experiment import build"),
         ("experiment/build", "import tools.sample"),
         ("experiment/build", "from streamvid.cli import sample"),
@@ -122,8 +120,8 @@ def test_a_wrong_import_is_found(own, source):
     [
         ("rollout/sampler", "from streamvid.codecs.base import VideoCodec"),
         ("rollout/loop", "from streamvid.models.kv_cache import StreamKVCache"),
-        ("methods/dmd", "from streamvid.training.method import BatchSource"),
-        ("experiment/build", "import streamvid.methods\nfrom streamvid import __version__"),
+        ("objectives/dmd", "from streamvid.training.method import BatchSource"),
+        ("experiment/build", "import streamvid.objectives\nfrom streamvid import __version__"),
     ],
 )
 def test_a_right_import_is_not(own, source):

@@ -27,7 +27,7 @@ SMALL = [
     "data.num_prompts=2",
     "options.student_start_step=0",
     "options.fake_updates_per_student=1",
-    "options.num_chunks=1",
+    "rollout.num_chunks=1",
 ]
 
 

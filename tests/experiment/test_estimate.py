@@ -118,9 +118,8 @@ def test_a_method_that_tells_no_choices_is_measured_in_every_step():
 
     class Telltale:
         def __init__(self, method):
-            self.method, self.config, self.networks, self.turns = (
-                method,
-                method.config,
+            self.objective, self.networks, self.turns = (
+                method.objective,
                 method.networks,
                 method.turns,
             )

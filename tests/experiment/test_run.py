@@ -12,7 +12,8 @@ import torch
 
 from streamvid.codecs.load import open_codec
 from streamvid.experiment.build import build_trainer
-from streamvid.experiment.config import load_run, method_names
+from streamvid.experiment.config import load_run
+from streamvid.objectives import all_objectives
 from streamvid.rollout.sampler import generate
 from streamvid.students.folder import load_student
 from streamvid.teachers.load import open_teacher
@@ -26,18 +27,18 @@ QUICK = ["train.max_steps=2", "train.batch_size=2", "train.log_every=1"]
 @pytest.mark.parametrize("path", RUNS, ids=[path.stem for path in RUNS])
 def test_every_shipped_run_file_can_be_read(path):
     config = load_run(path, [])
-    assert config.method in method_names() and config.train.optimizers
+    assert config.objective in all_objectives() and config.train.optimizers
 
 
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("method=dnd", "dmd"),
+        ("objective=dnd", "objective=dnd is not one of dmd, "),
         ("options.guidance=3", "guidance_scale"),
         ("train.max_steps=many", "max_steps"),
         ("stream.num_steps=0", "num_steps"),
         ("student.kind=casual", "causal"),
-        ("student.kind=bidirectional", "is a teacher, but method=dmd trains a causal student"),
+        ("student.kind=bidirectional", "is a teacher, but objective=dmd trains a causal student"),
         ("student.path=", "student.path: expected str or null, got an empty text"),
         ("train.output_dir=", "train.output_dir: expected str, got an empty text"),
         ("train.output_dir=null", "train.output_dir: expected str, got null"),
@@ -49,7 +50,7 @@ def test_every_shipped_run_file_can_be_read(path):
         ("student.lora.rank=1e9", "lora.rank=1000000000, expected at most 20,000"),
         ("student.geometry.num_layers=1e9", "expected 1 to 1,000"),
         ("stream.num_steps=1e9", "num_steps=1000000000, expected at most 1,000"),
-        ("options.num_chunks=1e9", "num_chunks=1000000000 must be at most 10,000"),
+        ("rollout.num_chunks=1e9", "num_chunks=1000000000 must be at most 10,000"),
     ],
 )
 def test_mistakes_name_the_key_and_what_was_expected(override, message):
@@ -123,13 +124,15 @@ def test_teacher_start_student_and_clip(tmp_path):
             width=64,
             num_frames=21,
         )
-    assert clip.shape == (1, 21, 3, 64, 64) and "method: dmd" in (folder / "README.md").read_text()
+    assert (
+        clip.shape == (1, 21, 3, 64, 64) and "objective: dmd" in (folder / "README.md").read_text()
+    )
 
 
 def test_a_bidirectional_network_is_not_trained_chunk_by_chunk():
     with pytest.raises(
         ValueError,
-        match="method=flow_matching with options.mode=teacher_forcing trains a causal student",
+        match="objective=flow_matching with options.mode=teacher_forcing trains a causal student",
     ):
         load_run(ROOT / "configs" / "run" / "tiny_teacher.yaml", ["options.mode=teacher_forcing"])
     assert (

@@ -322,7 +322,7 @@ def trainer_of(run, folder, checkpoint, *overrides):
     return build_trainer(load_run(RUNS / f"{run}.yaml", [*quick, *overrides]), progress=False)
 
 
-DMD = ("options.num_chunks=2", "options.fake_updates_per_student=1", "options.student_start_step=0")
+DMD = ("rollout.num_chunks=2", "options.fake_updates_per_student=1", "options.student_start_step=0")
 
 
 def test_dmd_holds_the_weights_of_three_roles_once_and_exports(tmp_path, checkpoint):

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 RUN = """
-method: dmd
+objective: dmd
 train:
   name: run
   max_steps: 4
@@ -19,14 +19,15 @@ train:
 student: {{path: {parts}/start}}
 teacher: {{path: {parts}/teacher}}
 components: {parts}/teacher
-options: {{num_chunks: 2, student_start_step: 0, fake_updates_per_student: 1}}
+options: {{student_start_step: 0, fake_updates_per_student: 1}}
+rollout: {{num_chunks: 2}}
 data: {{num_prompts: 2}}
 latent_size: [2, 2]
 stream: {{num_steps: 1, shift: 8.0, chunk_frames: 1, window_frames: 9, positions: window,
   max_trained_frames: 9}}
 """
 FLOW = """
-method: flow_matching
+objective: flow_matching
 train:
   name: flow
   max_steps: 2

@@ -280,8 +280,8 @@ def import_everything() -> None:
         "streamvid.evaluation.bench_suites",
         "streamvid.models.convert",
         "streamvid.data.trajectories",
-        "streamvid.methods.dmd",
-        "streamvid.methods.trajectory",
+        "streamvid.objectives.dmd",
+        "streamvid.objectives.trajectory",
     ):
         importlib.import_module(module)
     from diffusers import WanPipeline  # noqa: F401  lazily imported otherwise

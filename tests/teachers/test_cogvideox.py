@@ -10,18 +10,19 @@ import shutil
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
-from streamvid.methods import asd
-from streamvid.methods.dmd import DMD, Config
 
 from streamvid.core.inject import dmd_gradient
 from streamvid.core.process import add_noise, x0_from_v
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.lora import LoraConfig, adapt
+from streamvid.objectives import find_objective
+from streamvid.objectives.dmd import compare
 from streamvid.rollout.loop import rollout
 from streamvid.rollout.noise import INITIAL_EVENT, KeyedNoise
 from streamvid.rollout.sampler import GuidedModel
 from streamvid.rollout.schedule import StreamConfig, full_sequence
 from streamvid.seeding import keyed_normal
+from streamvid.settings.video import RolloutConfig, VideoSetting
 from streamvid.teachers.base import VideoCond
 from streamvid.teachers.cogvideox import CogVideoXTeacher
 from streamvid.teachers.load import open_teacher
@@ -191,7 +192,7 @@ def test_half_precision_stays_close(cogvideox):
 # ---- As a teacher of a student -------------------------------------------------------------------
 
 
-def dmd_of(folder, cls=DMD, config=None):
+def setting_of(folder, name="dmd", fake_knows_steps=False):
     torch.manual_seed(0)
     student = CausalWanTransformer3DModel(
         num_attention_heads=2,
@@ -204,22 +205,21 @@ def dmd_of(folder, cls=DMD, config=None):
         num_layers=2,
     )
     teacher = open_teacher(folder)
-    config = config or Config(num_chunks=1, guidance_scale=1.0, fake_updates_per_student=1)
+    objective = find_objective(name)(guidance_scale=1.0)
+    rollout = RolloutConfig(num_chunks=1, fake_knows_steps=fake_knows_steps)
     stream = StreamConfig(num_steps=2, chunk_frames=2)
-    return cls(config, student, teacher, stream, (4, 6, 8)), {
-        "cond": teacher.encode_prompt(PROMPTS),
-        "keys": [3, 4],
-    }
+    setting = VideoSetting(objective, student, stream, (4, 6, 8), teacher, rollout)
+    return setting, {"cond": teacher.encode_prompt(PROMPTS), "keys": [3, 4]}
 
 
-def turn_of(method, batch, turn, step):
+def turn_of(setting, batch, turn, step):
     """Gradients as the trainer makes them."""
-    for name, network in method.networks().items():
+    for name, network in setting.networks().items():
         network.requires_grad_(name == turn)
         network.zero_grad(set_to_none=True)
-    loss, numbers = method.loss(turn, batch, step)
+    loss, numbers = setting.loss(turn, batch, step)
     loss.backward()
-    grads = [p.grad for p in method.networks()[turn].parameters() if p.grad is not None]
+    grads = [p.grad for p in setting.networks()[turn].parameters() if p.grad is not None]
     assert (
         grads
         and all(grad.isfinite().all() for grad in grads)
@@ -237,23 +237,25 @@ def test_it_teaches_a_student_by_distribution_matching(cogvideox, kind, checkpoi
     A copy of the teacher leaves the student where it is; once it follows the student's clips there
     is a gradient, which at the clip is that of the two data predictions.
     """
-    method, batch = dmd_of(cogvideox(kind))
+    setting, batch = setting_of(cogvideox(kind))
+    fake_score = setting.networks()["fake_score"]
     if checkpointing:
-        method.fake_score.enable_gradient_checkpointing()
-    assert all((grad == 0).all() for grad in turn_of(method, batch, "student", 0))
-    optimizer = torch.optim.Adam(method.fake_score.parameters(), 1e-2)
+        fake_score.enable_gradient_checkpointing()
+    assert all((grad == 0).all() for grad in turn_of(setting, batch, "student", 0))
+    optimizer = torch.optim.Adam(fake_score.parameters(), 1e-2)
     for step in range(2):
-        turn_of(method, batch, "fake_score", step)
+        turn_of(setting, batch, "fake_score", step)
         optimizer.step()
-    assert any(grad.any() for grad in turn_of(method, batch, "student", 2))
-    decision = method.decide("student", 2)
-    judged = method._judge(method._roll_out(batch, method.stream, decision), batch, decision)
-    for network, x0 in ((method.fake_score, judged.x0_fake), (method.teacher, judged.x0_real)):
-        velocity = network.predict(judged.x_t, judged.t, batch["cond"])
-        torch.testing.assert_close(x0, x0_from_v(judged.x_t, velocity, judged.t))
-    torch.testing.assert_close(
-        judged.gradient, dmd_gradient(judged.x, judged.x0_fake, judged.x0_real)
-    )
+    assert any(grad.any() for grad in turn_of(setting, batch, "student", 2))
+    loss, _ = setting.loss("student", batch, 2)
+    step = setting.step_of("student", batch, 2)
+    x = step.sample().x.detach()
+    x_t, t, fake, real = compare(step, x)
+    for network, x0 in ((fake_score, fake), (setting.teacher, real)):
+        velocity = network.predict(x_t, t, batch["cond"])
+        torch.testing.assert_close(x0, x0_from_v(x_t, velocity, t))
+    expected = 0.5 * dmd_gradient(x, fake, real).square().mean()
+    torch.testing.assert_close(loss.detach(), expected)
 
 
 def test_its_trainable_copy_is_a_score_in_float32_with_the_same_names(cogvideox):
@@ -283,9 +285,9 @@ def test_its_trainable_copy_is_a_score_in_float32_with_the_same_names(cogvideox)
 def test_what_reads_inside_a_wan_transformer_refuses_this_one(cogvideox):
     teacher = open_teacher(cogvideox("2b"))
     with pytest.raises(ValueError, match="asd reads the blocks of a Wan transformer"):
-        dmd_of(cogvideox("2b"), asd.ASD, asd.Config(num_chunks=1))
+        setting_of(cogvideox("2b"), "asd")
     with pytest.raises(ValueError, match="labels are added to a Wan transformer's time embedding"):
-        dmd_of(cogvideox("2b"), config=Config(num_chunks=1, fake_knows_steps=True))
+        setting_of(cogvideox("2b"), fake_knows_steps=True)
     with pytest.raises(ValueError, match="adapters here are of Wan transformers"):
         adapt(teacher.transformer, LoraConfig(rank=2, targets=("to_q",)))
 

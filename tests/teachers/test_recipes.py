@@ -101,9 +101,9 @@ def settings_of(name, places, wan):
     return [*changed, *OWN.get(name, [])]
 
 
-def test_there_is_a_recipe_for_each_method():
-    methods = {read_config(RECIPES / f"{name}.yaml", [])["method"] for name in NAMES}
-    assert methods == {"trajectory", "dmd", "asd", "diagonal", "afd"}
+def test_there_is_a_recipe_for_each_objective_on_video():
+    objectives = {read_config(RECIPES / f"{name}.yaml", [])["objective"] for name in NAMES}
+    assert objectives == {"trajectory", "dmd", "asd", "diagonal", "afd"}
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def config_of(method, output_dir, teacher, name, networks, accumulate, *more):
 
 
 def dmd(output_dir, teacher, name, accumulate, *more):
-    options = ["options.num_chunks=2", "options.fake_updates_per_student=1", "data.num_prompts=4"]
+    options = ["rollout.num_chunks=2", "options.fake_updates_per_student=1", "data.num_prompts=4"]
     networks = ("student", "fake_score")
     config = config_of("dmd", output_dir, teacher, name, networks, accumulate, *options, *more)
     return build_trainer(config, progress=False)

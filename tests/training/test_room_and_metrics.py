@@ -25,7 +25,7 @@ def run_of(folder, *overrides):
         "data.num_prompts=2",
         "options.student_start_step=0",
     ]
-    early = ["options.fake_updates_per_student=1", "options.num_chunks=1", "train.save_every=1"]
+    early = ["options.fake_updates_per_student=1", "rollout.num_chunks=1", "train.save_every=1"]
     return load_run(TINY, [f"train.output_dir={folder}", *small, *early, *overrides])
 
 

@@ -20,12 +20,14 @@ def bomb(width: int = 10, depth: int = 9) -> bytes:
 
 
 def tag(text: str) -> Content:
-    return lambda place: ("train: {name: x}\nmethod: " + text.format(marker=place.marker)).encode()
+    return lambda place: (
+        "train: {name: x}\nobjective: " + text.format(marker=place.marker)
+    ).encode()
 
 
 REFUSED: dict[str, Content] = {
     "billion laughs": bomb(),
-    "billion laughs as a setting": b"train: {name: x}\n" + bomb() + b"\nmethod: *a8",
+    "billion laughs as a setting": b"train: {name: x}\n" + bomb() + b"\nobjective: *a8",
     "a mapping that holds itself": b"train: &a {name: x, optimizers: *a}",
     "a list that holds itself": b"train: {name: x, trackers: &a [*a]}",
     "400 lists deep": b"train: " + b"[" * 400 + b"]" * 400,
@@ -44,7 +46,7 @@ REFUSED: dict[str, Content] = {
     "timestamp": tag("2020-01-01"),
     "set": tag("!!set {{a, b}}"),
     "interpolation of a missing key": tag("${{nowhere}}"),
-    "interpolation that goes round": b"train: {name: '${method}'}\nmethod: '${train.name}'",
+    "interpolation that goes round": b"train: {name: '${objective}'}\nobjective: '${train.name}'",
     "interpolation with code": tag("${{oc.env:HOME,${{python:1}}}}"),
     "resolver that is unknown": tag("${{eval:1+1}}"),
     "interpolation that is not closed": tag("${{a"),
@@ -54,7 +56,7 @@ REFUSED: dict[str, Content] = {
     "a list": b"- 1\n- 2",
     "a number": b"5",
     "a text": b"hello",
-    "two documents": b"train: {name: x}\n---\nmethod: dmd",
+    "two documents": b"train: {name: x}\n---\nobjective: dmd",
     "tabs": b"train:\n\tname: x",
     "not closed": b"train: {name: x",
     "a colon too many": b"train: name: x",
@@ -66,7 +68,7 @@ REFUSED: dict[str, Content] = {
     "a key with a new line": b'train: {name: x}\n"a\\nerror: all is lost": 1',
     "a key of 100,000 characters": b"train: {name: x}\n? " + b"k" * 100_000 + b"\n: 1",
     "a number of 5,000 digits": b"train: {name: x, seed: " + b"9" * 5000 + b"}",
-    "latin-1": "train: {name: x}\nmethod: dmdé".encode("latin-1"),
+    "latin-1": "train: {name: x}\nobjective: dmdé".encode("latin-1"),
     "utf-16 without a mark": "train: {name: x}".encode("utf-16-le"),
     "NUL bytes": b"train: {name: x}\x00\x00",
     "random bytes": bytes(range(256)) * 4,
