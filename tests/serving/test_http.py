@@ -106,6 +106,21 @@ def test_a_full_disk_ends_the_recording_but_not_the_stream(make_client, live, mo
         assert viewer.until("session.done").reason == "stopped"
 
 
+def test_a_disk_that_hangs_ends_the_recording_but_not_the_stream(make_client, live, monkeypatch):
+    class HangingDisk(recording.VideoWriter):
+        def append(self, frames):
+            assert go_on.wait(60)
+
+    go_on = threading.Event()
+    monkeypatch.setattr(recording, "VideoWriter", HangingDisk)
+    with live(make_client()) as viewer:
+        viewer.send("session.start", prompt="one")
+        viewer.send("record.start")
+        viewer.until("video.chunk", chunk=recording.BACKLOG + 6)  # it has not waited
+        go_on.set()
+        assert "too slow" in viewer.until("error", code="record_failed").message
+
+
 def test_a_long_recording_stops_by_itself(make_client, live):
     with live(make_client(limits={"record_seconds": 0.05})) as viewer:
         viewer.send("session.start", prompt="one")
