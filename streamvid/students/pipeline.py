@@ -57,7 +57,8 @@ from streamvid.rollout import sampler
 from streamvid.rollout.loop import ChunkHook
 from streamvid.rollout.schedule import STREAM_CONFIG_FILE, StreamConfig
 from streamvid.students.card import model_card
-from streamvid.students.folder import CARD_FILE, TEXT_PARTS, deployed, load_student
+from streamvid.students.folder import CARD_FILE, TEXT_PARTS, Student, deployed, load_student
+from streamvid.students.session import Session
 from streamvid.video import to_uint8
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -156,7 +157,7 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         elif value:
             self._num_stops += 1
 
-    # ---- folders ----------------------------------------------------------------------------------------
+    # ---- folders ----
 
     @classmethod
     def from_pretrained(
@@ -286,7 +287,7 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             _cast(self.transformer, dtype)
         return self
 
-    # ---- adapters ---------------------------------------------------------------------------------------
+    # ---- adapters ----
 
     def load_lora_weights(
         self,
@@ -347,7 +348,7 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             )
         log.info("loaded %d layers of %s as %s", loaded, name, added)
 
-    # ---- clips and streams ------------------------------------------------------------------------------
+    # ---- clips and streams ----
 
     def __call__(
         self,
@@ -474,6 +475,39 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             call, (_output(chunk.frames, output_type) for chunk in chunks)
         )
 
+    def session(
+        self,
+        prompt: str,
+        *,
+        height: int,
+        width: int,
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        start: Tensor | None = None,
+    ) -> Session:
+        """A live stream that can be steered, saved and continued, see ``students.session``.
+
+        Unsteered it gives the frames of ``stream(prompt, generator=seed)``, bit for bit.
+
+        Raises:
+            ValueError: one line, as ``Session``; and for a pipeline without a text encoder, or one
+                that is offloaded.
+        """
+        if self.text_encoder is None:
+            raise ValueError("a session encodes its prompts; open the pipeline with a text encoder")
+        if next(self.transformer.parameters()).device != self._execution_device:
+            raise ValueError("a session needs the transformer on its device; don't offload it")
+        prompts = PromptEncoder(self.tokenizer, self.text_encoder)
+        return Session(
+            Student(self.transformer, self.stream_config, self.vae, prompts),
+            prompt,
+            seed=seed,
+            height=height,
+            width=width,
+            steps=num_inference_steps,
+            start=start,
+        )
+
     def _until_interrupted(self, call: _Call, outputs: Iterator[Any]) -> Iterator[Any]:
         try:
             for output in outputs:
@@ -534,7 +568,7 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return after_x0
 
 
-# ---- parts --------------------------------------------------------------------------------------------
+# ---- parts ----
 
 
 @dataclass(frozen=True)

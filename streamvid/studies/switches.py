@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -246,12 +247,13 @@ def study(args: argparse.Namespace) -> None:
     rows = []
     for pair in tqdm(pairs, desc="pairs", unit="pair"):
         rows += run_pair(student, pair, args.before, args.after)
+    command = shlex.join(["python", "-m", "streamvid.studies.switches", *sys.argv[1:]])
     report = {
         "student": args.student or "the shipped tiny student",
         "settings": f"{args.before} chunks before, {args.after} after",
         "table": summarise(rows),
         "rows": rows,
-        "environment": environment(),
+        "environment": {**environment(), "command": command},
     }
     with atomic_file(out) as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")

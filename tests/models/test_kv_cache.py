@@ -207,6 +207,7 @@ def test_frames_are_committed_again_at_their_places():
     cache = make_cache(window_frames=6, sink_frames=1, positions="window", max_trained_frames=9)
     cache.append(frames_of(*range(12)))
     before = cache.clone()
+    assert seen(cache, 2) == [0, 9, 10, 11]
     cache.rewind(8, 1)
     assert cache.stored_frames() == (0,) and seen(cache, 2) == [0]
     assert cache.frame_positions(2) == ((0,), (7, 8))  # frame 10 would be the last one

@@ -22,6 +22,7 @@ from streamvid.rollout.sampler import new_cache, stream
 from streamvid.rollout.schedule import StreamConfig, table
 from streamvid.students import session as session_module
 from streamvid.students.folder import TINY_STUDENT, TINY_TEACHER, Student, load_student
+from streamvid.students.pipeline import StreamVidPipeline
 from streamvid.students.rate import RateHolder
 from streamvid.students.script import MODES, Change, Script
 from streamvid.students.session import Session, SessionClosed, digest_frames, play_script
@@ -154,6 +155,19 @@ def test_the_shipped_student_too():
     assert_same(make(session, 5), [chunk for chunk, _ in zip(chunks, range(5))])
 
 
+def test_a_pipelines_session_is_its_stream(plain):
+    encoder = plain.prompts
+    pipe = StreamVidPipeline(
+        plain.transformer, plain.codec, encoder.text_encoder, encoder.tokenizer, plain.stream
+    )
+    clips = pipe.stream(A, generator=3, **SIZE, output_type="pt")
+    session = pipe.session(A, seed=3, **SIZE)
+    for clip, chunk in zip(clips, make(session, 3)):
+        assert torch.equal(clip, chunk.frames)
+    with pytest.raises(ValueError, match="text encoder"):
+        StreamVidPipeline(plain.transformer, plain.codec).session(A, **SIZE)
+
+
 # ---- what is steered ----
 
 
@@ -241,7 +255,7 @@ def test_a_recache_of_a_long_stream_rewrites_what_the_window_sees(plain, keep_si
     """
     a, b = encode(plain, A, B)
     session = begin(plain)
-    make(session, 7)
+    first = make(session, 7)[0]
     session._commit_pending()
     before, recent = session._cache, session._state.contexts[1:]
     assert before.stored_frames() == (0, 9, 10, 11, 12, 13) and len(recent) == 3
@@ -250,7 +264,6 @@ def test_a_recache_of_a_long_stream_rewrites_what_the_window_sees(plain, keep_si
     _, after = session._changed(session._state, session._queued)
     assert after.num_committed_frames == 14 and after.stored_frames() == before.stored_frames()
     fresh = new_cache(plain.transformer, plain.stream, 1, LATENT)
-    first = session._state.contexts[0]
     plain.transformer.commit(first.latents, torch.zeros(1), b, fresh)
     for (k, v), (k0, v0), (k1, v1) in zip(after._layers, before._layers, fresh._layers):
         sink = (k0, v0) if keep_sink else (k1, v1)
@@ -419,7 +432,7 @@ def test_a_branch_goes_on_by_itself(plain):
     session, twin = begin(plain), begin(plain)
     make(session, 4), make(twin, 4)
     branch = session.branch()
-    branch.switch_prompt(B, "recache", keep_sink=False)
+    branch.switch_prompt(B, "cut")  # which goes on in the same cache
     other = make(branch, 3)
     branch.close()
     same = make(twin, 3)
