@@ -24,6 +24,7 @@ from streamvid.video import VideoWriter
 
 MEDIA_TYPES = {"mp4": "video/mp4", "webm": "video/webm", "gif": "image/gif"}
 BACKLOG = 8  # chunks that a recording may lag behind
+SLOWEST_WRITE_S = 5.0  # that a clip waits for the disk
 
 
 @dataclass
@@ -119,7 +120,8 @@ class Recorder:
         self._done = done
         self._notes: dict[str, str] = {}
         self._given_up = False
-        self._frames: queue.Queue[np.ndarray | None] = queue.Queue(BACKLOG)
+        # one place more than frames may take, so that the end never waits for the disk
+        self._frames: queue.Queue[np.ndarray | None] = queue.Queue(BACKLOG + 1)
         self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
         self._thread.start()
 
@@ -132,10 +134,13 @@ class Recorder:
         if self.failed:
             return
         self.num_frames += len(images)
-        try:
-            self._frames.put(images, block=wait, timeout=60 if wait else None)
-        except queue.Full:
+        patience = time.monotonic() + (SLOWEST_WRITE_S if wait else 0)
+        while self._frames.qsize() >= BACKLOG and time.monotonic() < patience:
+            time.sleep(0.01)
+        if self._frames.qsize() >= BACKLOG:
             self._given_up = self.failed = True
+            return
+        self._frames.put(images)
 
     def finish(self, notes: dict[str, str]) -> None:
         """No more frames come; the file is completed in the background.

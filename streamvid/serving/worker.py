@@ -532,15 +532,11 @@ class Worker:
     # ---- what viewers ask for
 
     def _apply_commands(self, stream: Stream) -> None:
-        """All that has come since the last chunk; of several prompts the last one counts."""
+        """All that has come since the last chunk, in order; the session keeps the last prompt."""
         with self._condition:
             commands = list(stream.commands)
             stream.commands.clear()
-        prompts = [at for at, (m, _) in enumerate(commands) if isinstance(m, protocol.PromptUpdate)]
-        for at, (message, came) in enumerate(commands):
-            if at in prompts[:-1]:
-                stream.prompt_id += 1
-                continue
+        for message, came in commands:
             try:
                 self._apply(stream, message, came)
             except ValueError as error:

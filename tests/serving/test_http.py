@@ -63,7 +63,8 @@ def test_a_recording_can_be_fetched_with_what_makes_it_again(make_client, live, 
         done = viewer.until("record.done")
     body = client.get(done.url).content
     frames = decode(body, tmp_path)
-    assert len(frames) == done.frames and done.first_chunk == 0
+    assert len(frames) == done.frames
+    assert abs(int(frames[0, 8, 8, 1]) - 8 * done.first_chunk) < 8  # green tells the chunk
     assert abs(int(frames[0, 8, 8, 0]) - live.red_of("one")) < 8
     assert abs(int(frames[-1, 8, 8, 0]) - live.red_of("two")) < 8
     notes = recording.read_notes(tmp_path / "fetched.mp4")
@@ -103,6 +104,21 @@ def test_a_full_disk_ends_the_recording_but_not_the_stream(make_client, live, mo
         viewer.until("video.chunk", chunk=last + 3)
         viewer.send("session.stop")
         assert viewer.until("session.done").reason == "stopped"
+
+
+def test_a_disk_that_hangs_ends_the_recording_but_not_the_stream(make_client, live, monkeypatch):
+    class HangingDisk(recording.VideoWriter):
+        def append(self, frames):
+            assert go_on.wait(60)
+
+    go_on = threading.Event()
+    monkeypatch.setattr(recording, "VideoWriter", HangingDisk)
+    with live(make_client()) as viewer:
+        viewer.send("session.start", prompt="one")
+        viewer.send("record.start")
+        viewer.until("video.chunk", chunk=recording.BACKLOG + 6)  # it has not waited
+        go_on.set()
+        assert "too slow" in viewer.until("error", code="record_failed").message
 
 
 def test_a_long_recording_stops_by_itself(make_client, live):
