@@ -18,7 +18,8 @@ from fastapi import WebSocket, WebSocketDisconnect
 from streamvid.serving import protocol
 from streamvid.serving.limits import Limits, TokenBucket
 from streamvid.serving.metrics import Metrics
-from streamvid.serving.worker import Busy, Frames, Stream, Worker
+from streamvid.serving.stream import Frames, Stream
+from streamvid.serving.worker import Busy, Worker
 
 log = logging.getLogger(__name__)
 

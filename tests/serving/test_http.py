@@ -72,7 +72,7 @@ def test_a_recording_can_be_fetched_with_what_makes_it_again(make_client, live, 
     (tmp_path / "stream.yaml").write_text(done.script)
     script = Script.load(tmp_path / "stream.yaml")
     assert (script.prompt, script.seed, script.changes[0].prompt) == ("one", 9, "two")
-    assert "--script" in done.command
+    assert done.command.startswith("python -m streamvid.serving.replay stream.yaml")
 
 
 @pytest.mark.parametrize("suffix", ["webm", "gif"])

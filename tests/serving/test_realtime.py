@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from streamvid.serving import protocol
-from streamvid.serving.worker import Frames, Outbox
+from streamvid.serving.stream import Frames, Outbox
 
 FRAMES = 4
 

@@ -6,11 +6,12 @@ import torch
 from fastapi.testclient import TestClient
 
 from streamvid.evaluation.world_score import score
-from streamvid.serving import protocol
+from streamvid.serving import protocol, replay
 from streamvid.serving.server import create_app
 from streamvid.students.folder import TINY_STUDENT, load_student
 from streamvid.students.play import play_script
 from streamvid.students.script import Script
+from streamvid.video import read_video, to_uint8
 
 OLD = "a large red circle moves to the right slowly"
 NEW = "a large blue square moves down slowly"
@@ -55,8 +56,11 @@ def test_the_script_of_a_stream_makes_the_very_same_frames_again(client, live, s
         text = viewer.until("script").script
     (tmp_path / "stream.yaml").write_text(text)
     script = Script.load(tmp_path / "stream.yaml")
+    assert replay.main([str(tmp_path / "stream.yaml"), "--out", str(tmp_path / "again")]) == 0
     again = np.concatenate([chunk.images for chunk in play_script(student, script)])
     assert len(again) >= len(viewer.frames) >= 21
+    written, _ = read_video(tmp_path / "again")  # PNGs
+    assert np.array_equal(to_uint8(written), again)
     for header, picture in viewer.frames:
         assert picture == protocol.encode_picture(again[header.sequence], "jpeg")
 
