@@ -26,8 +26,7 @@ from pydantic import (
     ValidationError,
 )
 
-from streamvid.students.script import Mode
-from streamvid.students.session import BLEND_CHUNKS, DEFAULT_MODE
+from streamvid.students.script import BLEND_CHUNKS, DEFAULT_MODE, Mode
 
 Encoding = Literal["jpeg", "webp"]
 Container = Literal["mp4", "webm", "gif"]

@@ -34,8 +34,8 @@ def replay(args: argparse.Namespace) -> None:
         ValueError: if the script does not say how long the stream was, or began from frames.
     """
     from streamvid.students.folder import TINY_STUDENT, choose_device, load_student
+    from streamvid.students.play import play_script
     from streamvid.students.script import Script
-    from streamvid.students.session import play_script
     from streamvid.video import VideoWriter
 
     script = Script.load(args.script)

@@ -28,8 +28,8 @@ from streamvid.serving.metrics import Metrics
 from streamvid.serving.realtime import Defaults, Viewer
 from streamvid.serving.recording import ClipStore
 from streamvid.serving.worker import Worker
-from streamvid.students.script import MODES
-from streamvid.students.session import DEFAULT_MODE, Session
+from streamvid.students.script import DEFAULT_MODE, MODES
+from streamvid.students.session import Session
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"

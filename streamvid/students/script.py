@@ -1,7 +1,7 @@
 """Scripts: what is steered in a stream, and at which chunk.
 
 A script is the beginning of a stream (prompt, seed, size) and its timed changes. A session records
-one while it runs; ``session.play_script`` makes the same stream from it, bit for bit. As a file it
+one while it runs; ``play.play_script`` makes the same stream from it, bit for bit. As a file it
 is YAML, to be written by hand:
 
     prompt: a small red circle moves up
@@ -35,6 +35,13 @@ Mode = Literal["cut", "blend", "recache", "hard"]
 Interpolation = Literal["linear", "spherical"]
 MODES = get_args(Mode)
 INTERPOLATIONS = get_args(Interpolation)
+DEFAULT_MODE: Mode = "cut"
+"""Measured on the shipped student (benchmarks/switches.md): of 24 switches all were obeyed in the
+first chunk, with the position, the floor and the other looks kept, and it runs no extra pass.
+``recache`` obeyed 23 of them as soon, and costs a pass per chunk of the window; ``blend`` takes two
+to three chunks; ``hard`` puts the object elsewhere. A student that clings to its old prompt is what
+``recache`` is for."""
+BLEND_CHUNKS = 3
 MOST_BITS = 63  # of a seed
 MOST_STEPS = 1000  # per chunk, as many as published models know times
 SUFFIXES = (".yaml", ".yml", ".jsonl")
@@ -121,6 +128,24 @@ class Change:
                 given |= {name: getattr(later, name) for name in group}
         return replace(self, **given)
 
+    def with_defaults(self) -> Change:
+        """The change with every option of its switch said, so that a record does not depend on
+        defaults.
+        """
+        if self.prompt is None:
+            return self
+        mode = self.mode or DEFAULT_MODE
+        change = replace(self, mode=mode)
+        if mode == "blend":
+            return replace(
+                change,
+                blend_chunks=change.blend_chunks or BLEND_CHUNKS,
+                interpolation=change.interpolation or "linear",
+            )
+        if mode == "recache" and change.keep_sink is None:
+            return replace(change, keep_sink=True)
+        return change
+
     def is_empty(self) -> bool:
         """Whether nothing changes."""
         return all(getattr(self, field.name) is None for field in fields(self)[1:])
@@ -142,8 +167,8 @@ class Script:
     steps: int | None = None
     """Steps per chunk at the beginning; None is the student's own schedule."""
     start: str | None = None
-    """The digest of the frames that the stream began from, ``session.digest_frames``; None where it
-    began from noise."""
+    """``contexts.digest_frames`` of the frames that the stream began from; None where it began from
+    noise."""
     num_chunks: int | None = None
     """Chunks of the stream, those of ``start`` included; None where the script does not say."""
     changes: tuple[Change, ...] = ()

@@ -27,10 +27,8 @@ Shapes: B = 1, C channels, f latent frames per chunk, h w latent size, T pixel f
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +36,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamvid.codecs.base import flatten_state, rebuild_state
 from streamvid.config import build_config
 from streamvid.printing import one_line
-from streamvid.rollout.loop import ChunkResult, context_input, rollout
+from streamvid.rollout.loop import ChunkResult, rollout
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import check_finite, latent_shape_of, new_cache, now_s
 from streamvid.rollout.schedule import Denoise, StreamConfig
+from streamvid.students.contexts import commit_start, digest_frames, recommit_window
 from streamvid.students.folder import Student, deployed
 from streamvid.students.rate import RateHolder
 from streamvid.students.script import (
+    BLEND_CHUNKS,
+    DEFAULT_MODE,
     MODES,
     Change,
     Interpolation,
@@ -55,28 +55,27 @@ from streamvid.students.script import (
     Script,
     check_prompt,
 )
-from streamvid.students.snapshot import fingerprint, read_snapshot, write_snapshot
+from streamvid.students.snapshot import (
+    check_maker,
+    fingerprint,
+    named,
+    pack_state,
+    read_snapshot,
+    unpack_state,
+    write_snapshot,
+)
 from streamvid.students.stream_state import (
     Blend,
     Context,
     StreamState,
     advance_blend,
-    context_counts,
+    check_student,
     context_of,
     keep_contexts,
     next_events,
+    steer_state,
 )
 from streamvid.video import to_uint8
-
-__all__ = ["Change", "Script", "Session", "SessionChunk", "SessionClosed", "play_script"]
-
-DEFAULT_MODE: Mode = "cut"
-"""Measured on the shipped student (benchmarks/switches.md): of 24 switches all were obeyed in the
-first chunk, with the position, the floor and the other looks kept, and it runs no extra pass.
-``recache`` obeyed 23 of them as soon, and costs a pass per chunk of the window; ``blend`` takes two
-to three chunks; ``hard`` puts the object elsewhere. A student that clings to its old prompt is what
-``recache`` is for."""
-BLEND_CHUNKS = 3
 
 
 class SessionClosed(RuntimeError):
@@ -147,7 +146,8 @@ class Session:
             decoder=student.codec.new_decoder_state(),
         )
         if start is not None:
-            self._commit_start(start)
+            self._state = commit_start(student, self._state, self._cache, start, height, width)
+            self._script = replace(self._script, num_chunks=self._state.index)
 
     def _begin(self, student: Student, script: Script) -> None:
         """What every session has, a new one, a restored one and a branch."""
@@ -179,7 +179,7 @@ class Session:
     @property
     def steps(self) -> int:
         """Steps of the next chunk, as far as is known."""
-        return len(next_events(_steered(self.student, self._open_state(), self._queued)))
+        return len(next_events(steer_state(self.student, self._open_state(), self._queued)))
 
     @property
     def closed(self) -> bool:
@@ -195,11 +195,11 @@ class Session:
             SessionClosed: if the session is closed, also while the chunk is made.
             ValueError: at the first chunk, if weights or prompt give numbers that are not finite.
         """
-        started_s = self._now_s()
+        started_s = now_s(self._device)
         num_commits = self._num_commits() if self._uncommitted else 0
         self._commit_pending()
         self._choose_steps()
-        change = None if self._queued is None else _resolved(self._queued)
+        change = None if self._queued is None else self._queued.with_defaults()
         state, cache = self._changed(self._open_state(), change)
         embedding = state.blend.at(state.embedding) if state.blend else state.embedding
         events = next_events(state)
@@ -207,11 +207,11 @@ class Session:
         results = self._rollout(state, cache, events, embedding, last_input)
         with torch.no_grad():
             result = next(results)
-            denoised_s = self._now_s()
+            denoised_s = now_s(self._device)
             frames, decoder = self.student.codec.decode_chunk(result.latents, state.decoder)
         if state.index == 0:
             check_finite(embedding, result.latents, frames)
-        decoded_s = self._now_s()
+        decoded_s = now_s(self._device)
         context = context_of(state, result, last_input[0])
         self._queued, self._cache, self._uncommitted = None, cache, results
         self._state = replace(
@@ -323,7 +323,7 @@ class Session:
         """
         state = self._open_state()
         change = replace(change, at=state.index)
-        _steered(self.student, state, change)
+        steer_state(self.student, state, change)
         self._queued = change if self._queued is None else self._queued | change
 
     @property
@@ -346,29 +346,13 @@ class Session:
     def snapshot(self, path: str | Path) -> None:
         """Write all that the stream needs to go on bit for bit to one safetensors file, at once."""
         self._commit_pending()
-        state = self._open_state()
-        layout, decoder = flatten_state(state.decoder)
-        tensors = {
-            "embedding": state.embedding,
-            **({"blend": state.blend.origin} if state.blend else {}),
-            **{f"context.{i}": context.latents for i, context in enumerate(state.contexts)},
-            **{f"decoder.{i}": tensor for i, tensor in enumerate(decoder)},
-            **{f"cache.{name}": tensor for name, tensor in self._cache.state().items()},
-        }
-        blend = state.blend and {f.name: getattr(state.blend, f.name) for f in fields(Blend)[1:]}
-        facts = {
+        tensors, facts = pack_state(self._open_state())
+        tensors |= {f"cache.{name}": tensor for name, tensor in self._cache.state().items()}
+        facts |= {
             "student": self._fingerprint(),
+            "own_stream": self.student.stream.to_json(),
             "script": self._script.to_plain(),
             "queued": None if self._queued is None else asdict(self._queued),
-            "stream": state.config.to_json(),
-            "own_stream": self.student.stream.to_json(),
-            "index": state.index,
-            "scene": state.scene,
-            "seed": state.seed,
-            "prompt": state.prompt,
-            "blend": blend,
-            "context_t": [context.t for context in state.contexts],
-            "decoder": layout,
             "committed_frames": self._cache.num_committed_frames,
             "rate": None if self._rate is None else asdict(self._rate),
         }
@@ -386,42 +370,17 @@ class Session:
         session = object.__new__(cls)
         try:
             session._begin(student, Script.from_plain(facts["script"]))
-            session._check_maker(facts)
+            check_maker(facts, session._fingerprint(), student.stream)
             session._load(tensors, facts)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"snapshot {path}: {one_line(error)}") from error
         return session
 
-    def _check_maker(self, facts: dict[str, Any]) -> None:
-        if facts["student"] != self._fingerprint():
-            raise ValueError(
-                "it is of another student, codec or precision; open the one that made it"
-            )
-        if facts["own_stream"] != self.student.stream.to_json():
-            raise ValueError(
-                "it is of this student under another stream configuration; open it with the same"
-                " schedule, window and sink"
-            )
-
     def _load(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
-        parts = lambda prefix: {
-            name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)
-        }
-        contexts, decoder = parts("context."), parts("decoder.")
-        self._state = StreamState(
-            index=facts["index"],
-            scene=facts["scene"],
-            seed=facts["seed"],
-            prompt=facts["prompt"],
-            embedding=tensors["embedding"],
-            blend=facts["blend"] and Blend(tensors["blend"], **facts["blend"]),
-            config=StreamConfig.from_json(facts["stream"]),
-            contexts=tuple(Context(contexts[str(i)], t) for i, t in enumerate(facts["context_t"])),
-            decoder=rebuild_state(facts["decoder"], [decoder[str(i)] for i in range(len(decoder))]),
-        )
+        self._state = unpack_state(tensors, facts)
         self._cache = self._new_cache(self._state.config)
-        self._cache.load_state(parts("cache."), facts["committed_frames"])
+        self._cache.load_state(named(tensors, "cache."), facts["committed_frames"])
         self._queued = facts["queued"] and build_config(Change, facts["queued"])
         self._rate = facts["rate"] and RateHolder(**facts["rate"])
 
@@ -432,9 +391,6 @@ class Session:
         if state is None:
             raise SessionClosed("the session is closed; begin another one")
         return state
-
-    def _now_s(self) -> float:
-        return now_s(self._device)
 
     def _fingerprint(self) -> str:
         return fingerprint(self._transformer, self.student.codec)
@@ -522,7 +478,7 @@ class Session:
             return state, self._cache
         state = replace(
             state,
-            config=_steered(self.student, state, change).config,
+            config=steer_state(self.student, state, change).config,
             seed=state.seed if change.seed is None else change.seed,
         )
         if change.prompt is None:
@@ -532,183 +488,10 @@ class Session:
             origin = state.blend.at(state.embedding) if state.blend else state.embedding
             blend = Blend(origin, change.blend_chunks, 0, change.interpolation)
         if change.mode == "recache":
-            cache = self._recached(state, embedding, change.keep_sink)
+            cache = recommit_window(self._transformer, state, cache, embedding, change.keep_sink)
         state = replace(state, prompt=change.prompt, embedding=embedding, blend=blend)
         if change.mode == "hard":
             decoder = self.student.codec.new_decoder_state()
             state = replace(state, scene=state.index, contexts=(), decoder=decoder)
             cache = self._new_cache(state.config)
         return state, cache
-
-    @torch.no_grad()
-    def _recached(self, state: StreamState, embedding: Tensor, keep_sink: bool) -> Any:
-        """A cache over the last window, committed again under an embedding."""
-        cache, chunk_frames = self._cache.clone(), state.config.chunk_frames
-        num_sink, _ = context_counts(state.config)
-        under_sink, recent = state.contexts[:num_sink], state.contexts[num_sink:]
-        resume_at = (state.scene_index - len(recent)) * chunk_frames
-        if keep_sink:
-            first = sum(i < len(under_sink) * chunk_frames for i in cache.stored_frames())
-        else:
-            cache.rewind(0)
-            for context in under_sink:
-                self._commit(context, embedding, cache)
-            first = cache.num_frames
-        # a long stream has left all but the sink of its first chunks
-        cache.rewind(resume_at, first if first == resume_at else cache.sink_frames)
-        for context in recent:
-            self._commit(context, embedding, cache)
-        return cache
-
-    def _commit(self, context: Context, embedding: Tensor, cache: Any) -> None:
-        dtype = torch.promote_types(embedding.dtype, torch.float32)
-        timestep = 1000 * torch.full((1,), context.t, dtype=dtype, device=self._device)
-        self._transformer.commit(context.latents, timestep, embedding, cache)
-
-    @torch.no_grad()
-    def _commit_start(self, frames: Tensor) -> None:
-        """Encode and commit the frames that the stream begins from, and bring the decoder to their
-        end.
-        """
-        state, codec, script = self._state, self.student.codec, self._script
-        num_chunks = start_chunks(frames, self.student, script.height, script.width)
-        chunk_frames = state.config.chunk_frames
-        num_frames = 1 + codec.temporal_ratio * (num_chunks * chunk_frames - 1)
-        clip = frames[-num_frames:].to(self._device, torch.float32)[None]
-        latents = codec.encode_frames(clip).to(torch.float32)
-        if not latents.isfinite().all():
-            raise ValueError("start gives latents that are not finite; give frames in [0, 1]")
-        noise = KeyedNoise([state.seed])
-        for index, chunk in enumerate(latents.split(chunk_frames, dim=2)):
-            # as the student knows its context: with "reuse" that of a chunk's last pass
-            reused = state.config.commit == "reuse"
-            t = next_events(state)[-1].t[0] if reused else state.config.context_t
-            context = Context(context_input(chunk.contiguous(), index, noise, t), t)
-            self._commit(context, state.embedding, self._cache)
-            _, decoder = codec.decode_chunk(chunk.contiguous(), state.decoder)
-            contexts = keep_contexts((*state.contexts, context), state.config)
-            state = replace(state, index=index + 1, contexts=contexts, decoder=decoder)
-        self._state = state
-        self._script = replace(script, num_chunks=num_chunks)
-
-
-def play_script(
-    student: Student,
-    script: Script,
-    num_chunks: int | None = None,
-    start: Tensor | None = None,
-) -> Iterator[SessionChunk]:
-    """The chunks of a script's stream, bit for bit, as they are made.
-
-    Args:
-        num_chunks: chunks of the stream, counted as the script counts them; None is as many as the
-            script says, or an endless stream.
-        start: the frames that the stream began from, if the script says that there were any.
-
-    Raises:
-        ValueError: one line, if the student can't be streamed so, or ``start`` is not what the
-            script began from.
-    """
-    digest = None if start is None else digest_frames(start)
-    if digest != script.start:
-        raise ValueError(
-            f"the script began from frames {script.start}, start is {digest}; pass the same frames"
-        )
-    session = Session(
-        student,
-        script.prompt,
-        seed=script.seed,
-        height=script.height,
-        width=script.width,
-        steps=script.steps,
-        start=start,
-    )
-    num_chunks = script.num_chunks if num_chunks is None else num_chunks
-    return _played(session, script, num_chunks)
-
-
-def _played(session: Session, script: Script, num_chunks: int | None) -> Iterator[SessionChunk]:
-    changes = {change.at: change for change in script.changes}
-    with session:
-        indices = itertools.count(session.index)
-        for index in itertools.takewhile(lambda i: num_chunks is None or i < num_chunks, indices):
-            if index in changes:
-                session.steer(changes[index])
-            yield session.next_chunk()
-
-
-def check_student(student: Student) -> None:
-    """A ValueError unless a session can steer the student: chunk after chunk, over a context."""
-    config = student.stream
-    if config.order != "autoregressive":
-        raise ValueError(
-            f"a session makes a stream chunk after chunk, not in order={config.order!r}; use"
-            " 'autoregressive'"
-        )
-    if config.commit == "none":
-        raise ValueError("a session needs a context, this student has commit='none'; set 'clean'")
-
-
-def start_chunks(frames: Tensor, student: Student, height: int, width: int) -> int:
-    """How many whole chunks the frames ``[T, 3, H, W]`` hold; of n chunks of f latent frames the
-    last ``1 + r (n f - 1)`` frames are used.
-
-    Raises:
-        ValueError: one line, if they are of another size, or fewer than a chunk's.
-    """
-    if frames.ndim != 4 or tuple(frames.shape[1:]) != (3, height, width):
-        raise ValueError(
-            f"start is {list(frames.shape)}, expected frames [T, 3, {height}, {width}]; resize or"
-            " crop them"
-        )
-    ratio, chunk_frames = student.codec.temporal_ratio, student.stream.chunk_frames
-    latent_frames = 1 + (len(frames) - 1) // ratio if len(frames) else 0
-    least = 1 + ratio * (chunk_frames - 1)
-    if latent_frames < chunk_frames:
-        raise ValueError(
-            f"start has {len(frames)} frames, this student's first chunk {least}; give at least"
-            f" {least}, or repeat an image: image.expand({least}, -1, -1, -1)"
-        )
-    return latent_frames // chunk_frames
-
-
-def digest_frames(frames: Tensor) -> str:
-    """A name for frames, by their numbers in float32."""
-    numbers = frames.detach().float().cpu().contiguous()
-    said = f"{tuple(frames.shape)}".encode() + numbers.numpy().tobytes()
-    return hashlib.blake2b(said, digest_size=16).hexdigest()
-
-
-def _steered(student: Student, state: StreamState, change: Change | None) -> StreamState:
-    """The state with the change's steps or times.
-
-    Raises:
-        ValueError: what ``StreamConfig`` refuses.
-    """
-    if change is None or (change.steps is None and change.times is None):
-        return state
-    if change.steps is not None:
-        return replace(state, config=deployed(student.stream, steps=change.steps))
-    if not change.times:
-        return replace(state, config=student.stream)
-    config = replace(student.stream, step_table=(change.times,), first_steps=None)
-    return replace(state, config=config)
-
-
-def _resolved(change: Change) -> Change:
-    """The change with every option of its switch said, so that a record does not depend on
-    defaults.
-    """
-    if change.prompt is None:
-        return change
-    mode = change.mode or DEFAULT_MODE
-    change = replace(change, mode=mode)
-    if mode == "blend":
-        return replace(
-            change,
-            blend_chunks=change.blend_chunks or BLEND_CHUNKS,
-            interpolation=change.interpolation or "linear",
-        )
-    if mode == "recache" and change.keep_sink is None:
-        return replace(change, keep_sink=True)
-    return change

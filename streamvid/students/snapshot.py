@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from streamvid.codecs.base import flatten_state, rebuild_state
 from streamvid.files import atomic_file
+from streamvid.rollout.schedule import StreamConfig
+from streamvid.students.stream_state import Blend, Context, StreamState
 from streamvid.weights import parse_json
 
 FORMAT = "streamvid session 1"
@@ -65,6 +69,66 @@ def read_snapshot(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if said.get("checksum") != _checksum(tensors, text):
         raise ValueError(f"snapshot {path} is damaged (its checksum differs); copy it again")
     return tensors, parse_json(text)
+
+
+def pack_state(state: StreamState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A state as tensors and facts, for ``write_snapshot``."""
+    layout, decoder = flatten_state(state.decoder)
+    tensors = {
+        "embedding": state.embedding,
+        **({"blend": state.blend.origin} if state.blend else {}),
+        **{f"context.{i}": context.latents for i, context in enumerate(state.contexts)},
+        **{f"decoder.{i}": tensor for i, tensor in enumerate(decoder)},
+    }
+    facts = {
+        "stream": state.config.to_json(),
+        "index": state.index,
+        "scene": state.scene,
+        "seed": state.seed,
+        "prompt": state.prompt,
+        "blend": state.blend and {f.name: getattr(state.blend, f.name) for f in fields(Blend)[1:]},
+        "context_t": [context.t for context in state.contexts],
+        "decoder": layout,
+    }
+    return tensors, facts
+
+
+def unpack_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> StreamState:
+    """The state that ``pack_state`` was given.
+
+    Raises:
+        KeyError, TypeError, ValueError: if a part is missing or is something else.
+    """
+    contexts, decoder = named(tensors, "context."), named(tensors, "decoder.")
+    return StreamState(
+        index=facts["index"],
+        scene=facts["scene"],
+        seed=facts["seed"],
+        prompt=facts["prompt"],
+        embedding=tensors["embedding"],
+        blend=facts["blend"] and Blend(tensors["blend"], **facts["blend"]),
+        config=StreamConfig.from_json(facts["stream"]),
+        contexts=tuple(Context(contexts[str(i)], t) for i, t in enumerate(facts["context_t"])),
+        decoder=rebuild_state(facts["decoder"], [decoder[str(i)] for i in range(len(decoder))]),
+    )
+
+
+def check_maker(facts: Mapping[str, Any], own: str, stream: StreamConfig) -> None:
+    """A ValueError unless a snapshot is of the student that has the fingerprint ``own`` and the
+    stream configuration.
+    """
+    if facts["student"] != own:
+        raise ValueError("it is of another student, codec or precision; open the one that made it")
+    if facts["own_stream"] != stream.to_json():
+        raise ValueError(
+            "it is of this student under another stream configuration; open it with the same"
+            " schedule, window and sink"
+        )
+
+
+def named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose name begins with a prefix, named without it."""
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 def fingerprint(*modules: Any) -> str:

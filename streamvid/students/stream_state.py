@@ -18,7 +18,8 @@ from torch import Tensor
 from streamvid.rollout.loop import ChunkResult, context_input
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule
-from streamvid.students.script import INTERPOLATIONS, Interpolation
+from streamvid.students.folder import Student, deployed
+from streamvid.students.script import INTERPOLATIONS, Change, Interpolation
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,18 @@ class StreamState:
         return self.index - self.scene
 
 
+def check_student(student: Student) -> None:
+    """A ValueError unless a session can steer the student: chunk after chunk, over a context."""
+    config = student.stream
+    if config.order != "autoregressive":
+        raise ValueError(
+            f"a session makes a stream chunk after chunk, not in order={config.order!r}; use"
+            " 'autoregressive'"
+        )
+    if config.commit == "none":
+        raise ValueError("a session needs a context, this student has commit='none'; set 'clean'")
+
+
 def mix(origin: Tensor, target: Tensor, share: float, interpolation: Interpolation) -> Tensor:
     """The embedding ``share`` of the way from ``origin`` to ``target``, both ``[1, L, D]``.
 
@@ -96,6 +109,22 @@ def next_events(state: StreamState) -> list[Denoise]:
     place = min(state.scene_index, last_other)
     events = (e for e in build_schedule(state.config, place + 1) if e.chunks == (place,))
     return [replace(event, chunks=(state.index,)) for event in events]
+
+
+def steer_state(student: Student, state: StreamState, change: Change | None) -> StreamState:
+    """The state with the change's steps or times.
+
+    Raises:
+        ValueError: what ``StreamConfig`` refuses.
+    """
+    if change is None or (change.steps is None and change.times is None):
+        return state
+    if change.steps is not None:
+        return replace(state, config=deployed(student.stream, steps=change.steps))
+    if not change.times:
+        return replace(state, config=student.stream)
+    config = replace(student.stream, step_table=(change.times,), first_steps=None)
+    return replace(state, config=config)
 
 
 def advance_blend(blend: Blend | None) -> Blend | None:

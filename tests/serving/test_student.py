@@ -9,8 +9,8 @@ from streamvid.evaluation.world_score import score
 from streamvid.serving import protocol, replay
 from streamvid.serving.server import create_app
 from streamvid.students.folder import TINY_STUDENT, load_student
+from streamvid.students.play import play_script
 from streamvid.students.script import Script
-from streamvid.students.session import play_script
 from streamvid.video import read_video, to_uint8
 
 OLD = "a large red circle moves to the right slowly"

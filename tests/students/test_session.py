@@ -21,11 +21,13 @@ from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import new_cache, stream
 from streamvid.rollout.schedule import StreamConfig, table
 from streamvid.students import session as session_module
+from streamvid.students.contexts import digest_frames
 from streamvid.students.folder import TINY_STUDENT, TINY_TEACHER, Student, load_student
 from streamvid.students.pipeline import StreamVidPipeline
+from streamvid.students.play import play_script
 from streamvid.students.rate import RateHolder
 from streamvid.students.script import MODES, Change, Script
-from streamvid.students.session import Session, SessionClosed, digest_frames, play_script
+from streamvid.students.session import Session, SessionClosed
 from streamvid.students.stream_state import mix
 
 A, B = "a small red circle moves up quickly", "a large blue square moves left slowly"
@@ -260,7 +262,7 @@ def test_a_recache_of_a_long_stream_rewrites_what_the_window_sees(plain, keep_si
     before, recent = session._cache, session._state.contexts[1:]
     assert before.stored_frames() == (0, 9, 10, 11, 12, 13) and len(recent) == 3
     session.switch_prompt(B, "recache", keep_sink=keep_sink)
-    session._queued = session_module._resolved(session._queued)
+    session._queued = session._queued.with_defaults()
     _, after = session._changed(session._state, session._queued)
     assert after.num_committed_frames == 14 and after.stored_frames() == before.stored_frames()
     fresh = new_cache(plain.transformer, plain.stream, 1, LATENT)
