@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from streamvid.methods.diagonal import frame_weights
-from streamvid.methods.matching import latent_statistics
+
+from streamvid.objectives.diagonal import frame_weights
+from streamvid.settings.video import latent_statistics
 
 
 def clip(*frames):
