@@ -13,7 +13,8 @@ from streamvid.models.jump_embedding import add_jump_embedding
 from streamvid.objectives import find_objective
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import keyed_normal
-from streamvid.settings.video import RolloutConfig, VideoSetting
+from streamvid.settings.rollouts import RolloutConfig
+from streamvid.settings.video import VideoSetting
 from streamvid.teachers.analytic import AnalyticTeacher
 from streamvid.teachers.wan import WanTeacher
 

@@ -31,7 +31,9 @@ ROOT = Path(__file__).parents[1]
 COPIED = ("streamvid", "tests", "tools", "configs", "pyproject.toml")
 LOG = "pytest.log"  # of the last run, in the copy
 FAILED = "failed.txt"  # the test that failed in the last run, in the copy
-VIDEO_SETTING = VIDEO_STEP = ROLLOUTS = "streamvid/settings/video.py"
+ROLLOUTS = "streamvid/settings/rollouts.py"
+VIDEO_STEP = "streamvid/settings/video_step.py"
+VIDEO_SETTING = "streamvid/settings/video.py"
 SURVIVED = 0  # pytest's exit status when all tests pass
 KILLED = 1  # when one fails
 BROKEN = 2  # when it is interrupted, and ours when something else than a test failed
@@ -232,6 +234,11 @@ MUTANTS: list[Mutant] = [
     ),
     *mutants(
         ROLLOUTS,
+        "tests/objectives/test_afd.py",
+        patches_out_of_order=("(t p) (h q) (w s)", "(t p) (q h) (s w)"),
+    ),
+    *mutants(
+        ROLLOUTS,
         "tests/settings/test_rollouts.py",
         exit_of_the_next_step=("exit_place) * num_steps)", "exit_place) * num_steps) + 1"),
         gradient_one_chunk_late=("t and i >= first_chunk", "t and i > first_chunk"),
@@ -239,6 +246,10 @@ MUTANTS: list[Mutant] = [
             "exit_of(chunk) if chunk == last else steps[chunk]",
             "exit_of(chunk)",
         ),
+    ),
+    *mutants(
+        VIDEO_STEP,
+        "tests/settings/test_rollouts.py",
         group_prompts_out_of_order=(
             "repeated[name] = value.repeat_interleave(size, dim=0)",
             "repeated[name] = torch.cat([value] * size)",
@@ -251,10 +262,6 @@ MUTANTS: list[Mutant] = [
             "key_to_seed(key, member) for key in value",
             "key_to_seed(key, 0) for key in value",
         ),
-    ),
-    *mutants(
-        VIDEO_STEP,
-        "tests/settings/test_rollouts.py",
         draws_of_a_turn_alike=("self.counts[(kind,)] += 1", "self.counts[(kind,)] += 0"),
         names_of_draws_forgotten=(
             "if name:\n            return name",
@@ -350,7 +357,6 @@ MUTANTS: list[Mutant] = [
             ".repeat_interleave(len(clips))",
             ".repeat(len(clips))",
         ),
-        patches_out_of_order=("(t p) (h q) (w s)", "(t p) (q h) (s w)"),
     ),
     *mutants(
         VIDEO_SETTING,

@@ -20,7 +20,7 @@ from streamvid.models.lora import LoraConfig
 from streamvid.objectives import find_objective
 from streamvid.objectives.base import Objective
 from streamvid.rollout.schedule import StreamConfig
-from streamvid.settings.video import RolloutConfig
+from streamvid.settings.rollouts import RolloutConfig
 from streamvid.shipped import ASSETS, TINY_TEACHER
 from streamvid.training.config import TrainConfig
 

@@ -14,7 +14,8 @@ from streamvid.objectives.afd import AFD, preferences
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import new_cache
 from streamvid.rollout.schedule import StreamConfig
-from streamvid.settings.video import Noising, VideoSetting
+from streamvid.settings.video import VideoSetting
+from streamvid.settings.video_step import Noising
 from tests.fakes import ONE_STEP, TINY_WAN, Ar1Student, noise, run_turn
 
 STREAM = StreamConfig(num_steps=2, chunk_frames=2)

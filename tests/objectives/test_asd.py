@@ -14,7 +14,7 @@ from streamvid.objectives.asd import ASD
 from streamvid.rollout.sampler import generate_latents
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import key_to_seed
-from streamvid.settings.video import Decision
+from streamvid.settings.rollouts import Decision
 from tests import fakes
 from tests.fakes import Ar1Student, ClipStudent, ar1_setting, noise, prompt_batch, run_turn
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from streamvid.objectives.diagonal import frame_weights
-from streamvid.settings.video import latent_statistics
+from streamvid.settings.rollouts import latent_statistics
 
 
 def clip(*frames):

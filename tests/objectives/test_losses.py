@@ -13,7 +13,8 @@ from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.objectives import find_objective
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import keyed_normal
-from streamvid.settings.video import OF_TEACHER, RolloutConfig, VideoSetting
+from streamvid.settings.rollouts import RolloutConfig
+from streamvid.settings.video import OF_TEACHER, VideoSetting
 from streamvid.teachers.wan import WanTeacher
 from tests.fakes import TINY_WAN
 

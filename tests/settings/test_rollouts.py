@@ -17,7 +17,8 @@ from streamvid.objectives.dmd import DMD
 from streamvid.rollout.sampler import generate_latents
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.seeding import key_to_seed
-from streamvid.settings.video import RolloutConfig, VideoSetting
+from streamvid.settings.rollouts import RolloutConfig
+from streamvid.settings.video import VideoSetting
 from tests.fakes import (
     FOUR_STEPS,
     ONE_STEP,
