@@ -4,9 +4,12 @@
     python -m tests.mutations --only kv --only guidance
     python -m tests.mutations --list
 
-An error that no test notices survives; the exit status is then 1. The working tree is never
-changed. To add an error, add a row to ``MUTANTS``: text that occurs once in a file, what to write
-in its place, and tests that take seconds and should notice.
+A test notices by failing; where a file of tests can't be imported, a fixture can't be made or a
+name does not exist, the row itself is broken. The exit status is 1 if a row is broken or an error
+survives, i.e. no test notices it, and 2 if a row does not fit the files. The working tree is never
+changed. To add an error, add a row to ``MUTANTS``, or for objectives to
+``tests/objectives/mutants.py``: text that occurs once in a file, what to write in its place, and
+tests that take seconds and should notice.
 """
 
 from __future__ import annotations
@@ -17,13 +20,24 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from tests.objectives.mutants import MUTANTS as MUTANTS_OF_OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("streamvid", "tests", "tools", "configs", "pyproject.toml")
 LOG = "pytest.log"  # of the last run, in the copy
-KILLED, SURVIVED = 1, 0  # pytest's exit status when tests fail and when all pass
+FAILED = "failed.txt"  # the test that failed in the last run, in the copy
+ROLLOUTS = "streamvid/settings/rollouts.py"
+VIDEO_STEP = "streamvid/settings/video_step.py"
+VIDEO_SETTING = "streamvid/settings/video.py"
+SURVIVED = 0  # pytest's exit status when all tests pass
+KILLED = 1  # when one fails
+BROKEN = 2  # when it is interrupted, and ours when something else than a test failed
+VERDICTS = {SURVIVED: "survived", KILLED: "killed"}  # any other status is "broken"
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ MUTANTS: list[Mutant] = [
         seed_of_joined_text=('"/".join', '"".join'),
     ),
     *mutants(
+<<<<<<< HEAD
         "streamvid/settings/video.py",
         "tests/objectives/test_closed_forms.py",
         drift_upside_down=("rms[-1] / rms[0]", "rms[0] / rms[-1]"),
@@ -65,6 +80,8 @@ MUTANTS: list[Mutant] = [
         ),
     ),
     *mutants(
+=======
+>>>>>>> w-mut
         "streamvid/students/folder.py",
         "tests/students/test_folder.py::test_asked_steps_win_over_a_step_table",
         asked_steps_lose_to_a_table=("table = None if steps is None else ()", "table = None"),
@@ -72,7 +89,7 @@ MUTANTS: list[Mutant] = [
     *mutants(
         "streamvid/core/times.py",
         "tests/core/test_times.py",
-        target_reuses_a_draw=("(1 - shrink * draws[1])", "(1 - shrink * draws[0])"),
+        target_reuses_a_draw=("(1 - shrink * u[1])", "(1 - shrink * u[0])"),
         target_beyond_the_last=("(last - first + 1)).long()", "(last - first)).long()"),
         shift_inverted=(
             "return shift * u / (1 + (shift - 1) * u)",
@@ -116,7 +133,10 @@ MUTANTS: list[Mutant] = [
     *mutants(
         "streamvid/core/guidance.py",
         "tests/core/test_guidance.py",
-        guidance_sign=("* (cond - uncond)\n\n\nCONV", "* (uncond - cond)\n\n\nCONV"),
+        guidance_sign=(
+            "expand_time(scale, cond) * (cond - uncond)",
+            "expand_time(scale, cond) * (uncond - cond)",
+        ),
         guidance_counted_twice=("uncond + expand_time(scale", "cond + expand_time(scale"),
     ),
     *mutants(
@@ -198,13 +218,14 @@ MUTANTS: list[Mutant] = [
         "streamvid/rollout/loop.py",
         "tests/rollout/test_loop.py",
         "tests/rollout/test_ar1_oracle.py",
+        "tests/rollout/test_jump.py",
         gradient_from_step_to_step=("x_t, x0 = x_t.detach(), x0.detach()", "x_t, x0 = x_t, x0"),
         gradient_through_reused_keys=("_detached(output.kv)", "output.kv"),
         context_at_another_time=(
             "self.timestep((self.context_t,))",
             "self.timestep((1 - self.context_t,))",
         ),
-        context_without_its_noise=("if self.context_t > 0:", "if self.context_t > 1:"),
+        context_without_its_noise=("if context_t == 0:", "if context_t < 1:"),
         same_noise_again=(
             "partial(self.draw, chunk, state.nfe)",
             "partial(self.draw, chunk, INITIAL_EVENT)",
@@ -218,7 +239,171 @@ MUTANTS: list[Mutant] = [
             "fill(level, batch, frames) for level in t]",
             "fill(t[0], batch, frames) for level in t]",
         ),
+        told_where_it_is=('"jump": lambda event: event.t_next', '"jump": lambda event: event.t'),
+        step_of_no_length=("v_from_x0(x_t, x0, t), t, t_next)", "v_from_x0(x_t, x0, t), t, t)"),
         never_commits=("oldest += len(finished)", "oldest += len(finished); finished = []"),
+    ),
+    *mutants(
+        ROLLOUTS,
+        "tests/objectives/test_closed_forms.py",
+        drift_upside_down=("rms[-1] / rms[0]", "rms[0] / rms[-1]"),
+        motion_with_sign=("- x[:, :, :-1]).abs()", "- x[:, :, :-1])"),
+    ),
+    *mutants(
+        ROLLOUTS,
+        "tests/objectives/test_afd.py",
+        patches_out_of_order=("(t p) (h q) (w s)", "(t p) (q h) (s w)"),
+    ),
+    *mutants(
+        ROLLOUTS,
+        "tests/settings/test_rollouts.py",
+        exit_of_the_next_step=("exit_place) * num_steps)", "exit_place) * num_steps) + 1"),
+        gradient_one_chunk_late=("t and i >= first_chunk", "t and i > first_chunk"),
+        context_of_the_exit=(
+            "exit_of(chunk) if chunk == last else steps[chunk]",
+            "exit_of(chunk)",
+        ),
+    ),
+    *mutants(
+        VIDEO_STEP,
+        "tests/settings/test_rollouts.py",
+        group_prompts_out_of_order=(
+            "repeated[name] = value.repeat_interleave(size, dim=0)",
+            "repeated[name] = torch.cat([value] * size)",
+        ),
+        group_keys_out_of_order=(
+            "for key in value for member in range(size)",
+            "for member in range(size) for key in value",
+        ),
+        group_of_one_noise=(
+            "key_to_seed(key, member) for key in value",
+            "key_to_seed(key, 0) for key in value",
+        ),
+        draws_of_a_turn_alike=("self.counts[(kind,)] += 1", "self.counts[(kind,)] += 0"),
+        names_of_draws_forgotten=(
+            "if name:\n            return name",
+            "if name:\n            return (kind,)",
+        ),
+        noise_of_another_sample=(
+            "keyed_normal(shape, self.method.seed, *label, key)",
+            "keyed_normal(shape, self.method.seed, *label, self.keys[0])",
+        ),
+        times_of_another_turn=('self._label("score_t", name)', '("score_t",)'),
+        shared_draws_alike=("if name not in self.shared:", "if True:"),
+        passes_share_an_exit=(
+            '"decision", self.step, self.turn, self.micro)\n        generator',
+            '"decision", self.step, self.turn)\n        generator',
+        ),
+        samples_of_a_turn_alike=(
+            'role = "student" if number == 0 else',
+            'role = "student" if True else',
+        ),
+        exit_index_of_the_step_before=(
+            "exit_index=int(exit_place * method.num_steps)",
+            "exit_index=int(exit_place * method.num_steps) - 1",
+        ),
+        asked_exit_one_step_late=("(exit_index + 0.5)", "(exit_index + 1.5)"),
+        step_time_of_the_step_before=("(*times, 0.0)[min(index,", "(1.0, *times)[min(index,"),
+        part_without_its_image=(
+            "torch.cat([method.as_image(so_far), x[:, :, 1:]], dim=2), t",
+            "x, t",
+        ),
+        image_of_the_frame_before=("results[first].latents[:, :, :1]]", "so_far]"),
+        window_high_for_all=("and self._decision.first_chunk > 0:", "and True:"),
+    ),
+    *mutants(
+        VIDEO_STEP,
+        "tests/settings/test_video_step.py",
+        told_where_it_starts=("= TIMESTEPS * s", "= TIMESTEPS * t"),
+        clean_context_dropped=(
+            'options["clean_context"] = self.clean_clip().to(x)',
+            "pass",
+        ),
+        clean_context_of_the_noisy_clip=("self.clean_clip().to(x)", "x"),
+        whole_clip_as_one_chunk=(
+            '{"chunk_frames": self.stream.chunk_frames}\n        if x.shape',
+            '{"chunk_frames": x.shape[2]}\n        if x.shape',
+        ),
+        counted_one_chunk_late=(
+            "counts[:, : self.stream.chunk_frames] = 0",
+            "counts[:, : 2 * self.stream.chunk_frames] = 0",
+        ),
+        first_frame_alone_not_counted=(
+            "counts[:, : self.stream.chunk_frames] = 0",
+            "counts[:, :1] = 0",
+        ),
+        first_chunk_alone_counted=(
+            "counts[:, : self.stream.chunk_frames] = 0",
+            "counts[:, self.stream.chunk_frames :] = 0",
+        ),
+        whole_clip_not_counted=("if self._decision.first_chunk == 0:", "if False:"),
+        fake_score_keeps_the_other_share=(
+            "parameter.lerp_(own[name].to(parameter), 1 - keep)",
+            "parameter.lerp_(own[name].to(parameter), keep)",
+        ),
+        teacher_prompt_and_no_prompt_exchanged=(
+            "cond = self.cond.to(x_t) if prompted else self._uncond(x_t)\n        return",
+            "cond = self._uncond(x_t) if prompted else self.cond.to(x_t)\n        return",
+        ),
+        fake_prompt_and_no_prompt_exchanged=(
+            "cond = self.cond.to(x_t) if prompted else self._uncond(x_t)\n        with",
+            "cond = self._uncond(x_t) if prompted else self.cond.to(x_t)\n        with",
+        ),
+    ),
+    *mutants(
+        VIDEO_STEP,
+        "tests/objectives/test_afd.py",
+        afd_prompts_out_of_order=(
+            "cond = self.cond.repeat_interleave(group_size, dim=0) if group_size > 1",
+            "cond = torch.cat([self.cond] * group_size) if group_size > 1",
+        ),
+        afd_seeds_out_of_order=(
+            "for key in self.keys\n            for member in range(group_size)",
+            "for member in range(group_size)\n            for key in self.keys",
+        ),
+        afd_noising_prompts_out_of_order=(
+            "Noising(times, seeds, self.cond.repeat_interleave(group_size, dim=0))",
+            "Noising(times, seeds, torch.cat([self.cond] * group_size))",
+        ),
+        afd_target_upside_down=("velocity(chunks[k], eps)", "velocity(eps, chunks[k])"),
+        afd_context_of_predictions=(
+            "v.append(v_from_x0(x_t[k], x0, t))\n            return chunks[k]",
+            "v.append(v_from_x0(x_t[k], x0, t))\n            return x0",
+        ),
+        afd_times_of_another_chunk=(
+            ".repeat_interleave(len(clips))",
+            ".repeat(len(clips))",
+        ),
+    ),
+    *mutants(
+        VIDEO_SETTING,
+        "tests/settings/test_video_step.py",
+        "tests/objectives/test_afd.py",
+        average_for_lagged=(
+            '{"average": self.objective.average_decay, "lagged": self.objective.lagged_decay}',
+            '{"average": self.objective.lagged_decay, "lagged": self.objective.average_decay}',
+        ),
+        copies_keep_the_other_share=(
+            "torch._foreach_lerp_(old, new, 1 - decay)",
+            "torch._foreach_lerp_(old, new, decay)",
+        ),
+        copies_follow_in_every_turn=('if turn != "student":', "if False:"),
+        start_in_checkpoints=('if name != "start"\n', ""),
+        parts_of_a_loss_dropped=("total = total + part.detach()", "total = part.detach()"),
+    ),
+    *mutants(
+        "streamvid/objectives/dmd.py",
+        "tests/objectives/test_dmd.py",
+        scores_exchanged=("dmd_gradient(x, fake, real,", "dmd_gradient(x, real, fake,"),
+        uncounted_frames_counted=("mask=step.counted_frames(x))", "mask=None)"),
+    ),
+    *mutants(
+        "streamvid/objectives/diagonal.py",
+        "tests/objectives/test_closed_forms.py",
+        frame_weights_exchanged=(
+            "0.7 * accumulated / accumulated.mean(1, keepdim=True) + 0.3 *",
+            "0.3 * accumulated / accumulated.mean(1, keepdim=True) + 0.7 *",
+        ),
     ),
     *mutants(
         "streamvid/rollout/noise.py",
@@ -233,8 +418,8 @@ MUTANTS: list[Mutant] = [
         "streamvid/models/kv_cache.py",
         "tests/models/test_kv_cache.py",
         kv_window_one_too_long=(
-            "self.sink_frames - num_frames\n        return",
-            "self.sink_frames - num_frames + 1\n        return",
+            "self.sink_frames - num_frames\n        committed",
+            "self.sink_frames - num_frames + 1\n        committed",
         ),
         kv_evicts_the_sink=(
             "_ends(x, self.sink_frames, self.window_frames - self.sink_frames)",
@@ -242,8 +427,12 @@ MUTANTS: list[Mutant] = [
         ),
         kv_sink_moves=("i if i < self.sink_frames else i - shift", "i - shift"),
         kv_keeps_a_stale_context=(
-            "self._context = None\n\n    def check_pass",
-            "\n    def check_pass",
+            "kv[0][0].shape[1]\n        self._context = None",
+            "kv[0][0].shape[1]",
+        ),
+        kv_rewinds_with_a_stale_context=(
+            "resume_at\n        self._context = None",
+            "resume_at",
         ),
         kv_text_of_a_changed_prompt=("or self._text[1] != _version(prompt)", "or False"),
     ),
@@ -319,6 +508,7 @@ MUTANTS: list[Mutant] = [
             "self._require_gradients_of(self.learners)",
         ),
     ),
+    *(Mutant(*row) for row in MUTANTS_OF_OBJECTIVES),
 ]
 
 
@@ -331,9 +521,27 @@ def check_row(mutant: Mutant, root: Path = ROOT) -> None:
     if count != 1:
         raise ValueError(f"{mutant.name}: {mutant.old!r} occurs {count} times in {mutant.file}")
     compile(file.read_text().replace(mutant.old, mutant.new), mutant.file, "exec")
-    for test in mutant.tests:
+    for test in files_of(mutant.tests):
         if not (root / test.partition("::")[0]).is_file():
             raise ValueError(f"{mutant.name}: there is no {test}")
+
+
+def files_of(tests: tuple[str, ...]) -> list[str]:
+    """pytest's arguments without ``-k`` and what follows it."""
+    return [test for before, test in zip(("", *tests), tests) if test != "-k" and before != "-k"]
+
+
+class FirstFailure:
+    """A plugin of pytest that keeps what failed first."""
+
+    def __init__(self) -> None:
+        self.test = ""  # its name; empty if something else than a test failed, or nothing
+
+    def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
+        """Called with a failed test, fixture or import."""
+        is_test = getattr(report, "when", "collect") == "call"
+        if is_test and not call.excinfo.errisinstance(NameError):
+            self.test = node.nodeid
 
 
 def import_libraries() -> None:
@@ -345,11 +553,18 @@ def import_libraries() -> None:
     torch.set_num_threads(1)
 
 
-def run_tests(copy: Path, tests: tuple[str, ...]) -> int:
-    """pytest's exit status in the copy, in a forked process."""
+def run_tests(copy: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """pytest's exit status in the copy, in a forked process, and the test that failed.
+
+    The status is ``KILLED`` only if a test failed, ``BROKEN`` if something else did.
+    """
+    failed = copy / FAILED
+    failed.unlink(missing_ok=True)
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        test = failed.read_text() if failed.exists() else ""
+        return (BROKEN if status == KILLED and not test else status), test
     status = 3  # pytest's own for an internal error
     try:
         log = os.open(copy / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -357,19 +572,23 @@ def run_tests(copy: Path, tests: tuple[str, ...]) -> int:
             os.dup2(log, descriptor)
         os.chdir(copy)
         sys.path.insert(0, str(copy))
-        del sys.modules["tests"]  # the copy's stands in for it
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+            del sys.modules[name]  # the copy's stands in for it
         os.environ["PYTHONPATH"] = str(copy)  # of processes that tests start
         # a mutant of the same size and second would be taken for what it replaces
         sys.dont_write_bytecode = True
         import pytest
 
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+        first = FirstFailure()
+        options = ("-x", "-q", "-p", "no:cacheprovider")
+        status = pytest.main([*options, *tests], plugins=[first])
+        failed.write_text(first.test)
     finally:
         os._exit(status)
 
 
-def plant(copy: Path, mutant: Mutant) -> int:
-    """pytest's exit status with the error in the copy, which is put right again."""
+def plant(copy: Path, mutant: Mutant) -> tuple[int, str]:
+    """What ``run_tests`` gives with the error in the copy, which is put right again."""
     file = copy / mutant.file
     text = file.read_text()
     try:
@@ -389,33 +608,32 @@ def copy_package(folder: Path) -> None:
             shutil.copy(ROOT / name, folder / name)
 
 
-def find_survivors(chosen: list[Mutant]) -> list[str]:
-    """Plant each error, print what came of it, and return the names that no test noticed.
+def plant_all(chosen: list[Mutant]) -> Counter[str]:
+    """Plant each error, print what came of it, and count: killed, survived, or broken.
 
     Raises:
-        ValueError: if a row does not fit the files, or its tests fail without an error, or can't
-            run with it.
+        ValueError: if a row does not fit the files, or tests fail without an error.
     """
     for mutant in chosen:
         check_row(mutant)
     import_libraries()
-    survivors = []
+    verdicts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name)
         copy_package(copy)
-        tests = tuple(sorted({test for mutant in chosen for test in mutant.tests}))
-        if run_tests(copy, tests) != SURVIVED:
+        tests = tuple(sorted({test for mutant in chosen for test in files_of(mutant.tests)}))
+        if run_tests(copy, tests)[0] != SURVIVED:
             raise ValueError("without an error planted:\n" + (copy / LOG).read_text()[-3000:])
         for mutant in chosen:
             began = time.monotonic()
-            status = plant(copy, mutant)
-            if status not in (KILLED, SURVIVED):
-                raise ValueError(f"{mutant.name}: pytest ended with {status}, expected 0 or 1")
-            if status == SURVIVED:
-                survivors.append(mutant.name)
-            verdict = "survived" if status == SURVIVED else "killed"
-            print(f"{verdict:9s} {time.monotonic() - began:5.1f} s  {mutant.name}", flush=True)
-    return survivors
+            status, test = plant(copy, mutant)
+            verdict = VERDICTS.get(status, "broken")
+            verdicts[verdict] += 1
+            seconds = time.monotonic() - began
+            print(f"{verdict:9s} {seconds:5.1f} s  {mutant.name}  {test}", flush=True)
+            if verdict == "broken":
+                print(f"{mutant.name}:\n{(copy / LOG).read_text()[-3000:]}", file=sys.stderr)
+    return verdicts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -438,12 +656,12 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"{mutant.file}  {mutant.name}" for mutant in chosen))
         return 0
     try:
-        survivors = find_survivors(chosen)
+        verdicts = plant_all(chosen)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} killed")
-    return 1 if survivors else 0
+    print(", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()))
+    return 0 if set(verdicts) == {"killed"} else 1
 
 
 if __name__ == "__main__":

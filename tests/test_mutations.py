@@ -10,6 +10,7 @@ from tests.mutations import MUTANTS, ROOT, Mutant, check_row
 
 
 def test_every_row_fits_the_files():
+    """Those of ``tests/objectives/mutants.py`` too."""
     for mutant in MUTANTS:
         check_row(mutant)
     names = Counter(mutant.name for mutant in MUTANTS)
@@ -29,16 +30,17 @@ def test_a_row_that_does_not_fit_is_refused(change, message):
         check_row(Mutant("wrong", *change))
 
 
-SURVIVOR = """
+PLANTING = """
 import sys
 from tests import mutations
-file, tests = "streamvid/seeding.py", ("tests/test_seeding.py",)
-mutations.MUTANTS = [
-    mutations.Mutant("seen", file, ">> 1", ">> 2", tests),
-    mutations.Mutant("in a comment", file, "A 63-bit seed", "A seed", tests),
-]
+tests = ("tests/test_seeding.py",)
+mutations.MUTANTS = [mutations.Mutant(*row, tests) for row in {rows}]
 sys.exit(mutations.main([]))
 """
+SEEN = ("seen", "streamvid/seeding.py", ">> 1", ">> 2")
+UNSEEN = ("in a comment", "streamvid/seeding.py", "A 63-bit seed", "A seed")
+NO_MODULE = ("no module", "streamvid/seeding.py", "import hashlib", "import hashlib_none")
+NO_NAME = ("no name", "streamvid/seeding.py", ">> 1", ">> one")
 
 
 def run(*arguments):
@@ -49,9 +51,18 @@ def run(*arguments):
 
 @pytest.mark.slow
 def test_an_error_that_no_test_notices_ends_with_another_status():
-    done = run("-c", SURVIVOR)
+    done = run("-c", PLANTING.format(rows=[SEEN, UNSEEN]))
     verdicts = [line.split()[0] for line in done.stdout.splitlines()]
     assert (done.returncode, verdicts) == (1, ["killed", "survived", "1"]), done.stderr
+    assert done.stdout.splitlines()[-1] == "1 killed, 1 survived"
+    assert "tests/test_seeding.py::test_" in done.stdout.splitlines()[0]
+
+
+@pytest.mark.slow
+def test_a_row_that_breaks_the_code_is_not_killed():
+    done = run("-c", PLANTING.format(rows=[NO_MODULE, NO_NAME]))
+    assert done.returncode == 1 and done.stdout.splitlines()[-1] == "2 broken"
+    assert "no module:\n" in done.stderr and "hashlib_none" in done.stderr
 
 
 @pytest.mark.slow

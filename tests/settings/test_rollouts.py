@@ -92,6 +92,8 @@ def test_each_draw_of_a_turn_is_another_and_a_named_one_is_the_same_again():
         assert torch.equal(draw("one"), draw("one"))
         assert not torch.isclose(draw("one"), draw("other")).any()
     assert step.noise().shape == (4, 1, CHUNKS, 1, 1) and step.uniform().shape == (4,)
+    assert not torch.isclose(step.times(), step.times()).any()
+    assert len({step.choose(1000) for _ in range(4)}) > 1 and step.chance() != step.chance()
 
 
 def test_samples_of_one_turn_have_noise_of_their_own():
@@ -125,10 +127,14 @@ def test_an_exit_that_the_objective_names_is_where_gradient_flows():
 
 def test_a_group_has_a_prompts_samples_side_by_side_each_with_noise_of_its_own():
     setting = ar1_setting("dmd", Ar1Student(), rollout={"group_size": 3})
-    step = setting.step_of("student", prompt_batch(setting.teacher, KEYS), 0)
+    batch = {**prompt_batch(setting.teacher, KEYS), "cond": noise(2, 5, 8)}
+    step = setting.step_of("student", batch, 0)
     x = step.sample().x
     assert step.group.tolist() == [0, 0, 0, 1, 1, 1] and len(x) == 6
+    assert torch.equal(step.cond, batch["cond"][step.group])
     assert len({row.flatten()[0].item() for row in x}) == 6
+    alone = setting.step_of("student", {"cond": batch["cond"][1:], "keys": KEYS[1:]}, 0)
+    assert torch.equal(alone.sample().x, x[3:])
 
 
 # ---- long rollouts
