@@ -65,23 +65,6 @@ MUTANTS: list[Mutant] = [
         seed_of_joined_text=('"/".join', '"".join'),
     ),
     *mutants(
-<<<<<<< HEAD
-        "streamvid/settings/video.py",
-        "tests/objectives/test_closed_forms.py",
-        drift_upside_down=("rms[-1] / rms[0]", "rms[0] / rms[-1]"),
-        motion_with_sign=("- x[:, :, :-1]).abs()", "- x[:, :, :-1])"),
-    ),
-    *mutants(
-        "streamvid/objectives/diagonal.py",
-        "tests/objectives/test_closed_forms.py",
-        frame_weights_exchanged=(
-            "0.7 * accumulated / accumulated.mean(1, keepdim=True) + 0.3 *",
-            "0.3 * accumulated / accumulated.mean(1, keepdim=True) + 0.7 *",
-        ),
-    ),
-    *mutants(
-=======
->>>>>>> w-mut
         "streamvid/students/folder.py",
         "tests/students/test_folder.py::test_asked_steps_win_over_a_step_table",
         asked_steps_lose_to_a_table=("table = None if steps is None else ()", "table = None"),
