@@ -141,6 +141,8 @@ def relational_kl(student: Tensor, teacher: Tensor, temperature: float = 0.1) ->
 
 def _log_similarities(features: Tensor, temperature: float) -> Tensor:
     features = normalize(as_work(features), dim=1)
-    others = ~torch.eye(len(features), dtype=torch.bool, device=features.device)
-    similar = (features @ features.T / temperature)[others].view(len(features), -1)
-    return log_softmax(similar, dim=1)
+    count = len(features)
+    similar = (features @ features.T / temperature).flatten()
+    # after the first number the diagonal ends each row of n + 1
+    others = similar[1:].view(count - 1, count + 1)[:, :-1].reshape(count, count - 1)
+    return log_softmax(others, dim=1)
