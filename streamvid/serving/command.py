@@ -1,8 +1,8 @@
 """Serve a student: live streams, clips and a page to watch them.
 
-    streamvid-demo
-    streamvid-serve --student runs/tiny_dmd/student --port 8000
-    streamvid-serve --student STUDENT --size 480x832 --host 0.0.0.0 --token-file token.txt
+    streamvid demo
+    streamvid serve --student runs/tiny_dmd/student --port 8000
+    streamvid serve --student STUDENT --size 480x832 --host 0.0.0.0 --token-file token.txt
 
 Only this machine can reach the server, unless --host says otherwise, which demands a token. Ctrl-C
 and SIGTERM end streams cleanly and finish recordings.
@@ -28,9 +28,9 @@ SHORTEST_TOKEN = 16
 EXAMPLE_SEEDS = range(100, 124)
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None, command: str) -> argparse.Namespace:
     """The options of ``streamvid-serve`` and ``streamvid-demo``."""
-    parser = Parser(__doc__, "serve")
+    parser = Parser(__doc__, command)
     parser.add_argument("--student", help="a student folder; by default the shipped student")
     parser.add_argument(
         "--components",
@@ -69,13 +69,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """``streamvid-serve``: run the server until it is told to stop."""
-    args = parse_args(argv)
+    args = parse_args(argv, "serve")
     return run_tool(lambda: serve(args), "stopped")
 
 
 def demo(argv: list[str] | None = None) -> int:
     """``streamvid-demo``: the server with the page opened in a browser, if there is one."""
-    args = parse_args(argv)
+    args = parse_args(argv, "demo")
     args.open = True
     return run_tool(lambda: serve(args), "stopped")
 

@@ -176,7 +176,8 @@ def test_kreas_frames_are_numbered_as_in_its_server(model):
         stream.positions,
         stream.max_trained_frames,
     )
-    cache.num_committed_frames = 30
+    for _ in range(10):
+        model.commit(torch.zeros(1, 16, 3, 4, 4), torch.zeros(1), torch.zeros(1, 2, 64), cache)
     assert cache.visible_frames(3) == (0, 28, 29)
     assert cache.frame_positions(3) == ((0, 1, 2), (3, 4, 5))
 
