@@ -106,13 +106,18 @@ def start_chunks(frames: Tensor, student: Student, height: int, width: int) -> i
         )
     ratio, chunk_frames = student.codec.temporal_ratio, student.stream.chunk_frames
     latent_frames = 1 + (len(frames) - 1) // ratio if len(frames) else 0
-    least = 1 + ratio * (chunk_frames - 1)
     if latent_frames < chunk_frames:
+        least = first_chunk_frames(student)
         raise ValueError(
             f"start has {len(frames)} frames, this student's first chunk {least}; give at least"
             f" {least}, or repeat an image: image.expand({least}, -1, -1, -1)"
         )
     return latent_frames // chunk_frames
+
+
+def first_chunk_frames(student: Student) -> int:
+    """Pixel frames of a student's first chunk."""
+    return 1 + student.codec.temporal_ratio * (student.stream.chunk_frames - 1)
 
 
 def digest_frames(frames: Tensor) -> str:

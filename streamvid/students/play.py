@@ -27,8 +27,8 @@ def play_script(
         start: the frames that the stream began from, if the script says that there were any.
 
     Raises:
-        ValueError: one line, if the student can't be streamed so, or ``start`` is not what the
-            script began from.
+        ValueError: one line, if the student can't be streamed so, ``start`` is not what the script
+            began from, or a change lies in it.
     """
     digest = None if start is None else digest_frames(start)
     if digest != script.start:
@@ -44,6 +44,11 @@ def play_script(
         steps=script.steps,
         start=start,
     )
+    if script.changes and script.changes[0].at < session.index:
+        raise ValueError(
+            f"a change at chunk {script.changes[0].at}, but start has the first {session.index}"
+            " chunks; change later ones"
+        )
     num_chunks = script.num_chunks if num_chunks is None else num_chunks
     return _played(session, script, num_chunks)
 
