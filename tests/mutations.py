@@ -5,11 +5,14 @@
     python -m tests.mutations --list
 
 A test notices by failing; where a file of tests can't be imported, a fixture can't be made or a
-name does not exist, the row itself is broken. The exit status is 1 if a row is broken or an error
-survives, i.e. no test notices it, and 2 if a row does not fit the files. The working tree is never
-changed. To add an error, add a row to ``MUTANTS``, or for objectives to
-``tests/objectives/mutants.py``: text that occurs once in a file, what to write in its place, and
-tests that take seconds and should notice.
+name does not exist, the row itself is broken. An error that no test notices survives. The tests
+that noticed are run once more at the end, without an error, and have to pass. The exit status is 1
+if an error survives or a row is broken, and 2 if the table does not fit the files or a test fails
+without an error. The working tree is never changed.
+
+To add an error, add a row to ``MUTANTS``, or for objectives to ``tests/objectives/mutants.py``:
+text that occurs once in a file, what to write in its place, and tests that take seconds and should
+notice.
 """
 
 from __future__ import annotations
@@ -30,14 +33,10 @@ from tests.objectives.mutants import MUTANTS as MUTANTS_OF_OBJECTIVES
 ROOT = Path(__file__).parents[1]
 COPIED = ("streamvid", "tests", "tools", "configs", "pyproject.toml")
 LOG = "pytest.log"  # of the last run, in the copy
-FAILED = "failed.txt"  # the test that failed in the last run, in the copy
+FAILED = "failed.txt"  # the tests that failed in the last run, a line each, in the copy
 ROLLOUTS = "streamvid/settings/rollouts.py"
 VIDEO_STEP = "streamvid/settings/video_step.py"
 VIDEO_SETTING = "streamvid/settings/video.py"
-SURVIVED = 0  # pytest's exit status when all tests pass
-KILLED = 1  # when one fails
-BROKEN = 2  # when it is interrupted, and ours when something else than a test failed
-VERDICTS = {SURVIVED: "survived", KILLED: "killed"}  # any other status is "broken"
 
 
 @dataclass(frozen=True)
@@ -511,24 +510,30 @@ def check_row(mutant: Mutant, root: Path = ROOT) -> None:
 
 def files_of(tests: tuple[str, ...]) -> list[str]:
     """pytest's arguments without ``-k`` and what follows it."""
-    return [test for before, test in zip(("", *tests), tests) if test != "-k" and before != "-k"]
+    return [test for before, test in zip(("", *tests), tests) if "-k" not in (before, test)]
 
 
-class FirstFailure:
-    """A plugin of pytest that keeps what failed first."""
+class Failures:
+    """A plugin of pytest that keeps the names of tests that failed.
+
+    A file that can't be imported, a fixture that can't be made and a name that does not exist are
+    no failures of a test.
+    """
 
     def __init__(self) -> None:
-        self.test = ""  # its name; empty if something else than a test failed, or nothing
+        self.tests: list[str] = []
 
     def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
         """Called with a failed test, fixture or import."""
         is_test = getattr(report, "when", "collect") == "call"
         if is_test and not call.excinfo.errisinstance(NameError):
-            self.test = node.nodeid
+            self.tests.append(node.nodeid)
 
 
 def import_libraries() -> None:
     """What takes longest to import, so that a forked process need not; nothing of the package."""
+    import hypothesis  # noqa: F401
+    import omegaconf  # noqa: F401
     import pytest  # noqa: F401
     import torch
     from diffusers import AutoencoderKLWan, WanTransformer3DModel  # noqa: F401
@@ -536,18 +541,14 @@ def import_libraries() -> None:
     torch.set_num_threads(1)
 
 
-def run_tests(copy: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """pytest's exit status in the copy, in a forked process, and the test that failed.
-
-    The status is ``KILLED`` only if a test failed, ``BROKEN`` if something else did.
-    """
+def run_tests(copy: Path, *arguments: str) -> tuple[int, list[str]]:
+    """pytest's exit status in the copy, in a forked process, and the tests that failed."""
     failed = copy / FAILED
     failed.unlink(missing_ok=True)
     child = os.fork()
     if child:
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        test = failed.read_text() if failed.exists() else ""
-        return (BROKEN if status == KILLED and not test else status), test
+        return status, failed.read_text().splitlines() if failed.exists() else []
     status = 3  # pytest's own for an internal error
     try:
         log = os.open(copy / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -562,23 +563,26 @@ def run_tests(copy: Path, tests: tuple[str, ...]) -> tuple[int, str]:
         sys.dont_write_bytecode = True
         import pytest
 
-        first = FirstFailure()
-        options = ("-x", "-q", "-p", "no:cacheprovider")
-        status = pytest.main([*options, *tests], plugins=[first])
-        failed.write_text(first.test)
+        failures = Failures()
+        options = ("-q", "-p", "no:cacheprovider")
+        status = pytest.main([*options, *arguments], plugins=[failures])
+        failed.write_text("\n".join(failures.tests))
     finally:
         os._exit(status)
 
 
-def plant(copy: Path, mutant: Mutant) -> tuple[int, str]:
-    """What ``run_tests`` gives with the error in the copy, which is put right again."""
+def plant(copy: Path, mutant: Mutant) -> tuple[str, str]:
+    """The verdict on an error, planted in the copy, which is put right again; and the test."""
     file = copy / mutant.file
     text = file.read_text()
     try:
         file.write_text(text.replace(mutant.old, mutant.new))
-        return run_tests(copy, mutant.tests)
+        status, failed = run_tests(copy, "-x", *mutant.tests)
     finally:
         file.write_text(text)
+    if failed:
+        return "killed", failed[0]
+    return ("survived" if status == 0 else "broken"), ""
 
 
 def copy_package(folder: Path) -> None:
@@ -595,27 +599,30 @@ def plant_all(chosen: list[Mutant]) -> Counter[str]:
     """Plant each error, print what came of it, and count: killed, survived, or broken.
 
     Raises:
-        ValueError: if a row does not fit the files, or tests fail without an error.
+        ValueError: if a row does not fit the files, or a test that noticed fails without an error.
     """
     for mutant in chosen:
         check_row(mutant)
     import_libraries()
     verdicts: Counter[str] = Counter()
+    noticed: set[str] = set()  # by which tests
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name)
         copy_package(copy)
-        tests = tuple(sorted({test for mutant in chosen for test in files_of(mutant.tests)}))
-        if run_tests(copy, tests)[0] != SURVIVED:
-            raise ValueError("without an error planted:\n" + (copy / LOG).read_text()[-3000:])
         for mutant in chosen:
             began = time.monotonic()
-            status, test = plant(copy, mutant)
-            verdict = VERDICTS.get(status, "broken")
-            verdicts[verdict] += 1
+            verdict, test = plant(copy, mutant)
             seconds = time.monotonic() - began
             print(f"{verdict:9s} {seconds:5.1f} s  {mutant.name}  {test}", flush=True)
             if verdict == "broken":
                 print(f"{mutant.name}:\n{(copy / LOG).read_text()[-3000:]}", file=sys.stderr)
+            verdicts[verdict] += 1
+            noticed |= {test} - {""}
+        status, failed = run_tests(copy, *sorted(noticed)) if noticed else (0, [])
+        if status != 0:
+            raise ValueError(
+                f"{failed} fail without an error:\n" + (copy / LOG).read_text()[-3000:]
+            )
     return verdicts
 
 

@@ -1,7 +1,7 @@
 """Errors in objectives and the plane, each of which, planted alone, a test must notice.
 
 A row: name, file, text that occurs once in it, what to write in its place, and pytest's arguments
-for tests that take seconds.
+for tests that take seconds. ``python -m tests.mutations`` plants them with all others.
 """
 
 DIRECTIONS = "tests/objectives/test_directions.py"
