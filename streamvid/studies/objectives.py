@@ -29,6 +29,7 @@ from streamvid.experiment.estimate import estimate
 from streamvid.objectives import all_objectives
 from streamvid.objectives.base import Distillation, Objective, ScoreMatching
 from streamvid.rollout.runner import student_runner
+from streamvid.settings.targets import TARGETS
 from streamvid.settings.video import NOT_ON_CLIPS
 from streamvid.students.folder import Student, load_student
 from streamvid.studies.jobs import read_result, result_file, write_result
