@@ -124,6 +124,7 @@ def serve(args: argparse.Namespace) -> None:
         hosts=hosts,
         folder=args.folder,
         examples=world_examples() if args.student is None else PLAIN_EXAMPLES,
+        options=sample_options(args, public),
     )
     config = uvicorn.Config(
         app,
@@ -139,6 +140,24 @@ def serve(args: argparse.Namespace) -> None:
         server_header=False,
     )
     announce(uvicorn, config, args, token)
+
+
+def sample_options(args: argparse.Namespace, public: bool) -> list[str]:
+    """What `streamvid sample` needs to open the same student in the same way.
+
+    Args:
+        public: whether others see it, who are told no folders of this machine.
+    """
+    options = []
+    for name in ("student", "components", "codec"):
+        path = getattr(args, name)
+        if path is not None:
+            options += [f"--{name}", Path(path).name if public else path]
+    if args.device != "auto":
+        options += ["--device", args.device]
+    if args.dtype != "float32":
+        options += ["--dtype", args.dtype]
+    return options
 
 
 def announce(uvicorn: Any, config: Any, args: argparse.Namespace, token: str | None) -> None:
