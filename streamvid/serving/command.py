@@ -164,7 +164,9 @@ def announce(uvicorn: Any, config: Any, args: argparse.Namespace, token: str | N
     """Run the server; say where it is as soon as it listens."""
 
     class Server(uvicorn.Server):
-        """Ends streams before it closes connections."""
+        """Ends streams before it closes connections. One signal is no error: the exit code is 0."""
+
+        draining = False
 
         async def startup(self, sockets: Any = None) -> None:
             """Listen, then tell the address."""
@@ -179,10 +181,10 @@ def announce(uvicorn: Any, config: Any, args: argparse.Namespace, token: str | N
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             """Drain first; a second signal stops at once."""
-            if self.should_exit or sig in self._captured_signals:
+            if self.draining:
                 super().handle_exit(sig, frame)
                 return
-            self._captured_signals.append(sig)
+            self.draining = True  # uvicorn would raise a signal of its own list again
 
             def drain() -> None:
                 config.app.state.worker.stop(timeout=30)
