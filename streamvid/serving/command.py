@@ -124,6 +124,7 @@ def serve(args: argparse.Namespace) -> None:
         hosts=hosts,
         folder=args.folder,
         examples=world_examples() if args.student is None else PLAIN_EXAMPLES,
+        options=sample_options(args, public),
     )
     config = uvicorn.Config(
         app,
@@ -141,11 +142,31 @@ def serve(args: argparse.Namespace) -> None:
     announce(uvicorn, config, args, token)
 
 
+def sample_options(args: argparse.Namespace, public: bool) -> list[str]:
+    """What `streamvid sample` needs to open the same student in the same way.
+
+    Args:
+        public: whether others see it, who are told no folders of this machine.
+    """
+    options = []
+    for name in ("student", "components", "codec"):
+        path = getattr(args, name)
+        if path is not None:
+            options += [f"--{name}", Path(path).name if public else path]
+    if args.device != "auto":
+        options += ["--device", args.device]
+    if args.dtype != "float32":
+        options += ["--dtype", args.dtype]
+    return options
+
+
 def announce(uvicorn: Any, config: Any, args: argparse.Namespace, token: str | None) -> None:
     """Run the server; say where it is as soon as it listens."""
 
     class Server(uvicorn.Server):
-        """Ends streams before it closes connections."""
+        """Ends streams before it closes connections. One signal is no error: the exit code is 0."""
+
+        draining = False
 
         async def startup(self, sockets: Any = None) -> None:
             """Listen, then tell the address."""
@@ -160,10 +181,10 @@ def announce(uvicorn: Any, config: Any, args: argparse.Namespace, token: str | N
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             """Drain first; a second signal stops at once."""
-            if self.should_exit or sig in self._captured_signals:
+            if self.draining:
                 super().handle_exit(sig, frame)
                 return
-            self._captured_signals.append(sig)
+            self.draining = True  # uvicorn would raise a signal of its own list again
 
             def drain() -> None:
                 config.app.state.worker.stop(timeout=30)

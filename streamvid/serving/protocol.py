@@ -335,11 +335,11 @@ class RecordDone(Message):
     first_chunk: int
     script: str
     command: str
-    """Makes the same stream from the script; the recording is its end, from ``first_chunk`` on."""
+    """Makes the same clip from the script: the stream from ``first_chunk`` on."""
 
 
 class ScriptText(Message):
-    """The changes made so far, one JSON object per line."""
+    """The stream so far as a script in YAML, and the command that makes a clip of it."""
 
     type: Literal["script"] = "script"
     script: str

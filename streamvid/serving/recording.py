@@ -52,7 +52,7 @@ class Clip:
     script: str = ""
     """Makes a recorded stream again, YAML."""
     command: str = ""
-    """Makes the same stream again from its script."""
+    """Makes the same clip again from its script."""
 
 
 class ClipStore:
@@ -110,10 +110,14 @@ class Recorder:
         clip: says format, frames per second and seed.
         path: of the file, which appears when it is complete.
         done: called from the thread at the end, with None or what went wrong in words.
+        first_chunk: of the stream that is in the file.
     """
 
-    def __init__(self, clip: Clip, path: Path, done: Callable[[str | None], None]):
+    def __init__(
+        self, clip: Clip, path: Path, done: Callable[[str | None], None], first_chunk: int = 0
+    ):
         self.clip = clip
+        self.first_chunk = first_chunk
         self.num_frames = 0
         self.failed = False
         self._path = path
@@ -161,12 +165,13 @@ class Recorder:
         self._thread.join(timeout)
 
     def _write(self) -> None:
-        error = None
+        error, frames_come = None, True
         try:
             with VideoWriter(self._path, self.clip.fps) as writer:
                 while (images := self._frames.get()) is not None:
                     frames = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
                     writer.append(frames)
+                frames_come = False
                 if self._given_up:
                     raise _GivenUp
             write_notes(self._path, self._notes)
@@ -175,7 +180,8 @@ class Recorder:
         except Exception as problem:  # of writers and disks; the stream must live on
             error = disk_full(problem) or one_line(problem)
             self.failed = True
-            self._drain()
+            if frames_come:
+                self._drain()
         self._done(error)
 
     def _drain(self) -> None:

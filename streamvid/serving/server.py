@@ -75,6 +75,7 @@ def create_app(
     examples: Sequence[str] = (),
     open_session: Callable[..., Any] | None = None,
     warm_up: bool = True,
+    options: Sequence[str] = (),
 ) -> FastAPI:
     """An application that serves one student.
 
@@ -90,6 +91,8 @@ def create_app(
         examples: prompts that the page offers.
         open_session: makes a session, in place of ``students.session.Session``.
         warm_up: make chunks until the window is full before ``/readyz`` says 200.
+        options: of `streamvid sample` that open the same student, for the commands that viewers
+            are shown.
 
     Raises:
         ValueError: if any host is allowed without a token.
@@ -110,6 +113,7 @@ def create_app(
         watched=student.transformer,
         warm_up=partial(fill_window, open_session, student, height, width) if warm_up else None,
         device=device_of(student),
+        options=options,
     )
 
     @asynccontextmanager

@@ -12,10 +12,11 @@ happened in, with a message; the others go on.
 from __future__ import annotations
 
 import logging
+import shlex
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 LIVE_PER_CLIP = 8
 """After so many chunks of live streams a waiting clip gets one, even if none has time."""
 METRICS_EVERY_S = 1.0
+CPU = torch.device("cpu")
 
 
 class Busy(Exception):
@@ -56,7 +58,8 @@ class Worker:
         model: its name.
         watched: a module whose every forward checks that someone still waits for it.
         warm_up: called first, in the worker's thread.
-        device: whose memory is told.
+        device: of the model.
+        options: of `streamvid sample`, which open the same model there.
     """
 
     def __init__(
@@ -68,7 +71,8 @@ class Worker:
         model: str = "student",
         watched: torch.nn.Module | None = None,
         warm_up: Callable[[], None] | None = None,
-        device: torch.device | None = None,
+        device: torch.device = CPU,
+        options: Sequence[str] = (),
     ):
         self.limits = limits
         self.ready = threading.Event()
@@ -79,6 +83,7 @@ class Worker:
         self._model = model
         self._warm_up = warm_up
         self._device = device
+        self._options = options
         self._condition = threading.Condition()
         self._active: list[Stream] = []
         self._waiting: deque[Stream] = deque()
@@ -392,7 +397,7 @@ class Worker:
     def _levels(self, stream: Stream) -> protocol.Levels:
         level = stream.level
         memory = None
-        if self._device is not None and self._device.type == "cuda":
+        if self._device.type == "cuda":
             memory = torch.cuda.memory_allocated(self._device) / 2**20
         return protocol.Levels(
             chunks=level.chunks,
@@ -460,7 +465,7 @@ class Worker:
             case protocol.ScriptGet():
                 stream.outbox.put(
                     protocol.ScriptText(
-                        script=stream.script, command=command_line("mp4", stream.fps)
+                        script=stream.script, command=self._command("mp4", stream.fps)
                     )
                 )
 
@@ -497,9 +502,15 @@ class Worker:
             for name, value in old.items():
                 setattr(stream, name, value)
             raise
+        self._replace_session(stream, session)
+        self._restarted(stream, None)
+
+    def _replace_session(self, stream: Stream, session: Any) -> None:
+        """A recording ends here: one script can't make what comes before and after."""
+        if stream.recorder is not None:
+            self._stop_recording(stream)
         stream.session.close()
         stream.session = session
-        self._restarted(stream, None)
 
     def _restarted(self, stream: Stream, bookmark: int | None) -> None:
         stream.prompt_id += 1
@@ -538,11 +549,13 @@ class Worker:
             raise ValueError(f"there is no bookmark {number}; it may have made room for newer ones")
         kept, settings = stream.bookmarks[number]
         session = kept.branch()
-        stream.session.close()
-        stream.session = session
+        self._replace_session(stream, session)
         for name, value in settings.items():
             setattr(stream, name, value)
         self._restarted(stream, number)
+
+    def _command(self, container: str, fps: float, first_chunk: int = 0) -> str:
+        return command_line(container, fps, first_chunk, self._options, self._device)
 
     # ---- recordings
 
@@ -567,6 +580,7 @@ class Worker:
             clip,
             self._store.path(clip),
             lambda error: self._recorded(stream, clip, first_chunk, error),
+            first_chunk,
         )
         stream.outbox.put(protocol.RecordStarted(id=clip.id))
 
@@ -585,7 +599,7 @@ class Worker:
         clip = recorder.clip
         clip.num_frames = recorder.num_frames
         clip.script = stream.script
-        clip.command = command_line(clip.format, clip.fps)
+        clip.command = self._command(clip.format, clip.fps, recorder.first_chunk)
         recorder.finish({"title": clip.prompt, "comment": clip.script})
         stream.finishing.append(recorder)
 
@@ -734,9 +748,18 @@ class Worker:
         session.close()
 
 
-def command_line(container: str, fps: float) -> str:
-    """Makes a stream again, bit for bit, from its script, which holds prompts, seed and size."""
-    return f"python -m streamvid.serving.replay stream.yaml --fps {fps:g} --out clip.{container}"
+def command_line(
+    container: str, fps: float, first_chunk: int, options: Sequence[str], device: torch.device
+) -> str:
+    """Makes a stream from ``first_chunk`` on again, bit for bit, from its script, which holds
+    prompts, seed, size and steps. On a CPU sums depend on the number of threads.
+    """
+    words = ["streamvid", "sample", "--script", "stream.yaml", *options]
+    if first_chunk:
+        words += ["--first-chunk", str(first_chunk)]
+    words += ["--fps", f"{fps:g}", "--out", f"clip.{container}"]
+    threads = f"OMP_NUM_THREADS={torch.get_num_threads()} " if device.type == "cpu" else ""
+    return threads + shlex.join(words)
 
 
 def explain(error: Exception) -> tuple[str, str]:

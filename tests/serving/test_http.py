@@ -72,7 +72,23 @@ def test_a_recording_can_be_fetched_with_what_makes_it_again(make_client, live, 
     (tmp_path / "stream.yaml").write_text(done.script)
     script = Script.load(tmp_path / "stream.yaml")
     assert (script.prompt, script.seed, script.changes[0].prompt) == ("one", 9, "two")
-    assert done.command.startswith("python -m streamvid.serving.replay stream.yaml")
+    assert "streamvid sample --script stream.yaml" in done.command
+
+
+def test_a_reset_or_a_branch_ends_the_recording(make_client, live):
+    """Its script is that of one session, so no frame of the next one is in it."""
+    with live(make_client()) as viewer:
+        viewer.send("session.start", prompt="one")
+        viewer.send("session.bookmark")
+        for prompt, restart in (
+            ("one", {"message_type": "session.reset", "prompt": "two"}),
+            ("two", {"message_type": "session.branch", "bookmark": 0}),
+        ):
+            viewer.send("record.start")
+            viewer.until("record.started")
+            viewer.until("video.chunk")
+            viewer.send(**restart)
+            assert f"prompt: {prompt}\n" in viewer.until("record.done").script
 
 
 @pytest.mark.parametrize("suffix", ["webm", "gif"])
@@ -81,12 +97,27 @@ def test_other_formats_of_recordings(make_client, live, tmp_path, suffix):
     with live(client) as viewer:
         viewer.send("session.start", prompt="one")
         viewer.send("record.start", format=suffix)
-        viewer.until("video.chunk", chunk=1)
+        viewer.until("record.started")
+        viewer.until("video.chunk")
+        viewer.until("video.chunk")  # frames of a chunk are alike, which a .gif keeps as one
         viewer.send("session.stop")  # finishes the recording
         viewer.until("session.done")
         done = viewer.of_type("record.done")[0]
     frames = decode(client.get(done.url).content, tmp_path, f".{suffix}")
     assert frames.shape[1:] == (16, 16, 3) and len(frames) > 1
+
+
+def test_a_recording_without_a_frame_is_lost_and_nothing_waits_for_it(make_client, live):
+    """Its thread once waited for ever, and ``session.done`` with it."""
+    with live(make_client()) as viewer:
+        viewer.send("session.start", prompt="one")
+        viewer.send("session.pause")
+        viewer.until("session.paused")
+        viewer.send("record.start")
+        viewer.send("record.stop")
+        assert "no frames came" in viewer.until("error", code="record_failed").message
+        viewer.send("session.stop")
+        assert viewer.until("session.done").reason == "stopped"
 
 
 def test_a_full_disk_ends_the_recording_but_not_the_stream(make_client, live, monkeypatch):

@@ -1,17 +1,20 @@
 """The shipped student behind the server: what a viewer receives is what the library makes."""
 
+import shlex
+
 import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
 
+from streamvid.cli import sample
 from streamvid.evaluation.world_score import score
-from streamvid.serving import protocol, replay
+from streamvid.serving import protocol
 from streamvid.serving.server import create_app
 from streamvid.students.folder import TINY_STUDENT, load_student
 from streamvid.students.play import play_script
 from streamvid.students.script import Script
-from streamvid.video import read_video, to_uint8
+from streamvid.video import read_video
 
 OLD = "a large red circle moves to the right slowly"
 NEW = "a large blue square moves down slowly"
@@ -56,13 +59,40 @@ def test_the_script_of_a_stream_makes_the_very_same_frames_again(client, live, s
         text = viewer.until("script").script
     (tmp_path / "stream.yaml").write_text(text)
     script = Script.load(tmp_path / "stream.yaml")
-    assert replay.main([str(tmp_path / "stream.yaml"), "--out", str(tmp_path / "again")]) == 0
     again = np.concatenate([chunk.images for chunk in play_script(student, script)])
     assert len(again) >= len(viewer.frames) >= 21
-    written, _ = read_video(tmp_path / "again")  # PNGs
-    assert np.array_equal(to_uint8(written), again)
     for header, picture in viewer.frames:
         assert picture == protocol.encode_picture(again[header.sequence], "jpeg")
+
+
+def test_the_command_of_a_recording_makes_the_very_same_clip(client, live, tmp_path, monkeypatch):
+    """Also of one that began in the middle of the stream, at another rate than the default."""
+    with live(client) as viewer:
+        viewer.send("session.start", prompt=OLD, seed=5, steps=1, fps=60, acks=True)
+        watch(viewer, 9)
+        viewer.send("record.start")
+        watch(viewer, 9)
+        viewer.send("session.prompt_update", prompt=NEW, mode="recache")
+        viewer.send("session.update", steps=2, seed=6)
+        viewer.until("prompt.applied")
+        watch(viewer, 12)
+        viewer.send("record.stop")
+        done = viewer.until("record.done")
+    assert done.first_chunk > 0
+    (tmp_path / "recorded.mp4").write_bytes(client.get(done.url).content)
+    (tmp_path / "stream.yaml").write_text(done.script)
+    monkeypatch.chdir(tmp_path)
+    threads, program, command, *options = shlex.split(done.command)
+    assert (threads, program, command) == (
+        f"OMP_NUM_THREADS={torch.get_num_threads()}",
+        "streamvid",
+        "sample",
+    )
+    assert sample.main(options) == 0
+    recorded, rate = read_video("recorded.mp4")
+    again, again_rate = read_video("clip.mp4")
+    assert len(recorded) == done.frames and torch.equal(recorded, again)
+    assert rate == pytest.approx(again_rate) == pytest.approx(60, rel=0.01)
 
 
 def test_the_world_scorer_sees_the_new_prompt_in_what_was_received(client, live):

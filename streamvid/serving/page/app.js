@@ -748,7 +748,7 @@ function setCompare(compare) {
   openStreams();
 }
 
-function addClip({ url, frames, format, script, command, first_chunk: firstChunk }) {
+function addClip({ url, frames, format, script, command }) {
   const item = make("li");
   const seconds = (frames / timeline.fps).toFixed(1);
   item.append(make("span", "", `${seconds} s, ${frames} frames, ${format}`));
@@ -765,8 +765,7 @@ function addClip({ url, frames, format, script, command, first_chunk: firstChunk
   copyButton.onclick = () => navigator.clipboard.writeText(command).then(
     () => toast("Copied. Run it beside the saved script."), () => toast(command));
   buttons.append(fetchButton, scriptButton, copyButton);
-  const from = firstChunk ? ` The recording begins with its chunk ${firstChunk + 1}.` : "";
-  const note = make("small", "", `With the script, this command makes the stream again.${from}`);
+  const note = make("small", "", "With the script, this command makes the same clip again.");
   item.append(buttons, make("code", "", command), note);
   $("clips").prepend(item);
   setRecording(false);
