@@ -1,4 +1,4 @@
-"""Train a network by a method.
+"""Train a network by an objective.
 
     python tools/train.py --config configs/run/tiny_dmd.yaml
     accelerate launch --cpu --num_processes 2 tools/train.py --config configs/run/tiny_dmd.yaml

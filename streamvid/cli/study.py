@@ -1,4 +1,4 @@
-"""Train and compare many students, unattended: what each method is worth.
+"""Train and compare many students, unattended: what each objective is worth.
 
     streamvid study --suite methods
     streamvid study --suite methods --only dmd_4,asd --jobs 1

@@ -1,4 +1,4 @@
-"""Train a network by a method: a teacher, a causal start, or a distilled student.
+"""Train a network by an objective: a teacher, a causal start, or a distilled student.
 
     streamvid train --config configs/run/tiny_dmd.yaml
     streamvid train --config configs/run/tiny_dmd.yaml train.max_steps=200 train.name=trial

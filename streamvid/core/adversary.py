@@ -247,6 +247,7 @@ class QueryHead(nn.Module):
         super().__init__()
         if hidden % num_heads:
             raise ValueError(f"hidden={hidden} is no multiple of num_heads={num_heads}")
+        self.sizes = dim, hidden, num_heads
         self.num_heads = num_heads
         self.register_token = nn.Parameter(0.02 * torch.randn(hidden))
         self.norm = nn.LayerNorm(dim)

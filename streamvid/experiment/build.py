@@ -110,7 +110,7 @@ def needs_teacher(config: RunConfig) -> bool:
 
 def build_method(
     config: RunConfig,
-    student: nn.Module,
+    student: Any,
     uncond: Tensor,
     teacher: Teacher | None = None,
     fake_score: nn.Module | None = None,
@@ -119,6 +119,7 @@ def build_method(
     """The objective with the networks of a run.
 
     Args:
+        student: a Wan transformer, see ``build_student``.
         uncond: the embedded negative prompt, ``[L, D]``.
         teacher: of objectives that need one.
         fake_score: None makes one of the teacher's weights.

@@ -89,7 +89,7 @@ class StudentConfig:
 
 @dataclass
 class TeacherConfig:
-    """The teacher, loaded by methods that ask for its score."""
+    """The teacher, loaded for objectives that ask for its score."""
 
     path: str = show_path(TINY_TEACHER)
     """A folder, or a name on the hub; `components` has the same text encoder."""
@@ -102,7 +102,7 @@ class TeacherConfig:
 
 @dataclass
 class FakeScoreConfig:
-    """The network that follows the student's clips, of methods that have one."""
+    """The network that follows the student's clips, of objectives that have one."""
 
     path: str | None = None
     """A folder or hub name whose transformer it starts from; null copies the teacher's."""
@@ -219,7 +219,7 @@ def load_run(path: str | Path | None, overrides: list[str]) -> RunConfig:
         "RunConfig", [("options", kind, field(default_factory=kind))], bases=(RunConfig,)
     )
     whole.__module__ = __name__
-    config = build_config(whole, values)
+    config: RunConfig = build_config(whole, values)
     _check_kind(config)
     return config
 

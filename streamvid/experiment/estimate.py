@@ -1,8 +1,8 @@
 """What a run will need, before anything of it is loaded: parameters, memory and floating-point
 operations.
 
-The method itself is built from networks on torch's meta device, which have shapes and no data, and
-its losses and their gradients are run there, with a watch on every operation: what it computes
+The objective itself is built from networks on torch's meta device, which have shapes and no data,
+and its losses and their gradients are run there, with a watch on every operation: what it computes
 (torch's own formulas, as in ``torch.utils.flop_counter``) and which tensors are alive. So an
 estimate knows rollouts, caches, random exits and checkpointing as they are, for the price of some
 seconds.
@@ -174,7 +174,7 @@ def estimate(config: RunConfig, steps: int = SAMPLED_STEPS) -> Estimate:
         steps: of a turn, whose random choices are looked at; 1 is quick and will do for the peak.
 
     Raises:
-        ValueError: one line, if a network's sizes can't be known, or for what the method refuses.
+        ValueError: one line, if a network's sizes can't be known, or what the objective refuses.
     """
     config = locate_shipped(config)
     method, roles = build_on_meta(config)
@@ -239,7 +239,7 @@ def memory_of(device: torch.device) -> int:
 
 
 def build_on_meta(config: RunConfig, depth: int | None = None) -> tuple[Method, tuple[Role, ...]]:
-    """The method of a run on networks without data, and what these take as they are; ``depth``
+    """The objective of a run on networks without data, and what these take as they are; ``depth``
     replaces their blocks'.
     """
     student, teacher = _student(config, depth), None
@@ -417,7 +417,7 @@ def _optimizer_bytes(parameters: dict[str, nn.Parameter], config: OptimizerConfi
 
 
 def turns_of(config: RunConfig, method: Method, steps: int = SAMPLED_STEPS) -> tuple[Turn, ...]:
-    """What each turn of a method on the meta device costs."""
+    """What each turn of an objective on the meta device costs."""
     counted = list(counted_steps(config.train.max_steps))
     counts = Counter(turn for step in counted for turn in method.turns(step))
     return tuple(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,14 @@ class PSO(ScoreMatching):
     @property
     def note(self) -> str:
         return "chases a reward, here the teacher's density: modes narrow"
+
+    def check_stream(self, stream: Any, num_chunks: int) -> None:
+        num_steps = len(stream.step_table[-1]) if stream.step_table else stream.num_steps
+        if num_steps < 2:
+            raise ValueError(
+                f"chunks of {num_steps} step have no next state, which pso compares; set"
+                " stream.num_steps to 2 or more"
+            )
 
     def student(self, step: Step) -> Loss:
         first = step.sample(0)

@@ -111,8 +111,10 @@ class Decision:
 
     def exit_step(self, chunk: int, num_steps: int) -> int:
         """Steps that a chunk of ``num_steps`` takes before its exit."""
-        own = chunk == 0 and self.first_place is not None
-        return int((self.first_place if own else self.exit_place) * num_steps)
+        place = self.exit_place
+        if chunk == 0 and self.first_place is not None:
+            place = self.first_place
+        return int(place * num_steps)
 
 
 def steps_per_chunk(stream: StreamConfig, num_chunks: int) -> Counter[int]:
@@ -153,6 +155,12 @@ def tapped_from(first_chunk: int, schedule: Iterator[Denoise]) -> Iterator[Denoi
         yield replace(
             event, tap=tuple(t and i >= first_chunk for i, t in zip(event.chunks, event.tap))
         )
+
+
+def frame_shape(x: Tensor) -> tuple[int, int, int]:
+    """(C, h, w) of clips ``[B, C, T, h, w]``."""
+    _, channels, _, height, width = x.shape
+    return channels, height, width
 
 
 def patch_weights(

@@ -7,6 +7,7 @@ Points are ``[B, 2, 1, 1]``, images of one pixel, so that the loss core runs on 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -125,8 +126,8 @@ def narrow() -> Target:
     return Target("narrow", base.means, base.width, base.prompts, known=3)
 
 
-TARGETS = {"ring": ring, "moons": moons, "prompts": prompts}
+TARGETS: dict[str, Callable[[], Target]] = {"ring": ring, "moons": moons, "prompts": prompts}
 """On which every objective is compared."""
 
-COVERAGE = {"narrow": narrow}
+COVERAGE: dict[str, Callable[[], Target]] = {"narrow": narrow}
 """For those that claim to cover modes, and distribution matching beside them."""

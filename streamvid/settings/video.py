@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamvid.core.guidance import GuidanceSpec
 from streamvid.models.discriminators import TrunkHeads
 from streamvid.models.step_labels import add_step_labels
-from streamvid.objectives.base import Objective
+from streamvid.objectives.base import Distillation, Objective
 from streamvid.rollout.schedule import StreamConfig
 from streamvid.settings.rollouts import RolloutConfig, steps_per_chunk
 from streamvid.settings.video_step import VideoStep
@@ -28,6 +29,8 @@ from streamvid.teachers.base import Teacher
 
 COPIES = ("average", "lagged", "start")  # of the student, where an objective needs them
 OF_TEACHER = frozenset({"score", "features"})
+NOT_ON_CLIPS = {"reward": "a reward", "second": "a second fake score"}
+"""What objectives may need and clips do not have."""
 
 
 class VideoSetting:
@@ -70,7 +73,8 @@ class VideoSetting:
         self.objective = objective
         self.student = student
         self.stream = stream
-        self.latent_shape = tuple(latent_shape)
+        channels, height, width = latent_shape
+        self.latent_shape = channels, height, width
         self.teacher = teacher
         self.rollout = RolloutConfig() if rollout is None else rollout
         self.uncond = teacher.uncond if uncond is None and teacher is not None else uncond
@@ -161,7 +165,7 @@ class VideoSetting:
         decays = {"average": self.objective.average_decay, "lagged": self.objective.lagged_decay}
         for name, decay in decays.items():
             if name in self.copies and self.objective.follows(name, step):
-                old = list(self.placed(name).parameters())
+                old: list[Tensor] = list(self.placed(name).parameters())
                 new = [p.detach() for p in self.student.parameters()]
                 torch._foreach_lerp_(old, new, 1 - decay)
         self.objective.after_student(self.step_of(turn, None, step))
@@ -197,6 +201,20 @@ class VideoSetting:
         """Whose features the discriminator reads."""
         if self.objective.trunk == "fake_score":
             return self.trained["fake_score"]
+        return self.teacher_network
+
+    @property
+    def teacher_network(self) -> nn.Module:
+        """The network whose features are the teacher's.
+
+        Raises:
+            ValueError: if the teacher has none.
+        """
+        if self.teacher is None or not hasattr(self.teacher, "transformer"):
+            raise ValueError(
+                f"objective={self.objective.name} reads the blocks of a Wan transformer, which"
+                f" {type(self.teacher).__name__} does not have; take a Wan teacher"
+            )
         return self.teacher.transformer
 
     # ---- construction
@@ -208,7 +226,7 @@ class VideoSetting:
             raise ValueError(
                 f"objective={name} needs a teacher's {' and '.join(sorted(self.needs))}"
             )
-        if "score" in self.needs and "score" not in teacher.provides:
+        if teacher is not None and "score" in self.needs - teacher.provides:
             raise ValueError(
                 f"objective={name} needs a teacher's score, but {type(teacher).__name__} provides"
                 f" only {', '.join(sorted(teacher.provides)) or 'nothing'}; choose another teacher"
@@ -221,14 +239,20 @@ class VideoSetting:
                 f"objective={name} reads the blocks of a Wan transformer, which"
                 f" {type(teacher).__name__} does not have; take a Wan teacher"
             )
-        if "reward" in objective.needs:
-            raise ValueError(f"objective={name} needs a reward, which clips do not have yet")
+        missing = [what for key, what in NOT_ON_CLIPS.items() if key in objective.needs]
+        if missing:
+            raise ValueError(
+                f"objective={name} needs {' and '.join(missing)}, which clips do not have yet;"
+                " choose another objective"
+            )
         if "group" in objective.needs and self.rollout.group_size < 2:
             raise ValueError(
                 f"objective={name} compares samples of one prompt; set rollout.group_size to 2 or"
                 " more"
             )
-        if teacher is not None and teacher.uncond is None and not _is_unguided(objective):
+        is_plain = objective.guidance == GuidanceSpec()
+        has_uncond = teacher is None or teacher.uncond is not None
+        if isinstance(objective, Distillation) and not has_uncond and not is_plain:
             raise ValueError(
                 f"guidance_scale={objective.guidance_scale} needs the teacher's uncond; 1 is no"
                 " guidance"
@@ -255,7 +279,7 @@ class VideoSetting:
         objective.check_stream(self.stream, self.rollout.num_chunks)
 
     def _new_fake_score(self) -> nn.Module:
-        if not hasattr(self.teacher, "trainable_copy"):
+        if self.teacher is None or not hasattr(self.teacher, "trainable_copy"):
             raise ValueError(
                 f"{type(self.teacher).__name__} has no network to start the fake score from; pass"
                 " fake_score"
@@ -264,19 +288,16 @@ class VideoSetting:
 
     def _new_heads(self) -> nn.Module:
         trunk = self.trunk
-        if not hasattr(trunk, "blocks"):
+        blocks = getattr(trunk, "blocks", None)
+        if not isinstance(blocks, nn.ModuleList):
             raise ValueError(
                 f"objective={self.objective.name} reads the blocks of a Wan transformer, but the"
                 f" {self.objective.trunk.replace('_', ' ')} is a {type(trunk).__name__}; take a Wan"
                 " teacher, or objective=dmd"
             )
-        depth = len(trunk.blocks)
+        depth = len(blocks)
         layers = self.objective.feature_layers
         if layers is None:
             layers = sorted({depth // 3, depth // 2, depth - 1})
         num_logits = self.objective.num_logits_for(self.stream.num_steps)
         return TrunkHeads(trunk, layers, num_logits, seed=self.seed)
-
-
-def _is_unguided(objective: Objective) -> bool:
-    return objective.guidance == type(objective.guidance)()

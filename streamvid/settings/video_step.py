@@ -27,7 +27,7 @@ from streamvid.data.trajectories import time_indices
 from streamvid.models.discriminators import TrunkHeads
 from streamvid.models.step_labels import labelled
 from streamvid.models.video_discriminator import VideoDiscriminator
-from streamvid.objectives.base import LAST, Exit, NoisedChunks, Sample, Step
+from streamvid.objectives.base import LAST, Distillation, Exit, NoisedChunks, Sample, Step
 from streamvid.rollout.loop import ChunkResult, rollout
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import new_cache
@@ -35,6 +35,7 @@ from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, mo
 from streamvid.seeding import key_to_seed, keyed_generator, keyed_normal
 from streamvid.settings.rollouts import (
     Decision,
+    frame_shape,
     latent_statistics,
     patch_weights,
     steps_per_chunk,
@@ -70,28 +71,28 @@ class VideoStep(Step):
 
     tangent = "fd"  # attention's fast kernels have no forward mode
 
-    def __init__(self, method: VideoSetting, turn: str, batch: dict[str, Any] | None, step: int):
+    def __init__(self, setting: VideoSetting, turn: str, batch: dict[str, Any] | None, step: int):
         super().__init__()
-        self.method = method
-        self.objective = method.objective
+        self.setting = setting
+        self.objective = setting.objective
         self.turn = turn
         self.step = step
-        self.progress = method.progress
-        self.stream = method.stream
-        self.num_steps = method.num_steps
-        self.seed = method.seed
-        self.uncond = method.uncond
+        self.progress = setting.progress
+        self.stream = setting.stream
+        self.num_steps = setting.num_steps
+        self.seed = setting.seed
+        self.uncond = setting.uncond
         self.micro = 0 if batch is None else batch.get("micro", 0)
         self.counts: Counter[tuple[str, ...]] = Counter()
         self.shared: dict[str, torch.Generator] = {}
         self.rolled: list[tuple[Decision, Tensor]] = []  # what was sampled, in order
         self.clean: Tensor | None = None
-        self.batch = {} if batch is None else _grouped(batch, method.rollout.group_size)
+        self.batch = {} if batch is None else _grouped(batch, setting.rollout.group_size)
         if batch is not None:
             self.cond: Tensor = self.batch["cond"]
             self.keys: list[int] = self.batch["keys"]
             self.group = torch.arange(self.batch_size, device=self.cond.device)
-            self.group = self.group // method.rollout.group_size
+            self.group = self.group // setting.rollout.group_size
 
     # ---- draws
 
@@ -110,8 +111,8 @@ class VideoStep(Step):
         for name in ("latents", "states"):
             if name in self.batch:
                 return tuple(self.batch[name].shape[-4:])
-        channels, height, width = self.method.latent_shape
-        frames = self.method.rollout.num_chunks * self.stream.chunk_frames
+        channels, height, width = self.setting.latent_shape
+        frames = self.setting.rollout.num_chunks * self.stream.chunk_frames
         return channels, frames, height, width
 
     def noise(self, *name: str) -> Tensor:
@@ -120,12 +121,12 @@ class VideoStep(Step):
     def noise_like(self, shape: tuple[int, ...], *name: str) -> Tensor:
         """``[B, *shape]``, normal."""
         label = self._label("score_eps", name)
-        draws = [keyed_normal(shape, self.method.seed, *label, key) for key in self.keys]
+        draws = [keyed_normal(shape, self.setting.seed, *label, key) for key in self.keys]
         return torch.stack(draws).to(self.cond.device, self.dtype)
 
     def uniform(self, *name: str) -> Tensor:
         label = self._label("uniform", name)
-        generators = [keyed_generator(self.method.seed, *label, key) for key in self.keys]
+        generators = [keyed_generator(self.setting.seed, *label, key) for key in self.keys]
         draws = torch.cat([torch.rand(1, generator=generator) for generator in generators])
         return draws.to(self.cond.device, self.dtype)
 
@@ -137,14 +138,15 @@ class VideoStep(Step):
         mean: float = 0.0,
         std: float = 1.0,
     ) -> Tensor:
-        o = self.objective
-        law = o.time_law if law is None else law
-        low = o.low if low is None else low
-        high = o.high if high is None else high
-        window_high = self.method.rollout.window_high
+        own = self.objective
+        assert isinstance(own, Distillation), "others say their law in times_of"
+        law = own.time_law if law is None else law
+        low = own.low if low is None else low
+        high = own.high if high is None else high
+        window_high = self.setting.rollout.window_high
         if window_high is not None and self._decision.first_chunk > 0:
             high = min(high, window_high)
-        return self._keyed_times((), law, o.shift, low, high, mean, std)
+        return self._keyed_times((), law, own.shift, low, high, mean, std)
 
     def times_of(
         self, law: TimeLaw, shift: float, low: float, high: float, name: tuple[str, ...] = ()
@@ -153,7 +155,7 @@ class VideoStep(Step):
 
     def _keyed_times(self, name: tuple[str, ...], law: TimeLaw, *of_law: float) -> Tensor:
         label = self._label("score_t", name)
-        generators = [keyed_generator(self.method.seed, *label, key) for key in self.keys]
+        generators = [keyed_generator(self.setting.seed, *label, key) for key in self.keys]
         shift, *rest = of_law
         draws = [sample_times(1, law, shift, generator, *rest) for generator in generators]
         return torch.cat(draws).to(self.cond.device, self.dtype)
@@ -167,7 +169,7 @@ class VideoStep(Step):
     def generator(self, name: str) -> torch.Generator:
         """What all samples and processes share in this turn, by name; it goes on where it was."""
         if name not in self.shared:
-            key = (self.method.seed, name, self.step, self.turn, self.micro)
+            key = (self.setting.seed, name, self.step, self.turn, self.micro)
             self.shared[name] = keyed_generator(*key)
         return self.shared[name]
 
@@ -186,8 +188,9 @@ class VideoStep(Step):
 
     def decide(self, number: int = 0) -> Decision:
         """The shared choices of the turn's rollout of that number, from (seed, step, turn)."""
-        rollout_config, method = self.method.rollout, self.method
-        key = (method.seed, "decision", self.step, self.turn, self.micro)
+        setting = self.setting
+        rollout_config = setting.rollout
+        key = (setting.seed, "decision", self.step, self.turn, self.micro)
         generator = keyed_generator(*key, *([number] if number else []))
         any_step, any_place = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         chunks = rollout_config.rollout_chunks or rollout_config.num_chunks
@@ -195,7 +198,7 @@ class VideoStep(Step):
         exit_place = any_step if rollout_config.exit == "random" else LAST
         at_random = rollout_config.window == "random"
         return Decision(
-            exit_index=int(exit_place * method.num_steps),
+            exit_index=int(exit_place * setting.num_steps),
             exit_place=exit_place,
             first_chunk=int(any_place * places) if at_random else places - 1,
             ends_at_exit=rollout_config.context == "exit" or self.stream.stepper == "jump",
@@ -225,7 +228,7 @@ class VideoStep(Step):
         return self.decide().exit_place
 
     def has_longer_first(self, num_steps: int) -> bool:
-        is_free = self.method.rollout.exit == "random"
+        is_free = self.setting.rollout.exit == "random"
         return is_free and self.stream.first_steps is not None and num_steps < self.most_steps
 
     @property
@@ -272,14 +275,14 @@ class VideoStep(Step):
         """The judged part ``[B, C, T, h, w]`` of a rollout, with the caller's grad mode, and the
         time of the state that its exit was made from; each ``role`` has its own noise.
         """
-        method = self.method
-        num_chunks = method.rollout.num_chunks
+        setting = self.setting
+        num_chunks = setting.rollout.num_chunks
         self._check_length(num_chunks)
         first, end = decision.first_chunk, decision.first_chunk + num_chunks
         steps = steps_per_chunk(stream, end)
-        seeds = [key_to_seed(method.seed, role, key) for key in self.keys]
+        seeds = [key_to_seed(setting.seed, role, key) for key in self.keys]
         schedule = tapped_from(first, with_exits(stream, decision, end, steps))
-        results = list(self._stream(method.student, stream, schedule, seeds))
+        results = list(self._stream(setting.student, stream, schedule, seeds))
         x = torch.cat([result.prediction for result in results[first:]], dim=2)
         t = results[-1].t
         if first == 0:
@@ -288,7 +291,8 @@ class VideoStep(Step):
             [*(result.latents for result in results[:first]), results[first].latents[:, :, :1]],
             dim=2,
         )
-        return torch.cat([method.as_image(so_far), x[:, :, 1:]], dim=2), t
+        assert setting.as_image is not None, "the setting checks it"
+        return torch.cat([setting.as_image(so_far), x[:, :, 1:]], dim=2), t
 
     def _stream(
         self,
@@ -301,7 +305,7 @@ class VideoStep(Step):
         **hooks: Any,
     ) -> Iterator[ChunkResult]:
         """``rollout`` of a schedule as ``stream`` says, over a new cache."""
-        shape = self.method.latent_shape if latent_shape is None else latent_shape
+        shape = self.setting.latent_shape if latent_shape is None else latent_shape
         return rollout(
             network,
             self.cond if cond is None else cond,
@@ -361,27 +365,30 @@ class VideoStep(Step):
             schedule = move_tap(schedule, self.choose(longest, "decision"))
         cond = self.cond.repeat_interleave(group_size, dim=0) if group_size > 1 else self.cond
         seeds = self.seeds("rollout", group_size)
-        shape = (latents.shape[1], *latents.shape[3:])
-        results = self._stream(self._network(name), self.stream, schedule, seeds, cond, shape)
+        results = self._stream(
+            self._network(name), self.stream, schedule, seeds, cond, frame_shape(latents)
+        )
         return torch.cat([result.prediction for result in results], dim=2)
 
     def seeds(self, what: str, group_size: int = 1) -> list[int]:
         """A seed for each member of each prompt's group."""
         return [
-            key_to_seed(self.method.seed, what, key, member)
+            key_to_seed(self.setting.seed, what, key, member)
             for key in self.keys
             for member in range(group_size)
         ]
 
     def network(self, name: str) -> nn.Module:
-        return self.method.trained[name]
+        return self.setting.trained[name]
 
     def chunk_weights(self, weight: Tensor, x: Tensor, per_token: bool) -> Tensor:
         frames = self.stream.chunk_frames
         if not per_token:
             return weight.T.expand(x.shape[2] // frames, -1).flatten()
-        patch = tuple(self.method.student.config.patch_size)
-        return patch_weights(weight, tuple(x.shape[2:]), patch, frames)
+        student: Any = self.setting.student  # a diffusers model, which has a config
+        _, _, length, height, width = x.shape
+        patch = tuple(student.config.patch_size)
+        return patch_weights(weight, (length, height, width), patch, frames)
 
     def new_noising(
         self,
@@ -432,7 +439,7 @@ class VideoStep(Step):
             schedule,
             noising.seeds[rows],
             noising.cond[rows],
-            (clips.shape[1], *clips.shape[3:]),
+            frame_shape(clips),
             before_step=begin,
             after_x0=end,
         )
@@ -442,7 +449,7 @@ class VideoStep(Step):
         return NoisedChunks(torch.cat(x_t), t, torch.cat(v_target), torch.cat(v))
 
     def _network(self, name: str) -> nn.Module:
-        return self.method.student if name == "student" else self.method.placed(name)
+        return self.setting.student if name == "student" else self.setting.placed(name)
 
     def mean_velocity(self, name: str, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         network = self._network(name)
@@ -467,7 +474,7 @@ class VideoStep(Step):
         if clean_context is not None:
             options["clean_context"] = clean_context
         cond = self.cond if cond is None else cond
-        network = self.method.student
+        network = self.setting.student
         return network(x_t, TIMESTEPS * t, cond, **options, return_dict=False)[0]
 
     def clean_clip(self) -> Tensor:
@@ -483,39 +490,43 @@ class VideoStep(Step):
         return self.clean
 
     def teacher_velocity(self, x_t: Tensor, t: Tensor, prompted: bool = True) -> Tensor:
+        teacher = self.setting.teacher
+        assert teacher is not None, "the setting checks it"
         cond = self.cond.to(x_t) if prompted else self._uncond(x_t)
-        return self.method.teacher.predict(x_t, t, cond).to(x_t.device)
+        return teacher.predict(x_t, t, cond).to(x_t.device)
 
     def fake_velocity(self, x_t: Tensor, t: Tensor, prompted: bool = True) -> Tensor:
-        network = self.method.trained["fake_score"]
+        network = self.setting.trained["fake_score"]
         cond = self.cond.to(x_t) if prompted else self._uncond(x_t)
         with labelled(network, self._step_label()):
             return score_velocity(network, x_t, t, cond)
 
     def _step_label(self) -> int | None:
         """A number for each step of each number of steps; None where the fake score is not told."""
-        if not self.method.rollout.fake_knows_steps:
+        if not self.setting.rollout.fake_knows_steps:
             return None
         decision = self._decision
         n = decision.num_steps or self.num_steps
         return n * (n - 1) // 2 + decision.exit_index
 
     def _uncond(self, like: Tensor) -> Tensor:
-        return self.method.uncond.to(like).expand(len(like), -1, -1)
+        uncond = self.setting.uncond
+        assert uncond is not None, "the setting checks it"
+        return uncond.to(like).expand(len(like), -1, -1)
 
     def logits(self, x_t: Tensor, t: Tensor, num_parts: int = 1) -> Tensor:
-        heads = self.method.trained["discriminator"]
+        heads = self.setting.trained["discriminator"]
         cond = self.cond.to(x_t)
         if isinstance(heads, VideoDiscriminator) or not isinstance(heads, TrunkHeads):
             copies = len(x_t) // len(cond)
             return heads(x_t, cond.repeat_interleave(copies, dim=0) if copies > 1 else cond)
-        trunk = self.method.trunk
+        trunk = self.setting.trunk
         with labelled(trunk, None):
             call = lambda: score_velocity(trunk, x_t, t, cond)
             return heads(trunk, call, num_parts).flatten(1)
 
     def features(self, x_t: Tensor, t: Tensor) -> Tensor:
-        trunk = self.method.teacher.transformer
+        trunk: Any = self.setting.teacher_network
         layer = f"blocks.{len(trunk.blocks) // 2}"
         with capture(trunk, [layer]) as found:
             score_velocity(trunk, x_t, t, self.cond.to(x_t))
@@ -533,19 +544,21 @@ class VideoStep(Step):
     # ---- what an update leaves behind
 
     def refresh_heads(self, share: float) -> None:
-        joined = self.method.trained["discriminator"].heads
-        for number, head in enumerate(joined.heads):
+        discriminator = self.setting.trained["discriminator"]
+        assert isinstance(discriminator, TrunkHeads), "others have no heads by layers"
+        for number, head in enumerate(discriminator.heads.heads):
             if self.chance("refresh") >= share:
                 continue
+            assert isinstance(head, QueryHead)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(key_to_seed(self.method.seed, "head", self.step, number))
+                torch.manual_seed(key_to_seed(self.setting.seed, "head", self.step, number))
                 fresh = QueryHead(*head.sizes)
             head.load_state_dict(fresh.state_dict())
 
     def pull_fake_score(self, keep: float) -> None:
-        own = dict(self.method.student.named_parameters())
+        own = dict(self.setting.student.named_parameters())
         with torch.no_grad():
-            for name, parameter in self.method.trained["fake_score"].named_parameters():
+            for name, parameter in self.setting.trained["fake_score"].named_parameters():
                 if name in own:
                     parameter.lerp_(own[name].to(parameter), 1 - keep)
 

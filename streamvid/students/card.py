@@ -24,8 +24,8 @@ def model_card(name: str, facts: Mapping[str, str], stream: StreamConfig) -> str
 
     Args:
         name: the title.
-        facts: such as method, teacher, data, in order. All are texts, shown as they are and not as
-            markup.
+        facts: such as objective, teacher, data, in order. All are texts, shown as they are and not
+            as markup.
         stream: how the student is streamed.
     """
     lines = "".join(

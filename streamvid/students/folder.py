@@ -250,7 +250,7 @@ def save_student(
 
     Args:
         components: a folder, or its name on the hub.
-        card: text of the folder's README.md: method, teacher, schedule, scores.
+        card: text of the folder's README.md: objective, teacher, schedule, scores.
 
     A student that is there already is replaced; what else its folder holds stays.
 

@@ -28,6 +28,7 @@ from streamvid.experiment.estimate import estimate
 from streamvid.objectives import all_objectives
 from streamvid.objectives.base import Distillation, Objective, ScoreMatching
 from streamvid.rollout.runner import student_runner
+from streamvid.settings.video import NOT_ON_CLIPS
 from streamvid.students.folder import Student, load_student
 from streamvid.studies.jobs import read_result, result_file, write_result
 from streamvid.training.sharding import find_networks
@@ -73,11 +74,11 @@ class Job:
 
 
 def video_objectives() -> dict[str, type[Objective]]:
-    """Those that distil clips without a reward, by name."""
+    """Those that distil clips, by name."""
     return {
         name: kind
         for name, kind in all_objectives().items()
-        if kind.role != "start" and "reward" not in kind().needs
+        if kind.role != "start" and not kind().needs & NOT_ON_CLIPS.keys()
     }
 
 
@@ -96,7 +97,7 @@ def configure(job: Job) -> RunConfig:
     cycle = 1
     if issubclass(kind, Distillation):
         overrides += [f"options.shift={SHIFT}", f"options.guidance_scale={GUIDANCE}"]
-    if issubclass(kind, ScoreMatching):
+    if isinstance(objective, ScoreMatching):
         cycle = objective.fake_updates_per_student
     if "pairs" in objective.needs:
         overrides += ["data.kind=trajectories", f"data.path={job.folder / 'trajectories'}"]

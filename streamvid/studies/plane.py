@@ -98,8 +98,10 @@ def plane_objectives() -> dict[str, type[Objective]]:
 
 def for_target(kind: type[Objective], target: Target) -> Objective:
     """An objective with the plane's unshifted times and the target's guidance."""
-    guidance = {"guidance_scale": target.scale} if issubclass(kind, Distillation) else {}
-    return kind(shift=1.0, **guidance, **OPTIONS.get(kind.name, {}))
+    options: dict[str, Any] = {"shift": 1.0}
+    if issubclass(kind, Distillation):
+        options["guidance_scale"] = target.scale
+    return kind(**options, **OPTIONS.get(kind.name, {}))
 
 
 def distil(
@@ -216,7 +218,7 @@ def measure(points: Tensor, target: Target, effort: Effort) -> dict[str, float |
 
 
 def run(
-    objective: Distillation, target: Target, start: PointNet, effort: Effort, seed: int = 0
+    objective: Objective, target: Target, start: PointNet, effort: Effort, seed: int = 0
 ) -> dict[str, Any]:
     """Distil, sample and measure; some points go with the result, for the picture."""
     began = time.process_time()  # of one core, whatever else the machine does

@@ -290,7 +290,7 @@ def write_report(path: Path, study: StudyConfig, jobs: Sequence[Job]) -> str:
 
 
 def draw(path: Path, study: StudyConfig, rows: Sequence[dict[str, Any]]) -> None:
-    """World score against forwards per clip: a curve per method, the teacher as a line."""
+    """World score against forwards per clip: a curve per objective, the teacher as a line."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -93,7 +93,9 @@ def _changed(spec: WorldSpec, name: str, seed: int) -> WorldSpec:
         return replace(spec, bodies=(replace(body, radius=radius),))
     if name in ("colour", "shape"):
         words = [word for word in (COLOURS, SHAPES)[name == "shape"] if word != getattr(body, name)]
-        return replace(spec, bodies=(replace(body, **{name: words[seed % len(words)]}),))
+        word = words[seed % len(words)]
+        changed = replace(body, colour=word) if name == "colour" else replace(body, shape=word)
+        return replace(spec, bodies=(changed,))
     axis = np.abs(DIRECTIONS[direction_of(body.vx, body.vy)])
     speed = float(np.hypot(body.vx, body.vy))
     others = [d for d in DIRECTIONS.values() if not np.allclose(np.abs(d), axis)]
@@ -140,8 +142,8 @@ def _jump(old: ParsedClip, new: ParsedClip) -> float:
     """Pixels between where the body was going and where it is; the side of the frame if there is
     none.
     """
-    bodies = _main_body(old), _main_body(new)
-    if None in bodies:
+    bodies = [body for body in (_main_body(old), _main_body(new)) if body is not None]
+    if len(bodies) < 2:
         return float(SIZE)
     tracks = [body.track[~np.isnan(body.track[:, 0])] for body in bodies]
     if len(tracks[0]) < 2 or not len(tracks[1]):

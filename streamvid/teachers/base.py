@@ -1,7 +1,7 @@
 """What distillation asks of a teacher.
 
 A family is one file beside this one. It converts its own conventions to those of ``core.process``
-and tells with ``provides`` what it can give; a method tells with ``needs`` what it asks for.
+and tells with ``provides`` what it can give; an objective tells with ``needs`` what it asks for.
 """
 
 from __future__ import annotations
@@ -126,20 +126,20 @@ def predict_guided(
     return guide(velocity, teacher.predict(x_t, t, without), guidance_scale)
 
 
-def check_needs(method: Any, teacher: Any) -> None:
-    """Check that a teacher gives what a method (its class or an instance) asks for.
+def check_needs(objective: Any, teacher: Any) -> None:
+    """Check that a teacher gives what an objective (its class or an instance) asks for.
 
     Raises:
         ValueError: if something is missing.
     """
-    missing = sorted(method.needs - teacher.provides)
+    missing = sorted(objective.needs - teacher.provides)
     if not missing:
         return
-    names = [getattr(x, "__name__", type(x).__name__) for x in (method, teacher)]
+    names = [getattr(x, "__name__", type(x).__name__) for x in (objective, teacher)]
     raise ValueError(
-        f"the method {names[0]} needs {' and '.join(missing)} of its teacher, but {names[1]}"
+        f"the objective {names[0]} needs {' and '.join(missing)} of its teacher, but {names[1]}"
         f" provides only {', '.join(sorted(teacher.provides)) or 'nothing'}; choose another teacher"
-        " or another method"
+        " or another objective"
     )
 
 
@@ -191,7 +191,7 @@ def open_prompts(
     Raises:
         ValueError: if it is missing or damaged, or makes embeddings of another width.
     """
-    # transformers takes seconds to import, and a method's options need none of it
+    # transformers takes seconds to import, and an objective's options need none of it
     from streamvid.codecs.text import PromptEncoder
 
     encoder = PromptEncoder.from_pretrained(path, cache_dir=cache_dir, dtype=dtype, device=device)

@@ -43,7 +43,7 @@ def check_names(config: TrainConfig, networks: dict[str, Module]) -> None:
         if unknown:
             near = difflib.get_close_matches(unknown[0], networks, n=1, cutoff=0.0)
             raise ValueError(
-                f"{section}.{unknown[0]} is for no network of the method; did you mean"
+                f"{section}.{unknown[0]} is for no network of the objective; did you mean"
                 f" '{section}.{near[0]}'?"
             )
     missing = sorted(networks.keys() - config.optimizers.keys())

@@ -18,7 +18,7 @@ MOST_SAMPLES = 65_536  # per process and loss
 
 @dataclass
 class TrainConfig:
-    """How a run is trained, whatever its method."""
+    """How a run is trained, whatever its objective."""
 
     name: str
     """Name of the run; its folder is output_dir/name, and the same command resumes it."""
@@ -46,7 +46,7 @@ class TrainConfig:
     trackers: list[str] = field(default_factory=list)
     """Names of accelerate: tensorboard, wandb, ..."""
     optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
-    """Settings of the optimiser of each network of the method."""
+    """Settings of the optimiser of each network of the objective."""
     ema: dict[str, EMAConfig] = field(default_factory=dict)
     """Settings of the moving average of each network that has one."""
 

@@ -1,4 +1,4 @@
-"""What the trainer asks of a distillation method and of the data that feeds it.
+"""What the trainer asks of what it trains and of the data that feeds it.
 
 Notation: a *step* is one optimiser step of the run; a *turn* is the update of one network inside a
 step; a *joint batch* is what all processes and all accumulation passes together feed to one turn.
@@ -43,7 +43,7 @@ class BatchSource(Protocol):
 
 
 class Method(Protocol):
-    """One distillation method: `methods/foo.py` with a dataclass `Config` and one class like this.
+    """What a run trains: an objective with its networks, such as `settings.video.VideoSetting`.
 
     What all processes must agree on, such as the exit step of a rollout, is drawn from
     `keyed_generator(seed, "decision", step, turn)` and never from the batch or from a global
@@ -65,7 +65,10 @@ class Method(Protocol):
       and restored in place.
     """
 
-    needs: frozenset[str]  # what it asks of a teacher: "score", "features", "clips"
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it asks of a teacher: some of "score", "features", "clips"."""
+        ...
 
     def networks(self) -> dict[str, Module]:
         """The networks that are trained, by the names under which optimisers and EMA are

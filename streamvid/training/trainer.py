@@ -541,6 +541,6 @@ def switch_on(networks: dict[str, Module], config: TrainConfig) -> None:
 def _some(networks: list[Any], option: str) -> list[Any]:
     if not networks:
         raise ValueError(
-            f"{option}=true, but no network of the method supports it; set it to false"
+            f"{option}=true, but no network of the objective supports it; set it to false"
         )
     return networks

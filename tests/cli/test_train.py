@@ -108,11 +108,11 @@ def test_a_finished_run_started_again_leaves_its_export_alone(finished, monkeypa
         ("train.seed=-1", "error: seed=-1 must be from 0 to 2147483647"),
         (
             "train.optimizers.studnet.lr=1",
-            "error: optimizers.studnet is for no network of the method; did you mean",
+            "error: optimizers.studnet is for no network of the objective; did you mean",
         ),
         (
             "train.ema.discriminator.decay=0.9",
-            "error: ema.discriminator is for no network of the method",
+            "error: ema.discriminator is for no network of the objective",
         ),
         (
             "train.optimizers.student.kind=adamm",

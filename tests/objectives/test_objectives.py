@@ -18,6 +18,7 @@ from streamvid.objectives.base import NETWORKS
 from streamvid.objectives.dmd import DMD
 from streamvid.objectives.preferences import DistillationDPO
 from streamvid.objectives.score import DMD2, FDistill, FlashDMD, UniDAD
+from streamvid.rollout.schedule import StreamConfig
 from streamvid.settings.plane import PlaneStep
 from streamvid.settings.targets import ring
 from streamvid.studies.plane import for_target
@@ -349,6 +350,14 @@ def test_an_option_out_of_its_range_is_refused(name, options, said):
     with pytest.raises(ValueError) as error:
         find_objective(name)(**options)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_pso_needs_a_next_step():
+    for fits in (StreamConfig(num_steps=2), StreamConfig(step_table=((1.0,), (1.0, 0.5)))):
+        find_objective("pso")().check_stream(fits, 2)
+    for short in (StreamConfig(num_steps=1), StreamConfig(step_table=((1.0, 0.5), (1.0,)))):
+        with pytest.raises(ValueError, match="chunks of 1 step have no next state, which pso"):
+            find_objective("pso")().check_stream(short, 2)
 
 
 def numeric_options():

@@ -70,6 +70,26 @@ def batch_of(setting, keys=(3, 4)):
     return batch
 
 
+def test_discriminator_heads_are_made_anew():
+    """The same ones in every process, from the seed and the step."""
+    made = []
+    for _ in range(2):
+        setting = setting_of("nitrofusion")
+        heads = setting.networks()["discriminator"].heads.heads
+        old = [head.register_token.clone() for head in heads]
+        setting.objective.refresh = 1.0
+        setting.after_step("student", 0)
+        made.append([head.register_token.clone() for head in heads])
+        assert not any(map(torch.equal, old, made[-1]))
+    assert all(map(torch.equal, *made))
+    setting.after_step("student", 1)
+    assert not any(torch.equal(head.register_token, m) for head, m in zip(heads, made[-1]))
+    setting.objective.refresh = 0.0
+    kept = [head.register_token.clone() for head in heads]
+    setting.after_step("student", 2)
+    assert all(torch.equal(head.register_token, k) for head, k in zip(heads, kept))
+
+
 WITHOUT_REWARD = [name for name, kind in all_objectives().items() if "reward" not in kind().needs]
 
 

@@ -442,6 +442,15 @@ def test_networks_that_do_not_fit_are_refused():
         ar1_setting("dmd", Ar1Student(), stream=replace(FOUR_STEPS, order="rolling"))
 
 
+@pytest.mark.parametrize(
+    "name, missing", [("pso", "a reward"), ("distillation_dpo", "a reward and a second fake score")]
+)
+def test_an_objective_that_needs_what_clips_lack_is_refused(name, missing):
+    with pytest.raises(ValueError) as error:
+        ar1_setting(name, Ar1Student(), rollout={"group_size": 2})
+    assert f"objective={name} needs {missing}, which clips do not have" in str(error.value)
+
+
 def test_an_unknown_turn_is_refused():
     setting = ar1_setting("dmd", Ar1Student())
     with pytest.raises(ValueError, match="turn='teacher', expected one of student, fake_score"):

@@ -486,7 +486,7 @@ def test_checkpointing_reaches_networks_inside_others():
     assert few < 0.7 * plain  # what the heads and the embeddings keep is the same
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other)
-    with pytest.raises(ValueError, match="no network of the method supports it"):
+    with pytest.raises(ValueError, match="no network of the objective supports it"):
         switch_on({"student": nn.Linear(2, 2)}, TrainConfig("x", gradient_checkpointing=True))
 
 
@@ -650,15 +650,15 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
         ),
         (
             "train.ema.fake.decay=0.9",
-            "ema.fake is for no network of the method; did you mean 'ema.fake_score'",
+            "ema.fake is for no network of the objective; did you mean 'ema.fake_score'",
         ),
         (
             "train.optimizers.student=null",
             "network 'student' has no optimizer; set optimizers.student.lr",
         ),
         ("train.mixed_precision=fp16", "mixed_precision=fp16 needs a GPU"),
-        ("train.gradient_checkpointing=true", "no network of the method supports it"),
-        ("train.compile=true", "no network of the method supports it"),
+        ("train.gradient_checkpointing=true", "no network of the objective supports it"),
+        ("train.compile=true", "no network of the objective supports it"),
         ("train.trackers=[wandb]", "tracker 'wandb' is not installed"),
         ("train.trackers=[wanbd]", "tracker .wanbd. is unknown; known are aim, "),
         ("train.name=a/b", "must be one folder name"),
