@@ -290,7 +290,7 @@ MUTANTS: list[Mutant] = [
             "torch.cat([setting.as_image(so_far), x[:, :, 1:]], dim=2), t",
             "x, t",
         ),
-        image_of_the_frame_before=("results[first].latents[:, :, :1]]", "so_far]"),
+        image_of_the_frame_before=("latents[:, :, :1]]", "latents[:, :, :0]]"),
         window_high_for_all=("and self._decision.first_chunk > 0:", "and True:"),
     ),
     *mutants(
