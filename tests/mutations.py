@@ -239,7 +239,7 @@ MUTANTS: list[Mutant] = [
     *mutants(
         ROLLOUTS,
         "tests/settings/test_rollouts.py",
-        exit_of_the_next_step=("exit_place) * num_steps)", "exit_place) * num_steps) + 1"),
+        exit_of_the_next_step=("int(place * num_steps)", "int(place * num_steps) + 1"),
         gradient_one_chunk_late=("t and i >= first_chunk", "t and i > first_chunk"),
         context_of_the_exit=(
             "exit_of(chunk) if chunk == last else steps[chunk]",
@@ -267,8 +267,8 @@ MUTANTS: list[Mutant] = [
             "if name:\n            return (kind,)",
         ),
         noise_of_another_sample=(
-            "keyed_normal(shape, self.method.seed, *label, key)",
-            "keyed_normal(shape, self.method.seed, *label, self.keys[0])",
+            "keyed_normal(shape, self.setting.seed, *label, key)",
+            "keyed_normal(shape, self.setting.seed, *label, self.keys[0])",
         ),
         times_of_another_turn=('self._label("score_t", name)', '("score_t",)'),
         shared_draws_alike=("if name not in self.shared:", "if True:"),
@@ -281,16 +281,16 @@ MUTANTS: list[Mutant] = [
             'role = "student" if True else',
         ),
         exit_index_of_the_step_before=(
-            "exit_index=int(exit_place * method.num_steps)",
-            "exit_index=int(exit_place * method.num_steps) - 1",
+            "exit_index=int(exit_place * setting.num_steps)",
+            "exit_index=int(exit_place * setting.num_steps) - 1",
         ),
         asked_exit_one_step_late=("(exit_index + 0.5)", "(exit_index + 1.5)"),
         step_time_of_the_step_before=("(*times, 0.0)[min(index,", "(1.0, *times)[min(index,"),
         part_without_its_image=(
-            "torch.cat([method.as_image(so_far), x[:, :, 1:]], dim=2), t",
+            "torch.cat([setting.as_image(so_far), x[:, :, 1:]], dim=2), t",
             "x, t",
         ),
-        image_of_the_frame_before=("results[first].latents[:, :, :1]]", "so_far]"),
+        image_of_the_frame_before=("latents[:, :, :1]]", "latents[:, :, :0]]"),
         window_high_for_all=("and self._decision.first_chunk > 0:", "and True:"),
     ),
     *mutants(

@@ -173,6 +173,20 @@ def test_networks_asked_with_one_noise_see_one_state():
     assert not torch.equal(one.v, other.v)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("shared_noise", [True, False])
+def test_a_prompts_clips_are_side_by_side_and_know_no_other_prompt(shared_noise):
+    setting, _ = wan_setting(Slope())
+    both = wan_batch()
+    second = {name: values[1:] for name, values in both.items()}
+    steps = [setting.step_of("student", batch, 0) for batch in (both, second)]
+    of_both, alone = (step.policy_samples("lagged", 3) for step in steps)
+    torch.testing.assert_close(of_both[3:], alone)
+    of_both, alone = (step.new_noising(0, 3, "steps", 5.0, shared_noise) for step in steps)
+    assert of_both.seeds[3:] == alone.seeds and torch.equal(of_both.cond[3:], alone.cond)
+    assert len(set(alone.seeds)) == (1 if shared_noise else 3)
+
+
 # ---- the update
 
 
