@@ -116,7 +116,8 @@ class VideoSetting:
     def frozen(self) -> dict[str, nn.Module]:
         """The networks that are held and not trained."""
         held = {
-            name: getattr(self.teacher, name, None) for name in ("transformer", "transformer_2")
+            "teacher": getattr(self.teacher, "transformer", None),
+            "teacher_2": getattr(self.teacher, "transformer_2", None),
         }
         return {**{n: part for n, part in held.items() if part is not None}, **self.copies}
 

@@ -170,7 +170,7 @@ def test_networks_take_what_they_really_take(method):
     assert role.weights == role.average == sum(p.nbytes for p in parameters.values())
     names = {
         "dmd": {"student", "fake_score", "teacher"},
-        "afd": {"student", "discriminator", "old"},
+        "afd": {"student", "discriminator", "lagged"},
         "sft": {"student"},
     }
     assert {each.name for each in roles} == names[method]
