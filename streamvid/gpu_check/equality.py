@@ -37,7 +37,6 @@ from streamvid.students.folder import (
     load_transformer,
 )
 from streamvid.teachers.wan import WanTeacher
-from streamvid.training.method import Method
 from streamvid.training.trainer import switch_on
 
 CPU = torch.device("cpu")
@@ -84,7 +83,7 @@ class StudentTurn:
         teacher = WanTeacher.from_pretrained(TINY_TEACHER, load_text_encoder=False)
         width = int(student.config.text_dim)
         teacher.uncond = keyed_normal((TEXT_TOKENS, width), "gpu check", "uncond")
-        self.method: Method = build_method(config, student, teacher.uncond, teacher)
+        self.method = build_method(config, student, teacher.uncond, teacher)
         self.config, self.width = config, width
         switch_on(self.method.networks(), replace(config.train, gradient_checkpointing=True))
 
@@ -102,9 +101,8 @@ class StudentTurn:
             network.to(device).train().requires_grad_(name == "student").zero_grad(set_to_none=True)
         method.student.gradient_checkpointing = checkpointing
         cond = keyed_normal((2, TEXT_TOKENS, self.width), "gpu check", "cond").to(device)
-        step = next(
-            i for i in itertools.count() if method.decide("student", i).exit_index == exit_index
-        )
+        exits = (method.step_of("student", None, i).decide() for i in itertools.count())
+        step = next(i for i, drawn in enumerate(exits) if drawn.exit_index == exit_index)
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             loss, _ = method.loss("student", {"cond": cond, "keys": [0, 1]}, step)
         loss.backward()

@@ -126,23 +126,6 @@ def predict_guided(
     return guide(velocity, teacher.predict(x_t, t, without), guidance_scale)
 
 
-def check_needs(objective: Any, teacher: Any) -> None:
-    """Check that a teacher gives what an objective (its class or an instance) asks for.
-
-    Raises:
-        ValueError: if something is missing.
-    """
-    missing = sorted(objective.needs - teacher.provides)
-    if not missing:
-        return
-    names = [getattr(x, "__name__", type(x).__name__) for x in (objective, teacher)]
-    raise ValueError(
-        f"the objective {names[0]} needs {' and '.join(missing)} of its teacher, but {names[1]}"
-        f" provides only {', '.join(sorted(teacher.provides)) or 'nothing'}; choose another teacher"
-        " or another objective"
-    )
-
-
 # ---- opening a checkpoint ------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import torch
 from streamvid.core.process import add_noise, eps_from_v, velocity, x0_from_v
 from streamvid.seeding import keyed_normal
 from streamvid.teachers.analytic import AnalyticTeacher
-from streamvid.teachers.base import check_needs, predict_guided
+from streamvid.teachers.base import predict_guided
 
 SHAPE = (2, 3, 1, 2)  # C, T, h, w
 N = 12
@@ -80,21 +80,6 @@ def test_no_guidance_needs_no_negative_prompt():
     assert torch.equal(predict_guided(teacher, x, t, cond, 1.0), teacher.predict(x, t, cond))
     with pytest.raises(ValueError, match="guidance_scale=2.0 needs the teacher's uncond"):
         predict_guided(teacher, x, t, cond, 2.0)
-
-
-def test_what_a_method_needs_is_checked():
-    class Adversarial:
-        needs = frozenset({"score", "features", "clips"})
-
-    class Modest:
-        needs = frozenset()
-
-    check_needs(Modest, teacher_of())
-    with pytest.raises(
-        ValueError,
-        match="Adversarial needs clips and features .* AnalyticTeacher provides only score",
-    ):
-        check_needs(Adversarial(), teacher_of())
 
 
 def test_wrong_sizes_and_unknown_prompts_are_refused():
