@@ -28,10 +28,11 @@ from streamvid.core.inject import dmd_gradient, surrogate
 from streamvid.core.process import add_noise, x0_from_v
 from streamvid.core.times import sample_times
 from streamvid.data.prompts import world_prompts
-from streamvid.evaluation.runs import held_out_prompts, make_clips, score_clips, student_runner
+from streamvid.evaluation.runs import held_out_prompts, make_clips, score_clips
 from streamvid.evaluation.world_score import mean_scores
 from streamvid.rollout.loop import rollout
 from streamvid.rollout.noise import KeyedNoise
+from streamvid.rollout.runner import student_runner
 from streamvid.rollout.sampler import new_cache
 from streamvid.rollout.schedule import build_schedule, truncate
 from streamvid.students.folder import TINY_START, TINY_TEACHER, load_student, save_student

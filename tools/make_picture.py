@@ -51,7 +51,8 @@ def make_picture(args: argparse.Namespace) -> None:
 
 def make_columns() -> list[tuple[str, str, list]]:
     """For each model its name, what it costs, and its clips ``[T, 3, H, W]``."""
-    from streamvid.evaluation.runs import make_clips, student_runner, teacher_runner
+    from streamvid.evaluation.runs import make_clips
+    from streamvid.rollout.runner import student_runner, teacher_runner
     from streamvid.rollout.schedule import build_schedule, cost_of
     from streamvid.students.folder import TINY_START, TINY_STUDENT, TINY_TEACHER, load_student
     from streamvid.teachers.wan import WanTeacher

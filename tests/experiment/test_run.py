@@ -33,7 +33,7 @@ def test_every_shipped_run_file_can_be_read(path):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("objective=dnd", "objective=dnd is not one of dmd, "),
+        ("objective=dnd", "objective=dnd is unknown, did you mean"),
         ("options.guidance=3", "guidance_scale"),
         ("train.max_steps=many", "max_steps"),
         ("stream.num_steps=0", "num_steps"),
