@@ -128,7 +128,8 @@ def test_trajectories_of_another_step_list_are_refused():
     """Self-Forcing's script stores shift 8 where its training asks for shift 5."""
     batch = trajectories(times=(*step_times(2, 5.0), 0.0))
     with pytest.raises(
-        ValueError, match=r"no states at t=0\.75, .* only at 1, 0\.833333, 0; .*make_trajectories"
+        ValueError,
+        match=r"no states at t=0\.75, .* only at 1, 0\.833333, 0; .*streamvid trajectories",
     ):
         setting_of(Knows(batch["states"][:, -1])).loss("student", batch, 0)
 

@@ -126,20 +126,3 @@ def test_a_student_that_is_not_told_takes_euler_steps(student, prompts, commit):
         for stepper in ("jump", "euler")
     )
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(jumped, stepped, strict=True))
-
-
-def test_a_wrapped_map_is_told_too(prompts):
-    class Wrapper(torch.nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-        def forward(self, *args, **options):
-            return self.module(*args, **options)
-
-    student = ExactMap()
-    options = {"latent_shape": (3, 4, 4), "chunk_frames": FRAMES, "commit": "none"}
-    for wrapped in (student, Wrapper(student)):
-        noise, schedule = KeyedNoise([3, 4]), autoregressive(TIMES, 1)
-        list(rollout(wrapped, prompts, schedule, noise, stepper="jump", **options))
-    assert student.told[:3] == student.told[3:] == [[target] * 2 for target in TARGETS["jump"]]

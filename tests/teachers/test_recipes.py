@@ -143,8 +143,7 @@ def test_recipe_trains_in_two_processes(name, places, wan, tmp_path, capsys):
         "--prompt",
         "a red ball",
         "--size",
-        "32",
-        "32",
+        "32x32",
         "--num-frames",
         frames,
     ]
