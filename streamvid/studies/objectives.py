@@ -230,13 +230,15 @@ def write_report(
     done = [r for r in results if "scores" in r]
     better = [r["objective"] for r in done if gain_of(r, start) > SPREAD]
     count = sum(name in complete for name in better)
+    missing = [job.name for job in jobs if not job.result_file.exists()]
+    not_run = f" (not run: {', '.join(missing)})" if missing else ""
     head = (
         f"Every objective from the same causal start on the world: {jobs[0].updates} updates of"
         f" the student, batches of 4 clips, one seed; {jobs[0].num_prompts} held-out prompts, one"
         " seed of the noise, so that scores differ by about"
         f" {SPREAD} by chance. Each student is streamed in the steps, and from step to step in the"
         " way, that its objective is published for; the start beside it is streamed in the same"
-        f" way. {count} of {len(complete)} complete objectives improve the start. Seconds are one"
+        f" way. {count} of {len(complete)} complete objectives improve the start{not_run}. Seconds are one"
         " core's for the whole training; forwards and TFLOP are per update of the student; memory"
         " is the peak of a step on an accelerator, by the dry run. The steps are few, so this"
         " says what trains, not what is best. Ring, moons and prompts are targets in the plane:"
