@@ -204,7 +204,7 @@ def run_tool(job: Callable[[], int | None], interrupted: str = "interrupted") ->
         tell(f"error: {one_line(error)}")
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = one_line(error)[:200]
         tell(
@@ -216,7 +216,7 @@ def run_tool(job: Callable[[], int | None], interrupted: str = "interrupted") ->
         return 128 + (stop.number if isinstance(stop, Terminated) else signal.SIGINT)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Torch has a class of its own for that on a GPU, and says it in words on a CPU."""
     return (
         isinstance(error, MemoryError)

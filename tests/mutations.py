@@ -261,14 +261,14 @@ MUTANTS: list[Mutant] = [
             "key_to_seed(key, member) for key in value",
             "key_to_seed(key, 0) for key in value",
         ),
-        draws_of_a_turn_alike=("self.counts[(kind,)] += 1", "self.counts[(kind,)] += 0"),
+        draws_of_a_turn_alike=("self.counts[kind] += 1", "self.counts[kind] += 0"),
         names_of_draws_forgotten=(
             "if name:\n            return name",
             "if name:\n            return (kind,)",
         ),
         noise_of_another_sample=(
-            "keyed_normal(shape, self.setting.seed, *label, key)",
-            "keyed_normal(shape, self.setting.seed, *label, self.keys[0])",
+            "keyed_normal(self.shape, self.setting.seed, *label, key)",
+            "keyed_normal(self.shape, self.setting.seed, *label, self.keys[0])",
         ),
         times_of_another_turn=('self._label("score_t", name)', '("score_t",)'),
         shared_draws_alike=("if name not in self.shared:", "if True:"),

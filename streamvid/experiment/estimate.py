@@ -42,7 +42,7 @@ from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.jump_embedding import add_jump_embedding
 from streamvid.models.lora import adapt, share_weights
 from streamvid.models.published import EXPERTS, PUBLISHED
-from streamvid.objectives.trajectory import chunk_times
+from streamvid.rollout.schedule import chunk_times
 from streamvid.teachers.wan import WanTeacher
 from streamvid.training.checks import check_names
 from streamvid.training.launch import count_processes

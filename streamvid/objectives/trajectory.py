@@ -32,7 +32,7 @@ from streamvid.core.process import expand_time, x0_from_v
 from streamvid.data.trajectories import SAME_TIME, check_falling, time_indices
 from streamvid.objectives.base import ClipStep, Objective
 from streamvid.rollout.sampler import GuidedModel, stream_latents
-from streamvid.rollout.schedule import StreamConfig, build_schedule
+from streamvid.rollout.schedule import StreamConfig, chunk_times
 from streamvid.seeding import keyed_generator
 from streamvid.teachers.base import Teacher
 
@@ -113,15 +113,6 @@ class TrajectoryRegression(Objective):
                 " frames"
             )
         return frames // chunk_frames
-
-
-def chunk_times(stream: StreamConfig, num_chunks: int) -> list[list[float]]:
-    """The times at which a stream denoises each of its first chunks."""
-    times: list[list[float]] = [[] for _ in range(num_chunks)]
-    for event in build_schedule(stream, num_chunks):
-        for chunk, t in zip(event.chunks, event.t):
-            times[chunk].append(t)
-    return times
 
 
 def select_states(states: Tensor, levels: Tensor, chunk_frames: int) -> Tensor:

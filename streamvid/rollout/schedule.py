@@ -404,6 +404,15 @@ def build_schedule(config: StreamConfig, num_chunks: int | None = None) -> Itera
     return autoregressive(times, num_chunks, first_times)
 
 
+def chunk_times(config: StreamConfig, num_chunks: int) -> list[list[float]]:
+    """The times at which a stream denoises each of its first chunks."""
+    times: list[list[float]] = [[] for _ in range(num_chunks)]
+    for event in build_schedule(config, num_chunks):
+        for chunk, t in zip(event.chunks, event.t):
+            times[chunk].append(t)
+    return times
+
+
 def _expect(ok: bool, name: str, value: Any, expected: str) -> None:
     if not ok:
         raise ValueError(f"{name}={value!r}, expected {expected}")

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from streamvid.command_line import _is_out_of_memory
+from streamvid.command_line import is_out_of_memory
 from streamvid.printing import one_line
 from streamvid.serving import protocol
 from streamvid.serving.limits import Limits
@@ -764,7 +764,7 @@ def command_line(
 
 def explain(error: Exception) -> tuple[str, str]:
     """A code and one line for a client; of errors that are ours it says no more than that."""
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return "out_of_memory", "there is not enough memory; try a smaller size, or later"
     if isinstance(error, ValueError):
         return "bad_request", one_line(error)

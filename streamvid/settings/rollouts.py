@@ -22,7 +22,6 @@ Shapes: B batch, C channels, T latent frames of a clip, h w latent size.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -31,7 +30,14 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, move_tap, truncate
+from streamvid.rollout.schedule import (
+    Denoise,
+    StreamConfig,
+    build_schedule,
+    chunk_times,
+    move_tap,
+    truncate,
+)
 
 MOST_CHUNKS = 10_000  # of a rollout, which is kept in memory
 
@@ -117,24 +123,9 @@ class Decision:
         return int(place * num_steps)
 
 
-def steps_per_chunk(stream: StreamConfig, num_chunks: int) -> Counter[int]:
-    """How many steps each of the first chunks of a stream takes."""
-    return Counter(chunk for event in build_schedule(stream, num_chunks) for chunk in event.chunks)
-
-
-def times_per_chunk(stream: StreamConfig, num_chunks: int) -> list[list[float]]:
-    """The times at which a stream denoises each of its first chunks."""
-    times: list[list[float]] = [[] for _ in range(num_chunks)]
-    for event in build_schedule(stream, num_chunks):
-        for chunk, t in zip(event.chunks, event.t):
-            times[chunk].append(t)
-    return times
-
-
-def with_exits(
-    stream: StreamConfig, decision: Decision, num_chunks: int, steps: Counter[int]
-) -> Iterator[Denoise]:
+def with_exits(stream: StreamConfig, decision: Decision, num_chunks: int) -> Iterator[Denoise]:
     """The schedule of a rollout, tapped at its exits."""
+    steps = [len(times) for times in chunk_times(stream, num_chunks)]
     schedule = build_schedule(stream, num_chunks)
 
     def exit_of(chunk: int) -> int:

@@ -11,7 +11,6 @@ Shapes: B batch, C channels, T latent frames of a clip, h w latent size, L D of 
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -22,8 +21,8 @@ from streamvid.core.guidance import GuidanceSpec
 from streamvid.models.discriminators import TrunkHeads
 from streamvid.models.step_labels import add_step_labels
 from streamvid.objectives.base import Distillation, Objective
-from streamvid.rollout.schedule import StreamConfig
-from streamvid.settings.rollouts import RolloutConfig, steps_per_chunk
+from streamvid.rollout.schedule import StreamConfig, chunk_times
+from streamvid.settings.rollouts import RolloutConfig
 from streamvid.settings.video_step import VideoStep
 from streamvid.teachers.base import Teacher
 
@@ -81,7 +80,8 @@ class VideoSetting:
         self.seed = seed
         self.as_image = as_image
         self._check()
-        self.num_steps = max(self.steps_per_chunk().values())
+        longest_rollout = self.rollout.rollout_chunks or self.rollout.num_chunks
+        self.num_steps = max(map(len, chunk_times(stream, longest_rollout)))
         self.trained: dict[str, nn.Module] = {"student": student}
         names = objective.networks()
         if "fake_score" in names:
@@ -185,13 +185,6 @@ class VideoSetting:
     def step_of(self, turn: str, batch: dict[str, Any] | None, step: int) -> VideoStep:
         """The step that a loss gets; without a batch it knows its shared draws alone."""
         return VideoStep(self, turn, batch, step)
-
-    def steps_per_chunk(self, stream: StreamConfig | None = None) -> Counter[int]:
-        """How many steps each chunk of the longest rollout takes."""
-        return steps_per_chunk(
-            self.stream if stream is None else stream,
-            self.rollout.rollout_chunks or self.rollout.num_chunks,
-        )
 
     def placed(self, name: str) -> nn.Module:
         """A copy, which the trainer does not know, on the student's device."""

@@ -26,21 +26,25 @@ from streamvid.core.times import TimeLaw, choose_times, sample_times
 from streamvid.data.trajectories import time_indices
 from streamvid.models.discriminators import TrunkHeads
 from streamvid.models.step_labels import labelled
-from streamvid.models.video_discriminator import VideoDiscriminator
 from streamvid.objectives.base import LAST, Distillation, Exit, NoisedChunks, Sample, Step
 from streamvid.rollout.loop import ChunkResult, rollout
 from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import new_cache
-from streamvid.rollout.schedule import Denoise, StreamConfig, build_schedule, move_tap, table
+from streamvid.rollout.schedule import (
+    Denoise,
+    StreamConfig,
+    build_schedule,
+    chunk_times,
+    move_tap,
+    table,
+)
 from streamvid.seeding import key_to_seed, keyed_generator, keyed_normal
 from streamvid.settings.rollouts import (
     Decision,
     frame_shape,
     latent_statistics,
     patch_weights,
-    steps_per_chunk,
     tapped_from,
-    times_per_chunk,
     with_exits,
 )
 from streamvid.teachers.base import TIMESTEPS, score_velocity
@@ -83,7 +87,7 @@ class VideoStep(Step):
         self.seed = setting.seed
         self.uncond = setting.uncond
         self.micro = 0 if batch is None else batch.get("micro", 0)
-        self.counts: Counter[tuple[str, ...]] = Counter()
+        self.counts: Counter[str] = Counter()  # draws without a name, by kind
         self.shared: dict[str, torch.Generator] = {}
         self.rolled: list[tuple[Decision, Tensor]] = []  # what was sampled, in order
         self.clean: Tensor | None = None
@@ -116,12 +120,8 @@ class VideoStep(Step):
         return channels, frames, height, width
 
     def noise(self, *name: str) -> Tensor:
-        return self.noise_like(self.shape, *name)
-
-    def noise_like(self, shape: tuple[int, ...], *name: str) -> Tensor:
-        """``[B, *shape]``, normal."""
         label = self._label("score_eps", name)
-        draws = [keyed_normal(shape, self.setting.seed, *label, key) for key in self.keys]
+        draws = [keyed_normal(self.shape, self.setting.seed, *label, key) for key in self.keys]
         return torch.stack(draws).to(self.cond.device, self.dtype)
 
     def uniform(self, *name: str) -> Tensor:
@@ -180,8 +180,8 @@ class VideoStep(Step):
         """The name of a draw; without one, which of its kind it is in this turn."""
         if name:
             return name
-        self.counts[(kind,)] += 1
-        number = self.counts[(kind,)] - 1
+        number = self.counts[kind]
+        self.counts[kind] += 1
         return (kind,) if number == 0 else (kind, number)
 
     # ---- what is shared by all processes
@@ -213,11 +213,7 @@ class VideoStep(Step):
 
     def step_time(self, index: int) -> float:
         """Of the list that chunks after the first ones have."""
-        times = [
-            event.t[event.chunks.index(LATER_CHUNK)]
-            for event in build_schedule(self.stream, LATER_CHUNK + 1)
-            if LATER_CHUNK in event.chunks
-        ]
+        times = chunk_times(self.stream, LATER_CHUNK + 1)[LATER_CHUNK]
         return (*times, 0.0)[min(index, len(times))]
 
     @property
@@ -279,9 +275,8 @@ class VideoStep(Step):
         num_chunks = setting.rollout.num_chunks
         self._check_length(num_chunks)
         first, end = decision.first_chunk, decision.first_chunk + num_chunks
-        steps = steps_per_chunk(stream, end)
         seeds = [key_to_seed(setting.seed, role, key) for key in self.keys]
-        schedule = tapped_from(first, with_exits(stream, decision, end, steps))
+        schedule = tapped_from(first, with_exits(stream, decision, end))
         results = list(self._stream(setting.student, stream, schedule, seeds))
         x = torch.cat([result.prediction for result in results[first:]], dim=2)
         t = results[-1].t
@@ -361,7 +356,7 @@ class VideoStep(Step):
         num_chunks = latents.shape[2] // self.stream.chunk_frames
         schedule = build_schedule(self.stream, num_chunks)
         if at_random_exit:
-            longest = max(steps_per_chunk(self.stream, num_chunks).values())
+            longest = max(map(len, chunk_times(self.stream, num_chunks)))
             schedule = move_tap(schedule, self.choose(longest, "decision"))
         cond = self.cond.repeat_interleave(group_size, dim=0) if group_size > 1 else self.cond
         seeds = self.seeds("rollout", group_size)
@@ -401,7 +396,7 @@ class VideoStep(Step):
         num_chunks = self.shape[1] // self.stream.chunk_frames
         shared = self.generator("decision")
         if law == "steps":
-            lists = times_per_chunk(self.stream, num_chunks)
+            lists = chunk_times(self.stream, num_chunks)
             times = [float(choose_times(each, 1, shared)) for each in lists]
         else:
             times = sample_times(num_chunks, law, shift, shared, low=LEAST_TIME).tolist()
@@ -517,13 +512,12 @@ class VideoStep(Step):
     def logits(self, x_t: Tensor, t: Tensor, num_parts: int = 1) -> Tensor:
         heads = self.setting.trained["discriminator"]
         cond = self.cond.to(x_t)
-        if isinstance(heads, VideoDiscriminator) or not isinstance(heads, TrunkHeads):
+        if not isinstance(heads, TrunkHeads):  # reads clips by itself
             copies = len(x_t) // len(cond)
             return heads(x_t, cond.repeat_interleave(copies, dim=0) if copies > 1 else cond)
         trunk = self.setting.trunk
-        with labelled(trunk, None):
-            call = lambda: score_velocity(trunk, x_t, t, cond)
-            return heads(trunk, call, num_parts).flatten(1)
+        call = lambda: score_velocity(trunk, x_t, t, cond)
+        return heads(trunk, call, num_parts).flatten(1)
 
     def features(self, x_t: Tensor, t: Tensor) -> Tensor:
         trunk: Any = self.setting.teacher_network

@@ -39,7 +39,7 @@ from streamvid.training.trainer import TrainingError
 NUM_FRAMES = 33
 SHIFT = 8.0
 GUIDANCE = 2.0
-NETWORKS = ("fake_score", "discriminator", "motion")
+NETWORKS = ("fake_score", "discriminator")
 RATE = 5e-4  # of the networks beside the student
 ATTRIBUTES = ("colour", "shape", "direction", "speed", "physics", "overall")
 SPREAD = 0.01
@@ -105,7 +105,7 @@ def configure(job: Job) -> RunConfig:
         overrides += ["data.kind=trajectories", f"data.path={job.folder / 'trajectories'}"]
     else:
         overrides.append(f"data.path={job.folder / 'clips.safetensors'}")
-    trained = [name for name in objective.networks() if name in NETWORKS and name != "motion"]
+    trained = [name for name in objective.networks() if name in NETWORKS]
     overrides += [f"train.optimizers.{name}.lr={RATE}" for name in trained]
     overrides += [f"train.optimizers.{name}.betas=[0.0, 0.99]" for name in trained]
     overrides += [f"train.max_steps={job.updates * cycle}", *OPTIONS.get(job.name, ())]

@@ -11,12 +11,11 @@ from streamvid.core.times import step_times
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.objectives.trajectory import (
     TrajectoryRegression,
-    chunk_times,
     grid_through,
     select_states,
     solve_trajectories,
 )
-from streamvid.rollout.schedule import StreamConfig
+from streamvid.rollout.schedule import StreamConfig, chunk_times
 from streamvid.seeding import keyed_normal
 from streamvid.settings.video import VideoSetting
 from tests.fakes import TINY_WAN, ar1_covariance, ar1_teacher, noise
