@@ -50,8 +50,9 @@ h w latent size, J logits per clip: 1, K, or one per token.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -62,7 +63,7 @@ from streamvid.core.adversary import approximate_penalty, discriminator_loss, ge
 from streamvid.core.policy import group_advantage, nft_loss, optimality
 from streamvid.core.times import TimeLaw
 from streamvid.models.video_discriminator import VideoDiscriminator
-from streamvid.objectives.base import Objective, Step, require
+from streamvid.objectives.base import Loss, Objective, Step, require
 
 
 @dataclass
@@ -260,7 +261,7 @@ class AFD(Objective):
         step.record(**preferences(fake_logits, real_logits))
         return adversarial + penalty
 
-    def student(self, step: Step) -> Tensor | Iterator[Tensor]:
+    def student(self, step: Step) -> Loss:
         return self._play(step) if self.policy == "gan" else self._improve(step)
 
     def _play(self, step: Step) -> Tensor:
@@ -272,7 +273,7 @@ class AFD(Objective):
         step.record(adversarial=loss, **preferences(logits, real_logits))
         return loss
 
-    def _improve(self, step: Step) -> Iterator[Tensor]:
+    def _improve(self, step: Step) -> list[Callable[[], Tensor]]:
         """NFT's update in parts, one for each noising of each ``clips_per_pass`` clips."""
         with torch.no_grad():
             x = step.policy_samples("lagged", self.group_size)
@@ -284,30 +285,27 @@ class AFD(Objective):
             weight_std=r.std(correction=0),
             clipped=((r == 0) | (r == 1)).float().mean(),
         )
-        del logits, real_logits
         size = len(x) if self.clips_per_pass is None else self.clips_per_pass
-        numbers: dict[str, Tensor] = {}
+        parts: list[Callable[[], Tensor]] = []
         for number in range(self.noisings):
             noising = step.new_noising(
                 number, self.group_size, self.time_law, self.shift, self.shared_noise
             )
             for start in range(0, len(x), size):
                 rows = slice(start, start + size)
-                share = len(x[rows]) / len(x) / self.noisings
-                weight = step.chunk_weights(r[rows], x[rows], per_token=self.logit == "token")
-                loss, parts = self._update(step, x, noising, rows, weight)
-                for name, part in parts.items():
-                    numbers[name] = numbers.get(name, torch.zeros_like(part)) + share * part
-                step.record(**numbers)
-                yield share * loss
+                parts.append(partial(self._update, step, x, noising, rows, r))
+        return parts
 
-    def _update(
-        self, step: Step, x: Tensor, noising: Any, rows: slice, weight: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's loss on some of the samples, with their r."""
-        with (
-            torch.no_grad()
-        ):  # first, so that their caches are gone when the student's graph is there
+    def _update(self, step: Step, x: Tensor, noising: Any, rows: slice, r: Tensor) -> Tensor:
+        """Some of the samples' share of the student's loss.
+
+        Args:
+            r: of all of them.
+        """
+        share = len(x[rows]) / len(x) / self.noisings
+        weight = step.chunk_weights(r[rows], x[rows], per_token=self.logit == "token")
+        # without gradient first, so that their caches are gone when the student has its graph
+        with torch.no_grad():
             v_old = step.noise_chunks("lagged", x, noising, rows).v
             v_ref = step.noise_chunks("start", x, noising, rows).v if self.lam_prior else None
         chunks = step.noise_chunks("student", x, noising, rows)
@@ -315,11 +313,12 @@ class AFD(Objective):
         nft = nft_loss(chunks.v, v_old, chunks.v_target, weight, self.beta, *states)
         loss = self.advantage_clip / self.beta * nft
         gap = (chunks.v.detach() - v_old).abs().mean()
-        numbers = {"nft": loss.detach(), "velocity_gap": gap}
-        if v_ref is None:
-            return loss, numbers
-        prior = (chunks.v - v_ref).square().mean()
-        return loss + self.lam_prior * prior, {**numbers, "prior": prior.detach()}
+        step.accumulate(nft=share * loss, velocity_gap=share * gap)
+        if v_ref is not None:
+            prior = (chunks.v - v_ref).square().mean()
+            step.accumulate(prior=share * prior)
+            loss = loss + self.lam_prior * prior
+        return share * loss
 
     # ---- their parts
 

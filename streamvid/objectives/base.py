@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -40,7 +40,7 @@ NETWORKS = ("fake_score", "motion", "discriminator", "student")
 
 LAST = math.nextafter(1.0, 0.0)
 """The exit's place that is always a chunk's last step."""
-Loss = Tensor | Iterator[Tensor]
+Loss = Tensor | Sequence[Callable[[], Tensor]]
 """A scalar, or parts that add up to it, each differentiated before the next is made."""
 
 
@@ -82,8 +82,6 @@ class Objective:
     on_points: ClassVar[bool] = True
     """Whether it makes sense on single points; motion does not."""
 
-    num_logits: ClassVar[int] = 1
-    """Logits of each discriminator head."""
     trunk: ClassVar[Literal["teacher", "fake_score"]] = "teacher"
     """Whose features the discriminator of clips reads."""
 
@@ -124,7 +122,7 @@ class Objective:
 
     def num_logits_for(self, num_steps: int) -> int:
         """Logits of each discriminator head for a student of so many steps."""
-        return self.num_logits
+        return 1
 
     @property
     def feature_layers(self) -> Sequence[int] | None:
@@ -295,15 +293,23 @@ class Step(ABC):
         """``[B]`` in [0, 1)."""
 
     @abstractmethod
+    def times_of(
+        self, law: TimeLaw, shift: float, low: float, high: float, name: tuple[str, ...] = ()
+    ) -> Tensor:
+        """``[B]`` of any law, bounds and shift."""
+
     def times(
-        self,
-        law: TimeLaw | None = None,
-        low: float | None = None,
-        high: float | None = None,
-        mean: float = 0.0,
-        std: float = 1.0,
+        self, law: TimeLaw | None = None, low: float | None = None, high: float | None = None
     ) -> Tensor:
         """``[B]``; None is the objective's own law and bounds, the shift always is."""
+        own = self.objective
+        assert isinstance(own, Distillation), "others say their law in times_of"
+        return self.times_of(
+            own.time_law if law is None else law,
+            own.shift,
+            own.low if low is None else low,
+            own.high if high is None else high,
+        )
 
     @abstractmethod
     def choose(self, count: int, name: str = "choice") -> int:
@@ -316,12 +322,6 @@ class Step(ABC):
     def choices(self) -> Hashable:
         """The shared draws on which the cost of the turn depends."""
         return None
-
-    def times_of(
-        self, law: TimeLaw, shift: float, low: float, high: float, name: tuple[str, ...] = ()
-    ) -> Tensor:
-        """``[B]`` of any law, bounds and shift."""
-        raise NotImplementedError
 
     @abstractmethod
     def full(self, value: float) -> Tensor:
@@ -508,6 +508,11 @@ class Step(ABC):
     def record(self, **numbers: Tensor) -> None:
         """Numbers worth logging."""
         self.numbers.update({name: value.detach() for name, value in numbers.items()})
+
+    def accumulate(self, **numbers: Tensor) -> None:
+        """Add to what is recorded, the share of one of a loss's parts."""
+        for name, value in numbers.items():
+            self.numbers[name] = self.numbers.get(name, torch.zeros_like(value)) + value.detach()
 
 
 class ClipStep(Protocol):

@@ -15,7 +15,7 @@ from streamvid.core.adversary import FeatureHeads, HeadPool, TokenHead
 from streamvid.core.fitting import couple
 from streamvid.core.process import add_noise, euler_step, renoise_step, velocity
 from streamvid.core.times import TimeLaw, sample_times
-from streamvid.objectives.base import Distillation, Exit, NoisedChunks, Objective, Sample, Step
+from streamvid.objectives.base import Exit, NoisedChunks, Objective, Sample, Step
 from streamvid.settings.targets import Target
 
 WIDTH = 128
@@ -239,34 +239,15 @@ class PlaneStep(Step):
     def uniform(self, *name: str) -> Tensor:
         return torch.rand(self.batch_size, generator=self.rng, dtype=self.dtype)
 
-    def times(
-        self,
-        law: TimeLaw | None = None,
-        low: float | None = None,
-        high: float | None = None,
-        mean: float = 0.0,
-        std: float = 1.0,
-    ) -> Tensor:
-        own = self.objective
-        assert isinstance(own, Distillation), "others say their law in times_of"
-        return sample_times(
-            self.batch_size,
-            own.time_law if law is None else law,
-            own.shift,
-            self.rng,
-            own.low if low is None else low,
-            own.high if high is None else high,
-            mean,
-            std,
-        ).to(self.dtype)
-
     def times_of(
         self, law: TimeLaw, shift: float, low: float, high: float, name: tuple[str, ...] = ()
     ) -> Tensor:
-        if name not in self.named:
-            draws = sample_times(self.batch_size, law, shift, self.rng, low, high)
-            self.named[name] = draws.to(self.dtype)
-        return self.named[name]
+        if name in self.named:
+            return self.named[name]
+        t = sample_times(self.batch_size, law, shift, self.rng, low, high).to(self.dtype)
+        if name:
+            self.named[name] = t
+        return t
 
     def choose(self, count: int, name: str = "choice") -> int:
         return int(torch.randint(count, (), generator=self.rng))

@@ -150,13 +150,11 @@ class VideoSetting:
         if isinstance(loss, Tensor):
             yield loss, context.finish(loss)
             return
-        part = next(loss)
-        total = part.detach()
-        for following in loss:
-            yield part, {}
-            part = following
-            total = total + part.detach()
-        yield part, context.finish(total)
+        total = 0
+        for number, make_part in enumerate(loss, 1):
+            part = make_part()
+            total = part.detach() + total
+            yield part, context.finish(total) if number == len(loss) else {}
 
     @torch.no_grad()
     def after_step(self, turn: str, step: int) -> None:
@@ -259,7 +257,7 @@ class VideoSetting:
         if "jumps" in objective.needs and not getattr(self.student, "takes_target", False):
             raise ValueError(
                 f"objective={name} trains jumps to more than one time, which this student is not"
-                " told; set student.jump_embedding=true"
+                " told; give it models.jump_embedding.add_jump_embedding"
             )
         if objective.sampler == "jump" and self.stream.stepper != "jump":
             raise ValueError(

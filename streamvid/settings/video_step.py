@@ -131,33 +131,20 @@ class VideoStep(Step):
         return draws.to(self.cond.device, self.dtype)
 
     def times(
-        self,
-        law: TimeLaw | None = None,
-        low: float | None = None,
-        high: float | None = None,
-        mean: float = 0.0,
-        std: float = 1.0,
+        self, law: TimeLaw | None = None, low: float | None = None, high: float | None = None
     ) -> Tensor:
-        own = self.objective
-        assert isinstance(own, Distillation), "others say their law in times_of"
-        law = own.time_law if law is None else law
-        low = own.low if low is None else low
-        high = own.high if high is None else high
         window_high = self.setting.rollout.window_high
         if window_high is not None and self._decision.first_chunk > 0:
-            high = min(high, window_high)
-        return self._keyed_times((), law, own.shift, low, high, mean, std)
+            assert isinstance(self.objective, Distillation), "others say their law in times_of"
+            high = min(self.objective.high if high is None else high, window_high)
+        return super().times(law, low, high)
 
     def times_of(
         self, law: TimeLaw, shift: float, low: float, high: float, name: tuple[str, ...] = ()
     ) -> Tensor:
-        return self._keyed_times(name, law, shift, low, high)
-
-    def _keyed_times(self, name: tuple[str, ...], law: TimeLaw, *of_law: float) -> Tensor:
         label = self._label("score_t", name)
         generators = [keyed_generator(self.setting.seed, *label, key) for key in self.keys]
-        shift, *rest = of_law
-        draws = [sample_times(1, law, shift, generator, *rest) for generator in generators]
+        draws = [sample_times(1, law, shift, generator, low, high) for generator in generators]
         return torch.cat(draws).to(self.cond.device, self.dtype)
 
     def choose(self, count: int, name: str = "choice") -> int:

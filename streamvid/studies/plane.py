@@ -159,7 +159,8 @@ def _update(step: PlaneStep, optimizer: torch.optim.Optimizer) -> None:
             parameter.requires_grad_(name == step.turn)
     loss = getattr(step.objective, step.turn)(step)
     optimizer.zero_grad()
-    for part in [loss] if isinstance(loss, Tensor) else loss:
+    for make_part in [lambda: loss] if isinstance(loss, Tensor) else loss:
+        part = make_part()
         if not torch.isfinite(part):
             raise ValueError(f"the loss of {step.turn} is {float(part)}; the run has diverged")
         part.backward()

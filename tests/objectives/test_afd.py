@@ -336,6 +336,26 @@ def test_learning_from_some_clips_at_a_time_is_the_same_update(options):
     assert (grads - goal).norm() < 1e-5 * goal.norm()
 
 
+def test_a_part_is_made_when_the_one_before_has_been_differentiated(monkeypatch):
+    """Made ahead, two of them would have their activations in memory: what the parts are there to
+    spare.
+    """
+    setting, _ = wan_setting(group_size=3, clips_per_pass=2)
+    made = []
+    update = type(setting.objective)._update
+
+    def watched(objective, step, x, noising, rows, r):
+        made.append(rows.start)
+        return update(objective, step, x, noising, rows, r)
+
+    monkeypatch.setattr(type(setting.objective), "_update", watched)
+    numbers = []
+    for count, (_, of_part) in enumerate(setting.losses("student", wan_batch(), 0), 1):
+        assert len(made) == count
+        numbers.append(of_part)
+    assert made == [0, 2, 4] and not any(numbers[:-1]) and "nft" in numbers[-1]
+
+
 def test_preferences_are_of_pairs():
     numbers = preferences(torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [2.0]]))
     assert numbers["win_rate"] == 0.5 and numbers["gap"] == 0.5

@@ -204,7 +204,7 @@ def test_a_missing_need_is_one_line():
     objective = find_objective("meanflow")()
     with pytest.raises(ValueError) as error:
         fakes.wan_setting("meanflow", stream_of(objective))
-    assert "set student.jump_embedding=true" in one_line(error)
+    assert "give it models.jump_embedding.add_jump_embedding" in one_line(error)
 
     with pytest.raises(ValueError) as error:
         ar1_setting("gndm", Ar1Student(), stream=ONE_STEP)
