@@ -192,22 +192,22 @@ class VideoSetting:
     def trunk(self) -> nn.Module:
         """Whose features the discriminator reads."""
         if self.objective.trunk == "fake_score":
-            return self.trained["fake_score"]
+            return self._ensure_blocks(self.trained["fake_score"], "fake score")
         return self.teacher_network
 
     @property
     def teacher_network(self) -> nn.Module:
-        """The network whose features are the teacher's.
+        """The network whose features are the teacher's."""
+        return self._ensure_blocks(getattr(self.teacher, "transformer", None), "teacher")
 
-        Raises:
-            ValueError: if the teacher has none.
-        """
-        if self.teacher is None or not hasattr(self.teacher, "transformer"):
-            raise ValueError(
-                f"objective={self.objective.name} reads the blocks of a Wan transformer, which"
-                f" {type(self.teacher).__name__} does not have; take a Wan teacher"
-            )
-        return self.teacher.transformer
+    def _ensure_blocks(self, network: Any, role: str) -> nn.Module:
+        """A ValueError if a network has no blocks that can be read."""
+        if isinstance(getattr(network, "blocks", None), nn.ModuleList):
+            return network
+        raise ValueError(
+            f"objective={self.objective.name} reads the blocks of a Wan transformer, but the"
+            f" {role} has a {type(network).__name__}; take a Wan teacher, or objective=dmd"
+        )
 
     # ---- construction
 
@@ -224,13 +224,8 @@ class VideoSetting:
                 f" only {', '.join(sorted(teacher.provides)) or 'nothing'}; choose another teacher"
                 " or another objective"
             )
-        if "features" in self.needs and not hasattr(
-            getattr(teacher, "transformer", None), "blocks"
-        ):
-            raise ValueError(
-                f"objective={name} reads the blocks of a Wan transformer, which"
-                f" {type(teacher).__name__} does not have; take a Wan teacher"
-            )
+        if "features" in self.needs:
+            self._ensure_blocks(getattr(teacher, "transformer", None), "teacher")
         missing = [what for key, what in NOT_ON_CLIPS.items() if key in objective.needs]
         if missing:
             raise ValueError(
@@ -279,15 +274,8 @@ class VideoSetting:
         return self.teacher.trainable_copy()
 
     def _new_heads(self) -> nn.Module:
-        trunk = self.trunk
-        blocks = getattr(trunk, "blocks", None)
-        if not isinstance(blocks, nn.ModuleList):
-            raise ValueError(
-                f"objective={self.objective.name} reads the blocks of a Wan transformer, but the"
-                f" {self.objective.trunk.replace('_', ' ')} is a {type(trunk).__name__}; take a Wan"
-                " teacher, or objective=dmd"
-            )
-        depth = len(blocks)
+        trunk: Any = self.trunk
+        depth = len(trunk.blocks)
         layers = self.objective.feature_layers
         if layers is None:
             layers = sorted({depth // 3, depth // 2, depth - 1})
