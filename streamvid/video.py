@@ -175,9 +175,13 @@ class VideoWriter:
         )
 
     def append(self, frames: Tensor) -> None:
-        """The next frames ``[T, 3, H, W]``."""
-        self._check_size(*frames.shape[2:])
-        for image in to_uint8(frames):
+        """The next frames ``[T, 3, H, W]`` in [0, 1]."""
+        self.append_images(to_uint8(frames))
+
+    def append_images(self, images: np.ndarray) -> None:
+        """The next frames ``[T, H, W, 3]``, bytes."""
+        self._check_size(*images.shape[1:3])
+        for image in images:
             self._write(image)
             self.num_frames += 1
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from streamvid.files import atomic_file, disk_full
 from streamvid.printing import one_line
@@ -169,8 +168,7 @@ class Recorder:
         try:
             with VideoWriter(self._path, self.clip.fps) as writer:
                 while (images := self._frames.get()) is not None:
-                    frames = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-                    writer.append(frames)
+                    writer.append_images(images)
                 frames_come = False
                 if self._given_up:
                     raise _GivenUp

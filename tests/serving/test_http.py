@@ -139,7 +139,7 @@ def test_a_full_disk_ends_the_recording_but_not_the_stream(make_client, live, mo
 
 def test_a_disk_that_hangs_ends_the_recording_but_not_the_stream(make_client, live, monkeypatch):
     class HangingDisk(recording.VideoWriter):
-        def append(self, frames):
+        def append_images(self, images):
             assert go_on.wait(60)
 
     go_on = threading.Event()
