@@ -56,6 +56,16 @@ class Parser(argparse.ArgumentParser):
             help=f"{runs}cpu, cuda or cuda:1; by default a GPU where there is one",
         )
 
+    def add_runs(self, folder: str) -> None:
+        """``--jobs``, ``--folder`` and ``--out``, of a command that keeps finished runs."""
+        self.add_argument(
+            "--jobs", type=int, default=2, help="runs at a time, one thread each (default 2)"
+        )
+        self.add_argument(
+            "--folder", default=folder, help=f"where finished runs are kept (default {folder})"
+        )
+        self.add_argument("--out", default=f"{folder}/report.json", help="the report, .json")
+
     def renamed(self, old: str, new: str) -> None:
         """An option's earlier name ends with one line that tells the present one."""
         self.add_argument(

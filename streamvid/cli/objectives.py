@@ -34,13 +34,7 @@ def parser() -> Parser:
         "--num-prompts", type=int, default=32, help="held-out prompts of a score (default 32)"
     )
     options.add_argument("--seed", type=int, default=0, help="of training (default 0)")
-    options.add_argument(
-        "--jobs", type=int, default=2, help="runs at a time, one thread each (default 2)"
-    )
-    options.add_argument(
-        "--folder", default="runs/objectives", help="of finished runs (default runs/objectives)"
-    )
-    options.add_argument("--out", default="runs/objectives/report.json", help="the report, .json")
+    options.add_runs("runs/objectives")
     options.add_argument(
         "--plane",
         default="benchmarks/toy2d.json",

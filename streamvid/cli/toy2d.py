@@ -28,13 +28,7 @@ def parser() -> Parser:
     options.add_argument(
         "--seeds", type=seeds, default=[0], help="of training, such as 0,1,2 or 0-9 (default 0)"
     )
-    options.add_argument(
-        "--jobs", type=int, default=2, help="runs at a time, one thread each (default 2)"
-    )
-    options.add_argument(
-        "--folder", default="runs/toy2d", help="where finished runs are kept (default runs/toy2d)"
-    )
-    options.add_argument("--out", default="runs/toy2d/report.json", help="the report, .json")
+    options.add_runs("runs/toy2d")
     options.add_argument(
         "--quick", action="store_true", help="a few updates only: proves the wiring"
     )
