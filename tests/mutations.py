@@ -138,8 +138,8 @@ MUTANTS: list[Mutant] = [
         "tests/core/test_fitting.py",
         fit_weighs_the_wrong_end=('"x0": lambda t, sd: t**2', '"x0": lambda t, sd: (1 - t) ** 2'),
         couple_keeps_the_other=(
-            "kept.lerp_(new.to(kept), 1 - keep)",
-            "kept.lerp_(new.to(kept), keep)",
+            "torch._foreach_lerp_(destination, followed, 1 - keep)",
+            "torch._foreach_lerp_(destination, followed, keep)",
         ),
     ),
     *mutants(
@@ -320,8 +320,8 @@ MUTANTS: list[Mutant] = [
         ),
         whole_clip_not_counted=("if self._decision.first_chunk == 0:", "if False:"),
         fake_score_keeps_the_other_share=(
-            "parameter.lerp_(own[name].to(parameter), 1 - keep)",
-            "parameter.lerp_(own[name].to(parameter), keep)",
+            "[own[name] for name in shared], keep)",
+            "[own[name] for name in shared], 1 - keep)",
         ),
         teacher_prompt_and_no_prompt_exchanged=(
             "cond = self.cond.to(x_t) if prompted else self._uncond(x_t)\n        return",
@@ -366,8 +366,8 @@ MUTANTS: list[Mutant] = [
             '{"average": self.objective.lagged_decay, "lagged": self.objective.average_decay}',
         ),
         copies_keep_the_other_share=(
-            "torch._foreach_lerp_(old, new, 1 - decay)",
-            "torch._foreach_lerp_(old, new, decay)",
+            "self.student.parameters(), decay)",
+            "self.student.parameters(), 1 - decay)",
         ),
         copies_follow_in_every_turn=('if turn != "student":', "if False:"),
         start_in_checkpoints=('if name != "start"\n', ""),

@@ -101,5 +101,5 @@ def couple(destination: Iterable[Tensor], source: Iterable[Tensor], keep: float)
         raise ValueError(
             f"{len(source)} tensors to follow for {len(destination)}; expected the same network"
         )
-    for kept, new in zip(destination, source):
-        kept.lerp_(new.to(kept), 1 - keep)
+    followed = [new.detach().to(kept) for kept, new in zip(destination, source)]
+    torch._foreach_lerp_(destination, followed, 1 - keep)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamvid.core.fitting import couple
 from streamvid.core.guidance import GuidanceSpec
 from streamvid.models.discriminators import TrunkHeads
 from streamvid.models.step_labels import add_step_labels
@@ -164,9 +165,7 @@ class VideoSetting:
         decays = {"average": self.objective.average_decay, "lagged": self.objective.lagged_decay}
         for name, decay in decays.items():
             if name in self.copies and self.objective.follows(name, step):
-                old: list[Tensor] = list(self.placed(name).parameters())
-                new = [p.detach() for p in self.student.parameters()]
-                torch._foreach_lerp_(old, new, 1 - decay)
+                couple(self.placed(name).parameters(), self.student.parameters(), decay)
         self.objective.after_student(self.step_of(turn, None, step))
 
     def extra_state(self) -> dict[str, Tensor]:

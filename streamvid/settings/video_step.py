@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from streamvid.core.adversary import QueryHead, capture
+from streamvid.core.fitting import couple
 from streamvid.core.process import add_noise, v_from_x0, velocity
 from streamvid.core.times import TimeLaw, choose_times, sample_times
 from streamvid.data.trajectories import time_indices
@@ -538,10 +539,9 @@ class VideoStep(Step):
 
     def pull_fake_score(self, keep: float) -> None:
         own = dict(self.setting.student.named_parameters())
-        with torch.no_grad():
-            for name, parameter in self.setting.trained["fake_score"].named_parameters():
-                if name in own:
-                    parameter.lerp_(own[name].to(parameter), 1 - keep)
+        followers = dict(self.setting.trained["fake_score"].named_parameters())
+        shared = followers.keys() & own.keys()  # a student that is told its target has more
+        couple([followers[name] for name in shared], [own[name] for name in shared], keep)
 
     # ---- the end of a turn
 
