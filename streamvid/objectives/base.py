@@ -44,6 +44,11 @@ Loss = Tensor | Sequence[Callable[[], Tensor]]
 """A scalar, or parts that add up to it, each differentiated before the next is made."""
 
 
+def parts_of(loss: Loss) -> Sequence[Callable[[], Tensor]]:
+    """The calls that make a loss's parts; one where it came as a scalar."""
+    return [lambda: loss] if isinstance(loss, Tensor) else loss
+
+
 @dataclass
 class Objective:
     """One objective; a subclass has a loss ``name(step) -> Loss`` for each network that it trains.

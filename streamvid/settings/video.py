@@ -21,7 +21,7 @@ from streamvid.core.fitting import couple
 from streamvid.core.guidance import GuidanceSpec
 from streamvid.models.discriminators import TrunkHeads
 from streamvid.models.step_labels import add_step_labels
-from streamvid.objectives.base import Distillation, Objective
+from streamvid.objectives.base import Distillation, Objective, parts_of
 from streamvid.rollout.schedule import StreamConfig, chunk_times
 from streamvid.settings.rollouts import RolloutConfig
 from streamvid.settings.video_step import VideoStep
@@ -147,15 +147,13 @@ class VideoSetting:
         if turn not in self.trained:
             raise ValueError(f"turn={turn!r}, expected one of {', '.join(self.trained)}")
         context = self.step_of(turn, batch, step)
-        loss = getattr(self.objective, turn)(context)
-        if isinstance(loss, Tensor):
-            yield loss, context.finish(loss)
-            return
-        total = 0
-        for number, make_part in enumerate(loss, 1):
+        make_parts = parts_of(getattr(self.objective, turn)(context))
+        made = []
+        for make_part in make_parts:
             part = make_part()
-            total = part.detach() + total
-            yield part, context.finish(total) if number == len(loss) else {}
+            made.append(part.detach())
+            last = len(made) == len(make_parts)
+            yield part, context.finish(torch.stack(made).sum()) if last else {}
 
     @torch.no_grad()
     def after_step(self, turn: str, step: int) -> None:

@@ -17,7 +17,7 @@ from streamvid.core.process import add_noise, euler_step, renoise_step
 from streamvid.core.times import euler_times
 from streamvid.files import atomic_file
 from streamvid.objectives import all_objectives
-from streamvid.objectives.base import Distillation, Objective
+from streamvid.objectives.base import Distillation, Objective, parts_of
 from streamvid.settings.plane import Laboratory, PlaneStep, PointNet
 from streamvid.settings.targets import COVERAGE, TARGETS, Target
 from streamvid.studies.jobs import result_file, write_result
@@ -159,7 +159,7 @@ def _update(step: PlaneStep, optimizer: torch.optim.Optimizer) -> None:
             parameter.requires_grad_(name == step.turn)
     loss = getattr(step.objective, step.turn)(step)
     optimizer.zero_grad()
-    for make_part in [lambda: loss] if isinstance(loss, Tensor) else loss:
+    for make_part in parts_of(loss):
         part = make_part()
         if not torch.isfinite(part):
             raise ValueError(f"the loss of {step.turn} is {float(part)}; the run has diverged")

@@ -8,6 +8,7 @@ generator of one step, of many steps, and a flow map.
 
 import torch
 
+from streamvid.objectives.base import parts_of
 from streamvid.settings.plane import PlaneStep
 
 TEACHER = torch.tensor([0.7, -0.4, -0.5], dtype=torch.float64)
@@ -144,8 +145,7 @@ def gradients(objective, lab, law, turn="student", number=8, progress=0.7, count
     for seed in range(number):
         step = GaussianStep(lab, objective, seed, count, progress)
         step.turn = turn
-        loss = getattr(objective, turn)(step)
-        loss = loss if isinstance(loss, torch.Tensor) else sum(loss)
+        loss = sum(make_part() for make_part in parts_of(getattr(objective, turn)(step)))
         slope = None
         if loss.requires_grad:  # the fit without a prompt is not to ``law``
             (slope,) = torch.autograd.grad(loss, law, allow_unused=True)

@@ -14,7 +14,7 @@ from torch import nn
 from streamvid.core.adversary import FeatureHeads, generator_loss
 from streamvid.core.process import add_noise
 from streamvid.objectives import all_objectives, find_objective
-from streamvid.objectives.base import NETWORKS
+from streamvid.objectives.base import NETWORKS, parts_of
 from streamvid.objectives.dmd import DMD
 from streamvid.objectives.preferences import DistillationDPO
 from streamvid.objectives.score import DMD2, FDistill, FlashDMD, UniDAD
@@ -106,8 +106,7 @@ def make(name, scale):
 
 
 def total(loss):
-    """Of the parts, where a loss comes in parts."""
-    return loss if isinstance(loss, torch.Tensor) else sum(loss)
+    return sum(make_part() for make_part in parts_of(loss))
 
 
 def new_step(objective, shape, progress=0.7, seed=0, kind=PlaneStep):
