@@ -12,6 +12,8 @@ TORCH ?= torch>=2.11
 else
 TORCH ?= torch==2.13.0
 endif
+# One process per core, eight at most: each loads torch.
+PYTEST := -m pytest --numprocesses logical --maxprocesses 8
 
 .PHONY: venv quickstart test test-slow test-lowest lint clean
 
@@ -41,7 +43,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/streamvid quickstart
 
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 $(VENV)/.lint-installed: $(VENV)/.installed
 	$(PIP) install --quiet -e ".[lint]"
@@ -55,7 +57,7 @@ lint: $(VENV)/.lint-installed
 
 # What `make test` leaves out: above about 8 seconds per test.
 test-slow: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python $(PYTEST) -m "slow and not gpu"
 
 # The tests with the lowest version of everything that pyproject.toml allows; several gigabytes: such a torch is a CUDA build
 # where only PyPI is reached. TESTS narrows it: make test-lowest TESTS=tests/codecs
@@ -71,7 +73,7 @@ $(LOWEST)/.installed: pyproject.toml
 	touch $@
 
 test-lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest $(TESTS)
+	$(LOWEST)/bin/python $(PYTEST) $(TESTS)
 
 clean:
 	rm -rf $(VENV) $(LOWEST) runs/quickstart

@@ -371,10 +371,10 @@ MUTANTS: list[Mutant] = [
         ),
         copies_follow_in_every_turn=('if turn != "student":', "if False:"),
         start_in_checkpoints=('if name != "start"\n', ""),
-        parts_of_a_loss_dropped=("total = part.detach() + total", "total = part.detach()"),
+        parts_of_a_loss_dropped=("torch.stack(made).sum()", "made[-1]"),
         parts_of_a_loss_made_ahead=(
-            "enumerate(loss, 1)",
-            "enumerate([lambda part=part: part for part in [make() for make in loss]], 1)",
+            "for make_part in make_parts:",
+            "for make_part in [lambda part=part: part for part in [m() for m in make_parts]]:",
         ),
     ),
     *mutants(
