@@ -245,7 +245,7 @@ class AFD(Objective):
     # ---- losses
 
     def discriminator(self, step: Step) -> Tensor:
-        real = step.data()
+        real = step.teacher_samples()
         policy = "student" if self.policy == "gan" else "lagged"
         with torch.no_grad():
             fake = step.policy_samples(policy, at_random_exit=self.policy == "gan")
@@ -268,7 +268,7 @@ class AFD(Objective):
         """The student's side of a plain GAN."""
         logits = self._logits(step, step.policy_samples("student", at_random_exit=True))
         with torch.no_grad():
-            real_logits = self._logits(step, step.data())
+            real_logits = self._logits(step, step.teacher_samples())
         loss = generator_loss("paired", logits, real_logits)
         step.record(adversarial=loss, **preferences(logits, real_logits))
         return loss
@@ -277,7 +277,7 @@ class AFD(Objective):
         """NFT's update in parts, one for each noising of each ``clips_per_pass`` clips."""
         with torch.no_grad():
             x = step.policy_samples("lagged", self.group_size)
-            logits, real_logits = self._logits(step, x), self._logits(step, step.data())
+            logits, real_logits = self._logits(step, x), self._logits(step, step.teacher_samples())
             advantages = self._advantages(step, logits)  # [B G, J]
             r = optimality(advantages, self.advantage_clip)
         step.record(

@@ -427,6 +427,10 @@ class Step(ABC):
     def data(self) -> Tensor:
         """Real samples of the prompts."""
 
+    def teacher_samples(self) -> Tensor:
+        """Finished samples of the teacher for the prompts; the real ones, where those are its."""
+        return self.data()
+
     @abstractmethod
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Stored noises, and the guided teacher's samples of them."""

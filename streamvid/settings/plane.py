@@ -342,6 +342,10 @@ class PlaneStep(Step):
     def data(self) -> Tensor:
         return self.lab.data(self.cond, self.rng)
 
+    def teacher_samples(self) -> Tensor:
+        """Stored ones of the guided teacher; ``data`` is unguided."""
+        return self.lab.pairs(self.cond, self.rng)[1]
+
     def pairs(self) -> tuple[Tensor, Tensor]:
         return self.lab.pairs(self.cond, self.rng)
 

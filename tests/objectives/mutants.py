@@ -240,6 +240,13 @@ MUTANTS: list[tuple[str, str, str, str, tuple[str, ...]]] = [
         of("afd"),
     ),
     (
+        "afd_learns_from_unguided_points",
+        PLANE,
+        "return self.lab.pairs(self.cond, self.rng)[1]",
+        "return self.data()",
+        ("tests/settings/test_plane.py::test_afd_learns_from_the_guided_teachers_samples",),
+    ),
+    (
         "afd_gan_plays_for_the_other_side",
         "streamvid/objectives/afd.py",
         'loss = generator_loss("paired", logits, real_logits)',

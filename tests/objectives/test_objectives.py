@@ -206,6 +206,10 @@ class NotingStep(PlaneStep):
         self.asked.add("clips")
         return super().data()
 
+    def teacher_samples(self):
+        self.asked.add("clips")
+        return super().teacher_samples()
+
     def pairs(self):
         self.asked.add("pairs")
         return super().pairs()
