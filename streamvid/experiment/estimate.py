@@ -20,40 +20,20 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
-from streamvid.codecs.base import latent_frames_of
-from streamvid.experiment.build import (
-    build_fake_score,
-    build_method,
-    build_student,
-    needs_teacher,
-    stands_on_teacher,
-)
-from streamvid.experiment.config import DTYPES, Geometry, RunConfig, locate_shipped
-from streamvid.hub import HUB_NAME
+from streamvid.experiment.config import RunConfig, locate_shipped
+from streamvid.experiment.on_meta import UnknownSizes, batch_on_meta, build_on_meta
 from streamvid.metering import GIB, Meter, as_on_accelerator
-from streamvid.models.causal_wan import CausalWanTransformer3DModel
-from streamvid.models.jump_embedding import add_jump_embedding
-from streamvid.models.lora import adapt, share_weights
-from streamvid.models.published import EXPERTS, PUBLISHED
-from streamvid.rollout.schedule import chunk_times
-from streamvid.teachers.wan import WanTeacher
-from streamvid.training.checks import check_names
+from streamvid.models.published import EXPERTS
 from streamvid.training.launch import count_processes
 from streamvid.training.method import Method, loss_parts
 from streamvid.training.optimizers import OptimizerConfig, build_optimizer, optimizer_tensors
 from streamvid.training.sharding import find_networks
-from streamvid.training.trainer import switch_on
-from streamvid.weights import read_json
 
-TEXT_TOKENS = 512  # of a published text encoder
-TEMPORAL_RATIO = 4  # pixel frames per latent frame, of all codecs here
 DEPTHS = (4, 6)  # at which deeper networks are measured
 EXAMPLE_PROCESSES = 8  # that a sharded run is shown for, if it is asked about in one process
 SAMPLED_STEPS = 64  # over which random exits are averaged
@@ -62,10 +42,6 @@ SAMPLED_STEPS = 64  # over which random exits are averaged
 SMALL = 100
 COUNTED_STEPS = 2**14  # of longer runs, turns are counted in this many: windows all over the run
 WINDOW_STEPS = 256  # consecutive ones, longer than any cycle of turns that is in use
-
-
-class UnknownSizes(ValueError):
-    """The sizes of a network are not known here."""
 
 
 @dataclass(frozen=True)
@@ -177,13 +153,14 @@ def estimate(config: RunConfig, steps: int = SAMPLED_STEPS) -> Estimate:
         ValueError: one line, if a network's sizes can't be known, or what the objective refuses.
     """
     config = locate_shipped(config)
-    method, roles = build_on_meta(config)
+    method = build_on_meta(config)
+    roles = roles_of(config, method)
     networks: list[Any] = list(find_networks(method).values())
     depth = max((int(n.config.num_layers) for n in networks if hasattr(n, "config")), default=0)
     sharded = config.train.shard == "full"
     if depth <= max(DEPTHS):
         return Estimate(roles, turns_of(config, method, steps), sharded, count_processes())
-    few, more = (turns_of(config, build_on_meta(config, depth)[0], steps) for depth in DEPTHS)
+    few, more = (turns_of(config, build_on_meta(config, depth), steps) for depth in DEPTHS)
     turns = tuple(_extrapolate(a, b, depth) for a, b in zip(few, more))
     return Estimate(roles, turns, sharded, count_processes())
 
@@ -199,9 +176,10 @@ def ensure_memory(config: RunConfig, device: torch.device) -> None:
         ValueError: one line, with what is needed and what is there.
     """
     try:
-        roles, sharded = build_on_meta(locate_shipped(config))[1], config.train.shard == "full"
+        method = build_on_meta(locate_shipped(config))
     except UnknownSizes:
         return
+    roles, sharded = roles_of(config, method), config.train.shard == "full"
     needed, there = (
         Estimate(roles, (), sharded, count_processes()).state_bytes,
         memory_of(device),
@@ -238,129 +216,7 @@ def memory_of(device: torch.device) -> int:
 # ---- the networks --------------------------------------------------------------------------------
 
 
-def build_on_meta(config: RunConfig, depth: int | None = None) -> tuple[Method, tuple[Role, ...]]:
-    """The objective of a run on networks without data, and what these take as they are; ``depth``
-    replaces their blocks'.
-    """
-    student, teacher = _student(config, depth), None
-    if needs_teacher(config):  # of two experts the first, which costs what the other would
-        dtype = DTYPES[config.teacher.dtype]
-        teacher = WanTeacher(
-            _transformer(config.teacher.path, "teacher.path", depth, dtype), None, shift=1.0
-        )
-        if stands_on_teacher(config):
-            share_weights(teacher.transformer, student)
-    fake_score = build_fake_score(
-        config, teacher, lambda path, dtype: _transformer(path, "fake_score.path", depth, dtype)
-    )
-    uncond = torch.empty(text_tokens_of(config), int(student.config.text_dim), device="meta")
-    if teacher is not None:
-        teacher.uncond = uncond
-    as_image = lambda latents: latents[:, :, -1:]  # the codec is not counted
-    method = build_method(
-        _move_layers(config, student, depth), student, uncond, teacher, fake_score, as_image
-    )
-    check_names(config.train, method.networks())
-    for network in method.networks().values():
-        network.to("meta").train()
-    switch_on(method.networks(), replace(config.train, compile=False))
-    return method, _roles(config, method)
-
-
-def sizes_of(path: str, option: str) -> dict[str, Any]:
-    """The configuration of a folder's transformer, or a published one's.
-
-    Raises:
-        UnknownSizes: if there is neither, and none in the hub's own cache.
-    """
-    file = Path(path) / "transformer" / "config.json"
-    if file.is_file():
-        return read_json(file)
-    if path in PUBLISHED:
-        return PUBLISHED[path]
-    cached = (
-        try_to_load_from_cache(path, "transformer/config.json")
-        if HUB_NAME.fullmatch(path)
-        else None
-    )
-    if isinstance(cached, str):
-        return read_json(Path(cached))
-    raise UnknownSizes(
-        f"{option}={path}: no transformer/config.json there, and no published name of which the"
-        f" sizes are known ({', '.join(PUBLISHED)})"
-    )
-
-
-def _student(run: RunConfig, depth: int | None) -> Any:
-    """The network that is trained, of a checkpoint's sizes or of those that the run gives."""
-    config, jumps = run.student, "jumps" in run.options.needs
-    if config.path is None:
-        sizes = {name: getattr(config.geometry, name) for name in Geometry.__dataclass_fields__}
-        smaller = replace(config, geometry=Geometry(**_with_depth(sizes, depth)))
-        with torch.device("meta"):
-            return build_student(smaller, jumps=jumps)
-    is_causal = config.kind == "causal"
-    dtype = DTYPES[config.lora.dtype]
-    network = _transformer(config.path, "student.path", depth, dtype, is_causal)
-    if jumps:
-        add_jump_embedding(network)
-    return adapt(network, replace(config.lora, path=None)) if config.lora.rank else network
-
-
-def _transformer(
-    path: str, option: str, depth: int | None, dtype: torch.dtype, causal: bool = False
-) -> nn.Module:
-    """A network of a checkpoint's sizes, in the precision that from_pretrained gives each of its
-    parts.
-    """
-    from diffusers import WanTransformer3DModel
-
-    sizes = sizes_of(path, option)
-    name = sizes.get("_class_name", "WanTransformer3DModel")
-    if name not in ("WanTransformer3DModel", "CausalWanTransformer3DModel"):
-        raise UnknownSizes(
-            f"{option}={path} is a {name}; only the cost of Wan transformers is known here"
-        )
-    with torch.device("meta"):
-        network = (CausalWanTransformer3DModel if causal else WanTransformer3DModel).from_config(
-            _with_depth(sizes, depth)
-        )
-    kept = tuple(network._keep_in_fp32_modules or ())
-    for key, parameter in network.named_parameters():
-        if not any(part in key for part in kept):
-            parameter.data = parameter.data.to(dtype)
-    return network
-
-
-def _with_depth(sizes: dict[str, Any], depth: int | None) -> dict[str, Any]:
-    return sizes if depth is None else {**sizes, "num_layers": depth}
-
-
-def _move_layers(config: RunConfig, student: nn.Module, depth: int | None) -> RunConfig:
-    """Blocks that discriminators read move with the depth."""
-    named = {"layers", "discriminator_layers"} & set(vars(config.options))
-    whole = _depth_of(config)
-    if depth is None or not named or whole is None:
-        return config
-    moved = {}
-    for name in named:
-        layers = getattr(config.options, name)
-        moved[name] = layers and tuple(
-            sorted({min(depth - 1, (layer + 1) * depth // whole) for layer in layers})
-        )
-    return replace(config, options=replace(config.options, **moved))
-
-
-def _depth_of(config: RunConfig) -> int | None:
-    path = config.student.path
-    return (
-        config.student.geometry.num_layers
-        if path is None
-        else sizes_of(path, "student.path").get("num_layers")
-    )
-
-
-def _roles(config: RunConfig, method: Method) -> tuple[Role, ...]:
+def roles_of(config: RunConfig, method: Method) -> tuple[Role, ...]:
     """What each network takes, with its optimiser and average as the trainer makes them."""
     trained = method.networks()
     networks = find_networks(method)
@@ -483,57 +339,6 @@ def measure_turn(
             loss.backward()
     method.networks()[turn].zero_grad(set_to_none=True)
     return meter.flops, meter.peak
-
-
-def batch_on_meta(config: RunConfig, method: Method) -> dict[str, Any]:
-    """A batch of the shapes that the run's data has."""
-    size = config.train.batch_size
-    student: Any = method.networks()["student"]
-    frames, channels = latent_frames_of_run(config), int(student.config.in_channels)
-    latents = torch.empty(size, channels, frames, *config.latent_size, device="meta")
-    batch: dict[str, Any] = {
-        "cond": torch.empty(
-            size, text_tokens_of(config), int(student.config.text_dim), device="meta"
-        ),
-        "keys": list(range(size)),
-        "micro": 0,
-    }
-    if config.data.kind == "trajectories":
-        times = sorted(
-            {
-                t
-                for each in chunk_times(config.stream, frames // config.stream.chunk_frames)
-                for t in each
-            }
-        )
-        levels = torch.tensor([*reversed(times), 0.0], dtype=torch.float64)
-        batch["states"] = latents[:, None].expand(-1, len(levels), -1, -1, -1, -1).contiguous()
-        batch["times"] = levels.expand(size, -1)  # numbers, not shapes
-    elif config.data.kind != "prompts":
-        batch["latents"], batch["offset"] = latents, torch.zeros(size, dtype=torch.long)
-    return batch
-
-
-def text_tokens_of(config: RunConfig) -> int:
-    """Tokens of an embedded prompt: the tokenizer's own limit, at most a published encoder's."""
-    file = Path(config.components) / "tokenizer" / "tokenizer_config.json"
-    limit = read_json(file).get("model_max_length", TEXT_TOKENS) if file.is_file() else TEXT_TOKENS
-    return int(min(limit, TEXT_TOKENS))
-
-
-def latent_frames_of_run(config: RunConfig) -> int:
-    """Latent frames of a training clip, as far as the run file says: 21, Wan's 81 pixel frames,
-    where it does not.
-    """
-    data = config.data
-    pixels = {"world": data.world.num_frames, "clips": data.clips.num_frames}.get(data.kind)
-    if data.kind in ("world", "clips", "latents") and data.latent_frames is not None:
-        return data.latent_frames
-    if pixels is not None:
-        return latent_frames_of(pixels, TEMPORAL_RATIO)
-    if config.options.role == "start":
-        return 21
-    return config.rollout.num_chunks * config.stream.chunk_frames
 
 
 def _extrapolate(few: Turn, more: Turn, depth: int) -> Turn:

@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import nn
 
 from streamvid.experiment.config import RunConfig, locate_shipped
-from streamvid.experiment.estimate import UnknownSizes, build_on_meta
+from streamvid.experiment.estimate import roles_of
+from streamvid.experiment.on_meta import UnknownSizes, build_on_meta
 from streamvid.metering import GIB
 from streamvid.students.folder import COMPONENTS
 
@@ -47,8 +48,8 @@ def room_of(config: RunConfig) -> Room:
         UnknownSizes: if a network's sizes can't be known.
     """
     config = locate_shipped(config)
-    method, roles = build_on_meta(config)
-    beside = {role.name: role.optimizer + role.average for role in roles}
+    method = build_on_meta(config)
+    beside = {role.name: role.optimizer + role.average for role in roles_of(config, method)}
     saved = sum(
         t.nbytes for network in method.networks().values() for t in network.state_dict().values()
     )

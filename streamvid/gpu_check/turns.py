@@ -17,7 +17,8 @@ from torch import Tensor
 
 from streamvid.experiment.build import build_fake_score, build_method, share_teacher
 from streamvid.experiment.config import DTYPES, RunConfig, load_run
-from streamvid.experiment.estimate import estimate, sizes_of, text_tokens_of
+from streamvid.experiment.estimate import estimate
+from streamvid.experiment.on_meta import sizes_of, text_tokens_of
 from streamvid.gpu_check.check import ROOT
 from streamvid.gpu_check.measure import (
     Report,

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from streamvid.experiment import estimate as est
 from streamvid.experiment.build import build_method, build_student, needs_teacher
 from streamvid.experiment.config import load_run
+from streamvid.experiment.on_meta import batch_on_meta, build_on_meta, depth_of, text_tokens_of
 from streamvid.metering import FLOPS, Meter, as_on_accelerator
 from streamvid.models.published import EXPERTS, PUBLISHED
 from streamvid.teachers.wan import WanTeacher, load_wan_transformer
@@ -57,20 +58,24 @@ def run_of(method, *more):
     return load_run(TINY.format(method), [*small, *early, *more])
 
 
+def roles_on_meta(config, depth=None):
+    return est.roles_of(config, build_on_meta(config, depth))
+
+
 def really(config, turn, step):
     """FLOPs and peak bytes of the same turn on the CPU, with real weights."""
     student = build_student(config.student)
     teacher = None
     if needs_teacher(config):
         teacher = WanTeacher(load_wan_transformer(config.teacher.path), None, shift=1.0)
-        teacher.uncond = torch.zeros(est.text_tokens_of(config), 64)
-    method = build_method(config, student, torch.zeros(est.text_tokens_of(config), 64), teacher)
+        teacher.uncond = torch.zeros(text_tokens_of(config), 64)
+    method = build_method(config, student, torch.zeros(text_tokens_of(config), 64), teacher)
     switch_on(method.networks(), config.train)
     for name, network in method.networks().items():
         network.train().requires_grad_(name == turn)
     batch = {
         key: torch.randn(value.shape) if torch.is_tensor(value) and value.is_meta else value
-        for key, value in est.batch_on_meta(config, method).items()
+        for key, value in batch_on_meta(config, method).items()
     }
     with (
         Meter() as meter,
@@ -85,9 +90,9 @@ def really(config, turn, step):
 def test_operations_are_those_of_a_real_turn(method):
     """The same method, once without data and once with: the same matrix products."""
     config = run_of(method)
-    on_meta, _ = est.build_on_meta(config)
+    on_meta = build_on_meta(config)
     for turn in sorted(set(on_meta.turns(1))):
-        batch = est.batch_on_meta(config, on_meta)
+        batch = batch_on_meta(config, on_meta)
         expected, _ = est.measure_turn(on_meta, turn, batch, 1, config)
         ours, torchs, _, _ = really(config, turn, 1)
         # of a few queries the CPU takes another kernel
@@ -101,12 +106,10 @@ def test_operations_are_those_of_a_real_turn(method):
 def test_steps_of_equal_choices_cost_the_same(method):
     """What a method names as its choices is all that the operations of its turns depend on."""
     config = run_of(method)
-    built, _ = est.build_on_meta(config)
+    built = build_on_meta(config)
     costs = {}
     for step in range(4):
-        flops, _ = est.measure_turn(
-            built, "student", est.batch_on_meta(config, built), step, config
-        )
+        flops, _ = est.measure_turn(built, "student", batch_on_meta(config, built), step, config)
         assert costs.setdefault(built.choices("student", step), flops) == flops
     assert len(set(costs.values())) == len(costs)
 
@@ -126,11 +129,11 @@ def test_a_method_that_tells_no_choices_is_measured_in_every_step():
             self.loss = method.loss
 
     config = run_of("dmd", "train.max_steps=6")
-    method, _ = est.build_on_meta(config)
+    method = build_on_meta(config)
     (student,) = [turn for turn in est.turns_of(config, Telltale(method)) if turn.name == "student"]
     steps = [step for step in range(6) if "student" in method.turns(step)]
     costs = [
-        est.measure_turn(method, "student", est.batch_on_meta(config, method), step, config)[0]
+        est.measure_turn(method, "student", batch_on_meta(config, method), step, config)[0]
         for step in steps
     ]
     assert len(set(costs)) > 1 and student.flops == pytest.approx(sum(costs) / len(costs))
@@ -142,10 +145,8 @@ def test_memory_is_what_a_real_turn_holds(checkpointing):
     differs a little.
     """
     config = run_of("dmd", f"train.gradient_checkpointing={str(checkpointing).lower()}")
-    on_meta, _ = est.build_on_meta(config)
-    _, expected = est.measure_turn(
-        on_meta, "student", est.batch_on_meta(config, on_meta), 1, config
-    )
+    on_meta = build_on_meta(config)
+    _, expected = est.measure_turn(on_meta, "student", batch_on_meta(config, on_meta), 1, config)
     _, _, method, batch = really(config, "student", 1)
     method.student.zero_grad(set_to_none=True)
     with Meter() as meter:
@@ -156,7 +157,7 @@ def test_memory_is_what_a_real_turn_holds(checkpointing):
 @pytest.mark.parametrize("method", ["dmd", "afd", "sft"])
 def test_networks_take_what_they_really_take(method):
     config = run_of(method)
-    _, roles = est.build_on_meta(config)
+    roles = roles_on_meta(config)
     _, _, real, _ = really(config, "student", 1)
     role = next(each for each in roles if each.name == "student")
     parameters = dict(real.student.named_parameters())
@@ -182,7 +183,7 @@ def test_deep_networks_are_extrapolated_exactly(monkeypatch):
         "student.geometry.num_attention_heads=1",
     ]
     config = run_of("sft", *deep)
-    assert est._depth_of(config) == 9
+    assert depth_of(config) == 9
     line = est.estimate(config)
     monkeypatch.setattr(est, "DEPTHS", (8, 9))
     whole = est.estimate(config)
@@ -235,7 +236,7 @@ def test_a_published_run_is_estimated_without_its_checkpoint():
         "teacher.dtype=bf16",
         "teacher.offload=false",
     )
-    _, roles = est.build_on_meta(config, depth=30)
+    roles = roles_on_meta(config, depth=30)
     sizes = {role.name: role for role in roles}
     weights = 4 * 1_418_996_800
     assert sizes["student"].weights == sizes["student"].average == weights
@@ -251,8 +252,7 @@ def test_two_experts_are_counted_twice_unless_one_is_put_away():
     assert name in EXPERTS
     more = [f"teacher.path={name}", "student.path=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
     both, one = (
-        est.build_on_meta(run_of("dmd", *more, f"teacher.offload={o}"), 1)[1]
-        for o in ("false", "true")
+        roles_on_meta(run_of("dmd", *more, f"teacher.offload={o}"), 1) for o in ("false", "true")
     )
     assert [role.name for role in both if role not in one] == ["teacher, expert 2"]
 
@@ -262,8 +262,8 @@ def test_shared_weights_are_counted_once():
     adapters.
     """
     pytest.importorskip("peft")
-    whole = est.build_on_meta(run_of("dmd"))[1]
-    one = est.build_on_meta(run_of("dmd", "student.lora.rank=4"))[1]
+    whole = roles_on_meta(run_of("dmd"))
+    one = roles_on_meta(run_of("dmd", "student.lora.rank=4"))
     own = {role.name: role.parameters for role in one}
     assert own["teacher"] == whole[-1].parameters
     layers = [(48, 48)] * 8 + [(48, 96), (96, 48)]  # of two attentions and the feed-forward network
@@ -299,7 +299,7 @@ def test_small_networks_are_not_measured_before_a_run(monkeypatch):
     monkeypatch.setattr(
         est,
         "memory_of",
-        lambda device: 101 * est.Estimate(est.build_on_meta(config)[1]).state_bytes,
+        lambda device: 101 * est.Estimate(roles_on_meta(config)).state_bytes,
     )
     monkeypatch.setattr(est, "estimate", None)
     est.ensure_memory(config, torch.device("cpu"))
@@ -321,7 +321,7 @@ def test_what_is_yet_to_be_fetched_is_not_refused(monkeypatch):
 
 def test_unknown_sizes_are_named():
     with pytest.raises(ValueError, match="student.path=nowhere: no transformer/config.json there"):
-        est.build_on_meta(run_of("dmd", "student.path=nowhere"))
+        build_on_meta(run_of("dmd", "student.path=nowhere"))
 
 
 def test_the_table_adds_up():
@@ -355,7 +355,7 @@ def test_a_state_in_8_bits_is_a_quarter():
     pytest.importorskip("torchao")
     wide = "student.path=Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     whole, small = (
-        est.build_on_meta(run_of("sft", wide, f"train.optimizers.student.kind={kind}"), depth=1)[1][
+        roles_on_meta(run_of("sft", wide, f"train.optimizers.student.kind={kind}"), depth=1)[
             0
         ].optimizer
         for kind in ("adamw", "adamw8bit")
