@@ -73,7 +73,7 @@ def halved(frames: torch.Tensor) -> torch.Tensor:
 def least(scores: list[WorldScore]) -> float:
     """The lowest mean of what clips show."""
     means = mean_scores(scores)
-    return min(means[name] for name in (*ATTRIBUTES, "overall"))
+    return min(means[name] for name in (*ATTRIBUTES, "overall") if name in means)
 
 
 # ---------------------------------------------------------------- true clips
