@@ -1,0 +1,74 @@
+"""How a student is run for streaming: options that make it faster and change no more than rounding.
+
+    student = prepare(load_student(folder), engine_options("prepacked,attention=auto"))
+
+Every option is off by default, and a student without options is the one that was loaded, bit for
+bit. With an option its outputs differ by rounding; how much is in docs/engine.md. Options concern
+inference: a prepared student that is asked for a gradient computes as before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from streamvid.students.folder import Student
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What is switched on. ``engine_options`` reads the same from a text."""
+
+    attention: str = ""
+    """A backend of ``models.attention`` by name ("auto", "products"), or of diffusers ("flash",
+    "_flash_3", "sage", "_native_cudnn", "xformers", ...). "" is what torch chooses, or flash_attn
+    where it is installed."""
+    prepacked: bool = False
+    """Linear layers on a CPU run oneDNN's kernels on weights in its own layout, made once; they
+    take twice the memory."""
+    fused: bool = False
+    """Queries, keys and values of self-attention come from one product, and what depends on the
+    noise level alone is computed once per level."""
+    compile: bool = False
+    """Transformer blocks run through torch.compile: the first chunks take seconds longer."""
+    joint_decode: bool = False
+    """The codec decodes the latent frames of a chunk in one call."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is on, as ``engine_options`` takes it."""
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        return tuple(
+            name if value is True else f"{name}={value}" for name, value in given.items() if value
+        )
+
+
+def engine_options(text: str) -> EngineOptions:
+    """Options from names with commas between: "prepacked,compile,attention=auto"; "" is none.
+
+    Raises:
+        ValueError: for a name that is none of ``EngineOptions``.
+    """
+    known = {each.name: each for each in fields(EngineOptions)}
+    given: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = item.partition("=")
+        if name not in known:
+            raise ValueError(f"engine option {name!r}; expected some of {', '.join(known)}")
+        takes_value = isinstance(known[name].default, str)
+        if takes_value != bool(value):
+            form = f"{name}=NAME" if takes_value else name
+            raise ValueError(f"engine option {item!r}; write {form}")
+        given[name] = value if takes_value else True
+    return replace(EngineOptions(), **given)
+
+
+def prepare(student: Student, options: EngineOptions) -> Student:
+    """The student as the options run it; the one given stays as it is and shares its weights.
+
+    Raises:
+        ValueError: one line, for an option that cannot be had here.
+    """
+    if options == EngineOptions():
+        return student
+    raise ValueError(f"engine options {', '.join(options.names)} are not there yet; use none")
