@@ -9,9 +9,16 @@ inference: a prepared student that is asked for a gradient computes as before.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from torch import nn
+
+from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.models.linear import prepack
+from streamvid.printing import one_line
 from streamvid.students.folder import Student
 
 
@@ -71,4 +78,22 @@ def prepare(student: Student, options: EngineOptions) -> Student:
     """
     if options == EngineOptions():
         return student
-    raise ValueError(f"engine options {', '.join(options.names)} are not there yet; use none")
+    transformer = _twin(student.transformer)
+    if options.attention:
+        _set_attention(transformer, options.attention)
+    if options.prepacked:
+        prepack(transformer)
+    return replace(student, transformer=transformer)
+
+
+def _set_attention(transformer: CausalWanTransformer3DModel, backend: str) -> None:
+    try:
+        transformer.set_attention_backend(backend)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"attention={backend}: {one_line(error)}") from error
+
+
+def _twin(module: nn.Module) -> Any:
+    """A copy of a module that shares its parameters and buffers."""
+    shared = itertools.chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
