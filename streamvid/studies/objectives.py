@@ -170,8 +170,8 @@ def score(job: Job, student: Student) -> dict[str, float]:
     """The world score by attribute, on prompts that no training has."""
     prompts = held_out_prompts(job.num_prompts)
     runner = student_runner(job.name, student.transformer, student.stream)
-    embeddings = student.prompts.encode(prompts)
-    (scores,) = score_by_seed(runner, student.codec, embeddings, prompts, [0], NUM_FRAMES)
+    cond = student.prompts.encode(prompts)
+    (scores,) = score_by_seed(runner, student.codec, cond, prompts, [0], NUM_FRAMES)
     return scores
 
 
