@@ -15,6 +15,10 @@ from diffusers.models.activations import GELU
 from torch import Tensor, nn
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
+MIN_WEIGHTS = 2**16
+"""Smaller layers stay: there the longer call costs more than the kernel saves."""
+
+_packed_product = torch.ops.mkldnn._linear_pointwise.default
 
 
 class PrepackedLinear(nn.Linear):
@@ -31,41 +35,30 @@ class PrepackedLinear(nn.Linear):
         self.bias = linear.bias
         self.train(linear.training)
         self._packed: Tensor | None = None
-        self._packed_key: tuple[int, int, torch.dtype] | None = None
+        self._packed_key: tuple[int, int] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        if not self._can_pack(input):
-            return super().forward(input)
-        return _packed_product(input, self.packed(), self.bias, "none", "")
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        if not _can_pack(input, weight):
+            return F.linear(input, weight, bias)
+        return _packed_product(input, self.packed(weight), bias, "none", [], "")
 
     def gelu(self, input: Tensor) -> Tensor:
         """The layer, then GELU in its tanh form."""
-        if not self._can_pack(input):
-            return F.gelu(super().forward(input), approximate="tanh")
-        return _packed_product(input, self.packed(), self.bias, "gelu", "tanh")
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        if not _can_pack(input, weight):
+            return F.gelu(F.linear(input, weight, bias), approximate="tanh")
+        return _packed_product(input, self.packed(weight), bias, "gelu", [], "tanh")
 
-    def packed(self) -> Tensor:
+    def packed(self, weight: Tensor) -> Tensor:
         """The weight in oneDNN's layout, as it is now."""
-        weight = self.weight
-        version = 0 if weight.is_inference() else weight._version
-        key = (weight.data_ptr(), version, weight.dtype)
+        key = (weight.data_ptr(), weight._version)
         if self._packed is None or self._packed_key != key:
             with torch.no_grad():
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
             self._packed_key = key
         return self._packed
-
-    def _can_pack(self, input: Tensor) -> bool:
-        weight = self.weight
-        learns = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-        return (
-            not learns
-            and input.is_cpu
-            and weight.is_cpu
-            and input.dtype == weight.dtype
-            and weight.dtype in PACKED_DTYPES
-        )
 
     def __deepcopy__(self, memo: dict[int, object]) -> PrepackedLinear:
         """A copy without the packed weight, which cannot be copied."""
@@ -89,7 +82,7 @@ class PrepackedGELU(nn.Module):
 def prepack(module: nn.Module) -> None:
     """Replace the linear layers in a module by prepacked ones, with the same parameters and names.
 
-    Layers of other classes, such as those with adapters, stay.
+    Small layers stay, and those of other classes, such as those with adapters.
 
     Raises:
         ValueError: if this torch has no oneDNN.
@@ -97,17 +90,24 @@ def prepack(module: nn.Module) -> None:
     if not torch.backends.mkldnn.is_available():
         raise ValueError("prepacked weights need a torch with oneDNN; use another engine option")
     for name, child in module.named_children():
-        if type(child) is GELU and child.approximate == "tanh" and type(child.proj) is nn.Linear:
+        if type(child) is GELU and child.approximate == "tanh" and _pays(child.proj):
             setattr(module, name, PrepackedGELU(child.proj).train(child.training))
-        elif type(child) is nn.Linear:
+        elif _pays(child):
             setattr(module, name, PrepackedLinear(child))
         else:
             prepack(child)
 
 
-def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None, *activation: str) -> Tensor:
-    name, algorithm = activation
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
+def _pays(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.weight.numel() >= MIN_WEIGHTS
+
+
+def _can_pack(x: Tensor, weight: Tensor) -> bool:
+    """Whether the packed product takes these tensors; its result has no gradient."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    fits = x.is_cpu and weight.is_cpu and x.dtype == weight.dtype
+    return fits and weight.dtype in PACKED_DTYPES
 
 
 def _copied(parameter: nn.Parameter, memo: dict[int, object]) -> nn.Parameter:

@@ -83,6 +83,8 @@ def prepare(student: Student, options: EngineOptions) -> Student:
         _set_attention(transformer, options.attention)
     if options.prepacked:
         prepack(transformer)
+    if options.compile:
+        transformer.compile_repeated_blocks()
     return replace(student, transformer=transformer)
 
 
