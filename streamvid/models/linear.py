@@ -104,6 +104,8 @@ def _pays(module: nn.Module) -> bool:
 
 def _can_pack(x: Tensor, weight: Tensor) -> bool:
     """Whether the packed product takes these tensors; its result has no gradient."""
+    if torch.compiler.is_compiling():  # which cannot read the layout
+        return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
     fits = x.is_cpu and weight.is_cpu and x.dtype == weight.dtype

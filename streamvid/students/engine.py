@@ -16,6 +16,9 @@ from typing import Any
 
 from torch import nn
 
+from streamvid.codecs.base import VideoCodec
+from streamvid.codecs.taehv import AutoencoderTAEHV
+from streamvid.codecs.tiny_vae import AutoencoderTinyVideo
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.linear import prepack
 from streamvid.printing import one_line
@@ -33,13 +36,13 @@ class EngineOptions:
     prepacked: bool = False
     """Linear layers on a CPU run oneDNN's kernels on weights in its own layout, made once; they
     take twice the memory."""
-    fused: bool = False
-    """Queries, keys and values of self-attention come from one product, and what depends on the
-    noise level alone is computed once per level."""
     compile: bool = False
-    """Transformer blocks run through torch.compile: the first chunks take seconds longer."""
+    """Transformer blocks run through torch.compile, made anew for each length of the context: the
+    first chunks take seconds longer."""
     joint_decode: bool = False
-    """The codec decodes the latent frames of a chunk in one call."""
+    """The codec decodes the latent frames of a chunk in one call, not one after the other."""
+    same_precision: bool = False
+    """The codec computes in the precision of the transformer, not in float32."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,6 +81,11 @@ def prepare(student: Student, options: EngineOptions) -> Student:
     """
     if options == EngineOptions():
         return student
+    if options.prepacked and options.compile:
+        raise ValueError(
+            "prepacked and compile exclude each other, because torch.compile cannot read oneDNN's"
+            " layout; use prepacked for a wide transformer, compile for a narrow one"
+        )
     transformer = _twin(student.transformer)
     if options.attention:
         _set_attention(transformer, options.attention)
@@ -85,7 +93,24 @@ def prepare(student: Student, options: EngineOptions) -> Student:
         prepack(transformer)
     if options.compile:
         transformer.compile_repeated_blocks()
-    return replace(student, transformer=transformer)
+    codec = _prepare_codec(student, options)
+    return replace(student, transformer=transformer, codec=codec)
+
+
+def _prepare_codec(student: Student, options: EngineOptions) -> VideoCodec:
+    codec: Any = student.codec
+    if options.same_precision:
+        codec = copy.deepcopy(codec).to(student.transformer.patch_embedding.weight.dtype)
+    if not options.joint_decode:
+        return codec
+    if not isinstance(codec, (AutoencoderTinyVideo, AutoencoderTAEHV)):
+        raise ValueError(
+            f"joint_decode: {type(codec).__name__} decodes one latent frame at a time; leave the"
+            " option out, or name a TAEHV with --codec"
+        )
+    codec = _twin(codec)
+    codec.latents_per_call = student.stream.chunk_frames
+    return codec
 
 
 def _set_attention(transformer: CausalWanTransformer3DModel, backend: str) -> None:
