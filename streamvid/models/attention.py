@@ -36,10 +36,12 @@ NATIVE = AttentionBackendName.NATIVE.value
 OWN_BACKENDS = ("auto", "products")
 BACKENDS = (*OWN_BACKENDS, *(name.value for name in AttentionBackendName))
 
-MOST_SCORES = 2**22
-"""Of "products": so many scores are held at a time, 8 MiB in bfloat16."""
+MOST_SCORES = 2**20
+"""Of "products": so many scores are held at a time, 2 MiB in bfloat16, about a core's cache."""
+MIN_ROWS = 512
+"""Of "products": but at least those of so many queries, as each block reads all keys anew."""
 PRODUCTS_MIN_QUERIES = 128
-PRODUCTS_MIN_HEAD_SIZE = 64
+PRODUCTS_MIN_HEAD_SIZE = 48
 """Below either, "products" is slower than torch's kernel."""
 
 Range = tuple[int, int]
@@ -189,7 +191,7 @@ def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         mask = mask.expand(shape).flatten(0, 1)
     scores_per_head = queries * k.shape[2]
     group = max(1, MOST_SCORES // scores_per_head)
-    rows = max(1, min(queries, MOST_SCORES // k.shape[2]))
+    rows = min(queries, max(MIN_ROWS, MOST_SCORES // k.shape[2]))
     outputs = []
     for first in range(0, len(q), group):
         heads = slice(first, first + group)

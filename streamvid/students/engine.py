@@ -14,15 +14,20 @@ import itertools
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from streamvid.codecs.base import VideoCodec
 from streamvid.codecs.taehv import AutoencoderTAEHV
 from streamvid.codecs.tiny_vae import AutoencoderTinyVideo
+from streamvid.models.attention import resolve_backend
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.linear import prepack
 from streamvid.printing import one_line
 from streamvid.students.folder import Student
+
+LARGE_CHUNK = 1024
+"""Tokens of the chunk that ``describe_engine`` speaks of."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ def prepare(student: Student, options: EngineOptions) -> Student:
 
 def _prepare_codec(student: Student, options: EngineOptions) -> VideoCodec:
     codec: Any = student.codec
+    if codec is None and (options.same_precision or options.joint_decode):
+        raise ValueError("joint_decode and same_precision are of a codec, and there is none")
     if options.same_precision:
         codec = copy.deepcopy(codec).to(student.transformer.patch_embedding.weight.dtype)
     if not options.joint_decode:
@@ -111,6 +118,18 @@ def _prepare_codec(student: Student, options: EngineOptions) -> VideoCodec:
     codec = _twin(codec)
     codec.latents_per_call = student.stream.chunk_frames
     return codec
+
+
+def describe_engine(student: Student) -> str:
+    """One line: the device, the precision, and the attention that a chunk of many tokens gets."""
+    transformer = student.transformer
+    weight = transformer.patch_embedding.weight
+    asked = transformer.blocks[0].attn1.processor._attention_backend
+    shape = (1, LARGE_CHUNK, 1, transformer.config.attention_head_dim)
+    q = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    chosen = resolve_backend(q, q, None, asked)
+    because = f" ({asked})" if asked == "auto" else ""
+    return f"{weight.device}, {str(weight.dtype)[6:]}, attention: {chosen}{because}"
 
 
 def _set_attention(transformer: CausalWanTransformer3DModel, backend: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from streamvid.codecs.wan_vae import StreamingAutoencoderKLWan
 from streamvid.models.linear import PrepackedGELU, PrepackedLinear, prepack
 from streamvid.rollout.sampler import generate
-from streamvid.students.engine import EngineOptions, engine_options, prepare
+from streamvid.students.engine import EngineOptions, describe_engine, engine_options, prepare
 from streamvid.students.folder import TINY_STUDENT, Student, load_student
 
 
@@ -101,6 +101,14 @@ def test_what_cannot_be_had_is_one_line(student):
     wan = StreamingAutoencoderKLWan(base_dim=4, num_res_blocks=1)
     with pytest.raises(ValueError, match="^joint_decode: .* one latent frame at a time"):
         prepare(replace(student, codec=wan), EngineOptions(joint_decode=True))
+
+
+def test_the_choice_of_attention_is_one_line(student):
+    assert describe_engine(student) == "cpu, float32, attention: native"
+    prepared = prepare(student, EngineOptions(attention="auto"))
+    assert describe_engine(prepared) == "cpu, float32, attention: native (auto)"
+    prepared = prepare(student, EngineOptions(attention="products"))
+    assert describe_engine(prepared) == "cpu, float32, attention: products"
 
 
 # ---- prepacked layers ----------------------------------------------------------------------------
