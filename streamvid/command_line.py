@@ -56,6 +56,15 @@ class Parser(argparse.ArgumentParser):
             help=f"{runs}cpu, cuda or cuda:1; by default a GPU where there is one",
         )
 
+    def add_engine(self) -> None:
+        """``--engine``, for ``students.engine.engine_options``."""
+        self.add_argument(
+            "--engine",
+            default="",
+            metavar="OPTIONS",
+            help="ways to run faster, such as prepacked,attention=auto (docs/engine.md)",
+        )
+
     def add_runs(self, folder: str) -> None:
         """``--jobs``, ``--folder`` and ``--out``, of a command that keeps finished runs."""
         self.add_argument(

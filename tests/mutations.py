@@ -430,6 +430,14 @@ MUTANTS: list[Mutant] = [
             "((0, context_tokens + c * chunk_tokens + 1),)",
         ),
         sees_its_own_clean_chunk=("((0, start), own)", "((0, start + chunk_tokens), own)"),
+        products_with_scores_unscaled=("q * head_size**-0.5", "q * head_size**0.5"),
+        products_see_what_is_hidden=("~mask[heads, some]", "mask[heads, some]"),
+    ),
+    *mutants(
+        "streamvid/models/linear.py",
+        "tests/students/test_engine.py",
+        packed_weight_of_before=("or self._packed_key != key", "or False"),
+        gelu_without_its_tanh=('bias, "gelu", [], "tanh")', 'bias, "none", [], "")'),
     ),
     *mutants(
         "streamvid/codecs/text.py",

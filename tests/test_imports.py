@@ -128,13 +128,14 @@ def test_a_right_import_is_not(own, source):
     assert violations(tuple(own.split("/")), source) == []
 
 
-def test_flash_attn_is_imported_in_one_file():
-    users = {
-        own
-        for own, source in modules()
-        if any(name.split(".")[0] == "flash_attn" for name in imports(source))
-    }
-    assert users <= {("models", "attention")}
+def test_kernels_of_attention_are_chosen_in_one_file():
+    """And imported in none: they come through diffusers' dispatch."""
+    kernels = {"flash_attn", "flash_attn_interface", "sageattention", "xformers"}
+    dispatch = "diffusers.models.attention_dispatch.dispatch_attention_fn"
+    for own, source in modules():
+        names = list(imports(source))
+        assert not kernels & {name.split(".")[0] for name in names}, own
+        assert own == ("models", "attention") or dispatch not in names
 
 
 @pytest.mark.parametrize("module", sorted((PACKAGE / "cli").glob("*.py")), ids=lambda p: p.stem)

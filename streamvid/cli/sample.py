@@ -64,6 +64,7 @@ def parser() -> Parser:
         default="float32",
         help="of the transformer (default float32)",
     )
+    options.add_engine()
     prompt.add_argument("--prompt", help="one prompt")
     prompt.add_argument("--prompts", help="a UTF-8 text file with one prompt per line")
     prompt.add_argument(
@@ -276,6 +277,8 @@ def build_runner(
         for name in ("schedule", "window", "sink"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} is of students; a teacher denoises all frames together")
+        if args.engine:
+            raise ValueError("--engine is of students; leave it out for a teacher")
         teacher = open_teacher(args.teacher, torch_dtype=dtype, device=device)
         codec = open_codec(args.codec or args.components or args.teacher, device)
         steps = 50 if args.steps is None else args.steps
@@ -295,12 +298,14 @@ def open_student(args: argparse.Namespace, device: torch.device) -> Student:
     """The student, to be streamed as the options say."""
     import torch
 
+    from streamvid.students.engine import engine_options, prepare
     from streamvid.students.folder import TINY_STUDENT, deployed, load_student
 
     if args.guidance is not None:
         raise ValueError("--guidance is of teachers; a student has it distilled in")
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     student = load_student(args.student or TINY_STUDENT, args.components, device, dtype, args.codec)
+    student = prepare(student, engine_options(args.engine))
     stream = deployed(student.stream, args.schedule, args.steps, args.window, args.sink)
     return replace(student, stream=stream)
 

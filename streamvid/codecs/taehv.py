@@ -142,6 +142,9 @@ class AutoencoderTAEHV(ModelMixin, ConfigMixin):
     """
 
     temporal_ratio = 4
+    latents_per_call = 1
+    """Latent frames that ``decode_chunk`` decodes together; with more the bits depend on the
+    chunking."""
 
     @register_to_config
     def __init__(self, latent_channels: int = 16, patch_size: int = 1, has_encoder: bool = True):
@@ -215,8 +218,8 @@ class AutoencoderTAEHV(ModelMixin, ConfigMixin):
         return (None,) * self.decoder.slots()
 
     def decode_chunk(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """See ``VideoCodec.decode_chunk``. One latent frame at a time: the bits don't depend on the
-        chunking.
+        """See ``VideoCodec.decode_chunk``. One latent frame at a time, unless ``latents_per_call``
+        says otherwise: the bits don't depend on the chunking.
 
         A latent frame makes four frames; of the first four of a stream the last is kept.
 
@@ -227,9 +230,10 @@ class AutoencoderTAEHV(ModelMixin, ConfigMixin):
         if state[0] is not None:
             check_same_stream(latents, state[0])
         clips = []
-        for latent in rearrange(latents, "b c t h w -> b t c h w").to(self.dtype).split(1, dim=1):
+        ordered = rearrange(latents, "b c t h w -> b t c h w").to(self.dtype)
+        for some in ordered.split(self.latents_per_call, dim=1):
             begun = state[0] is not None
-            patches, state = self.decoder.run(latent.contiguous(), state)
+            patches, state = self.decoder.run(some.contiguous(), state)
             clips.append(patches if begun else patches[:, 3:])
         frames = F.pixel_shuffle(torch.cat(clips, dim=1), self.config.patch_size)
         return frames.clamp(0, 1).to(latents.dtype), state

@@ -121,6 +121,9 @@ class AutoencoderTinyVideo(ModelMixin, ConfigMixin):
 
     temporal_ratio = 4
     spatial_ratio = 8
+    latents_per_call = 1
+    """Latent frames that ``decode_chunk`` decodes together; with more the bits depend on the
+    chunking."""
 
     @register_to_config
     def __init__(
@@ -240,8 +243,8 @@ class AutoencoderTinyVideo(ModelMixin, ConfigMixin):
         return (None,) * self.decoder.slots()
 
     def decode_chunk(self, latents: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """See ``VideoCodec.decode_chunk``. One latent frame at a time: the bits don't depend on the
-        chunking.
+        """See ``VideoCodec.decode_chunk``. One latent frame at a time, unless ``latents_per_call``
+        says otherwise: the bits don't depend on the chunking.
 
         In the weights' precision, to frames of the latents'.
         """
@@ -249,9 +252,10 @@ class AutoencoderTinyVideo(ModelMixin, ConfigMixin):
         raw = latents * self._statistic(self.config.latents_std, 1.0, latents)
         raw = raw + self._statistic(self.config.latents_mean, 0.0, latents)
         clips = []
-        for latent in rearrange(raw, "b c t h w -> b t c h w").to(self.dtype).split(1, dim=1):
+        raw = rearrange(raw, "b c t h w -> b t c h w").to(self.dtype)
+        for some in raw.split(self.latents_per_call, dim=1):
             begun = state[0] is not None
-            frames, state = self._decode(latent.contiguous(), state)
+            frames, state = self._decode(some.contiguous(), state)
             clips.append(frames if begun else frames[:, 3:])
         return ((torch.cat(clips, dim=1).to(latents.dtype) + 1) / 2).clamp(0, 1), state
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from streamvid.gpu_check.measure import (
     random_network,
     student_sizes,
 )
-from streamvid.models.attention import attention, flash_attn_func
+from streamvid.models.attention import attention, fastest_backend, has_flash
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.sampler import generate
 from streamvid.seeding import keyed_normal
@@ -262,8 +263,10 @@ def _attentions(report: Report) -> None:
     half = [x.bfloat16() for x in (q, k, v)]
     there = BACKENDS if report.device.type == "cuda" else ("flash", "math")
     ways = {name: backend(BACKENDS[name]) for name in there} | {"ours": attention}
-    if flash_attn_func is not None:
-        ways["flash_attn"] = flash_attn_func
+    if has_flash(report.device):
+        ways["flash_attn"] = partial(attention, backend="flash")
+    chosen = fastest_backend(half[0], half[1])
+    ways[f"auto ({chosen})"] = partial(attention, backend=chosen)
     for name, way in ways.items():
         report.attempt(
             f"attention bf16, {name}",

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import FeedForward
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
@@ -34,9 +35,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from streamvid.models.attention import (
+    OWN_BACKENDS,
     Span,
     attend_spans,
-    attention,
     block_causal_spans,
     full_spans,
     teacher_forcing_spans,
@@ -86,8 +87,25 @@ class ConditionEmbedder(nn.Module):
         return temb, modulation, None if cond is None else self.text_embedder(cond.to(dtype))
 
 
-class HeadAttention(nn.Module):
+class SpanAttnProcessor:
+    """What an attention calls between its projections; diffusers sets its backend."""
+
+    _attention_backend: str | None = None
+    _parallel_config = None  # of diffusers' context parallelism, which spans do not take
+
+    def __call__(
+        self, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, spans: tuple[Span, ...]
+    ) -> Tensor:
+        """Queries [B, Lq, N, E], keys and values [B, Lk, N, E] to [B, Lq, N, E]."""
+        return attend_spans(q, k, v, spans, self._attention_backend)
+
+
+class HeadAttention(nn.Module, AttentionModuleMixin):
     """The projections around an attention, with RMS norm of queries and keys across heads."""
+
+    _default_processor_cls = SpanAttnProcessor
+    _available_processors = [SpanAttnProcessor]
+    _supports_qkv_fusion = False
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -98,6 +116,7 @@ class HeadAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q = nn.RMSNorm(dim, eps=eps)
         self.norm_k = nn.RMSNorm(dim, eps=eps)
+        self.set_processor(SpanAttnProcessor())
 
     def query(self, x: Tensor) -> Tensor:
         """[..., D] to [..., N, E]."""
@@ -109,6 +128,10 @@ class HeadAttention(nn.Module):
         k, v = self.to_k(x), self.to_v(x)
         k = self.norm_k(k).to(v.dtype)
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, spans: tuple[Span, ...]) -> Tensor:
+        """Each span's queries over its keys, see ``attend_spans``, by this module's processor."""
+        return self.processor(self, q, k, v, spans)
 
     def output(self, x: Tensor) -> Tensor:
         """[..., N, E] to [..., D]."""
@@ -181,15 +204,17 @@ class CausalWanBlock(nn.Module):
         k, v = rotate(k, rotary).flatten(1, 2), v.flatten(1, 2)
         if context is not None:
             k, v = torch.cat([context[0], k], dim=1), torch.cat([context[1], v], dim=1)
-        return self.attn1.output(attend_spans(q, k, v, spans)).view_as(x), kv
+        return self.attn1.output(self.attn1.attend(q, k, v, spans)).view_as(x), kv
 
     def _attend_cond(self, x: Tensor, cond: Tensor | KeyValue) -> tuple[Tensor, KeyValue]:
         q = self.attn2.query(x).flatten(1, 2)
         k, v = self.attn2.key_value(cond) if isinstance(cond, Tensor) else cond
-        return self.attn2.output(attention(q, k, v)).view_as(x), (k.detach(), v.detach())
+        spans = (Span((0, q.shape[1]), ((0, k.shape[1]),)),)
+        attended = self.attn2.attend(q, k, v, spans)
+        return self.attn2.output(attended).view_as(x), (k.detach(), v.detach())
 
 
-class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     """Text-to-video Wan transformer with block-causal, teacher-forced and cached passes.
 
     Args: those of ``diffusers.WanTransformer3DModel``, with its defaults (Wan 14B).
@@ -332,6 +357,24 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if not return_dict:
             return (sample,) if kv is None else (sample, kv)
         return CausalWanOutput(sample=sample, kv=kv)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Compute attention by a backend of ``models.attention``, ours or diffusers'.
+
+        As in diffusers, except that it concerns this model alone: there, the choice becomes the
+        default of every model in the process. ``reset_attention_backend`` takes it back.
+
+        Raises:
+            ValueError: for a name that is no backend.
+            RuntimeError: if the package of a backend is not installed.
+        """
+        if backend in OWN_BACKENDS:
+            for module in self.modules():
+                if isinstance(module, HeadAttention):
+                    module.processor._attention_backend = backend
+            return
+        with attention_backend(AttentionBackendName.NATIVE):
+            super().set_attention_backend(backend)
 
     @property
     def takes_target(self) -> bool:

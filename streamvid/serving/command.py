@@ -39,6 +39,7 @@ def parse_args(argv: list[str] | None, command: str) -> argparse.Namespace:
     parser.add_argument("--codec", help="another codec of the same latents")
     parser.add_device()
     parser.add_argument("--dtype", choices=("float32", "bf16"), default="float32")
+    parser.add_engine()
     parser.add_argument(
         "--size",
         type=sides("HxW"),
@@ -100,6 +101,7 @@ def serve(args: argparse.Namespace) -> None:
 
     from streamvid.serving.guard import LOOPBACK
     from streamvid.serving.limits import Limits
+    from streamvid.students.engine import engine_options, prepare
     from streamvid.students.folder import TINY_STUDENT, choose_device, load_student
 
     device = choose_device(args.device)
@@ -107,6 +109,7 @@ def serve(args: argparse.Namespace) -> None:
         leave_a_core()
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     student = load_student(args.student or TINY_STUDENT, args.components, device, dtype, args.codec)
+    student = prepare(student, engine_options(args.engine))
     given = {"sessions": args.sessions, "session_seconds": args.session_seconds}
     limits = replace(Limits(), **{name: x for name, x in given.items() if x is not None})
     height, width = args.size

@@ -117,6 +117,7 @@ def test_a_teacher_can_be_sampled(tmp_path, capsys):
         (("--out", "clip.mp4", "--student", ""), "--student is an empty text"),
         (("--out", "clip.mp4", "--teacher", ""), "--teacher is an empty text"),
         (("--out", "clip.mp4", "--codec", ""), "--codec is an empty text"),
+        (("--out", "clip.mp4", "--engine", "prepackd"), "engine option 'prepackd'; expected"),
         (
             (
                 "--out",

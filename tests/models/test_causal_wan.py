@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.utils import is_sageattention_available
 from safetensors.torch import load_file
 
-from streamvid.models.causal_wan import CausalWanTransformer3DModel
+from streamvid.models.causal_wan import CausalWanTransformer3DModel, SpanAttnProcessor
 from streamvid.models.kv_cache import StreamKVCache
 from streamvid.models.rope import rotary_table
 
@@ -536,3 +540,87 @@ def test_inputs_that_do_not_fit_are_refused(student, call, message):
         student(
             **{"hidden_states": latents, "timestep": 500.0, "encoder_hidden_states": cond, **call}
         )
+
+
+# ---- attention backends and processors, as diffusers' own test-suite asks for them ---------------
+
+
+def modules_with_attention(model: torch.nn.Module) -> list[AttentionModuleMixin]:
+    return [each for each in model.modules() if isinstance(each, AttentionModuleMixin)]
+
+
+def test_processors_are_diffusers(student, reference):
+    """As many, and under the same names, as diffusers' Wan has; each can be got and set."""
+    processors = student.attn_processors
+    assert processors.keys() == reference.attn_processors.keys()
+    assert all(type(each) is SpanAttnProcessor for each in processors.values())
+    for module in modules_with_attention(student):
+        other = AttnProcessor()
+        module.set_processor(other)
+        assert module.get_processor() is other
+    student.set_attn_processor({name: SpanAttnProcessor() for name in processors})
+    assert all(type(each) is SpanAttnProcessor for each in student.attn_processors.values())
+    with pytest.raises(ValueError, match="number of processors"):
+        student.set_attn_processor({next(iter(processors)): SpanAttnProcessor()})
+
+
+@torch.no_grad()
+def test_a_processor_computes_the_attention(student):
+    """What is set is called, in self-attention and in attention to text."""
+    calls = []
+
+    class Counting(SpanAttnProcessor):
+        def __call__(self, attn, q, k, v, spans):
+            calls.append(k.shape[1])
+            return super().__call__(attn, q, k, v, spans)
+
+    latents, text = inputs(3)
+    expected = student(latents, 500.0, text).sample
+    student.set_attn_processor(Counting())
+    assert torch.equal(student(latents, 500.0, text).sample, expected)
+    assert calls == [3 * 16, 5] * 3
+
+
+@torch.no_grad()
+def test_projections_that_cannot_be_fused_stay(student):
+    """diffusers' call for it changes nothing; ``students.engine`` fuses them for inference."""
+    latents, text = inputs(3)
+    expected = student(latents, 500.0, text).sample
+    names = student.state_dict().keys()
+    student.fuse_qkv_projections()
+    assert student.state_dict().keys() == names
+    assert torch.equal(student(latents, 500.0, text).sample, expected)
+    student.unfuse_qkv_projections()
+    assert not any(module.fused_projections for module in modules_with_attention(student))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["_native_math", "products"])
+def test_a_backend_is_of_one_model(student, reference, backend):
+    """It is set by its name, near torch's own, taken back, and leaves other models alone."""
+    other = CausalWanTransformer3DModel(**GOLDEN_CONFIG).eval()
+    other.load_state_dict(student.state_dict())
+    latents, text = inputs(3)
+    native, teacher = (
+        student(latents, 500.0, text).sample,
+        reference(latents, torch.tensor([500.0]), text).sample,
+    )
+    student.set_attention_backend(backend)
+    set_by_name = student(latents, 500.0, text).sample
+    torch.testing.assert_close(set_by_name, native, atol=2e-6, rtol=2e-5)
+    assert not torch.equal(set_by_name, native)
+    assert torch.equal(other(latents, 500.0, text).sample, native)
+    assert torch.equal(reference(latents, torch.tensor([500.0]), text).sample, teacher)
+    if backend != "products":
+        with attention_backend(backend):
+            assert torch.equal(other(latents, 500.0, text).sample, set_by_name)
+    student.reset_attention_backend()
+    assert torch.equal(student(latents, 500.0, text).sample, native)
+
+
+def test_a_backend_that_is_not_there_is_refused(student):
+    with pytest.raises(ValueError, match="must be one of"):
+        student.set_attention_backend("flash_5")
+    if not is_sageattention_available():
+        with pytest.raises(RuntimeError, match="sageattention"):
+            student.set_attention_backend("sage")
