@@ -243,7 +243,7 @@ def test_joint_frames_see_each_other(student):
 
 def stored(cache: StreamKVCache) -> list[torch.Tensor]:
     """Copies of the keys and values of all layers."""
-    return [x.clone() for pair in cache._layers for x in pair]
+    return [x.clone() for x in cache.state().values()]
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -252,14 +252,14 @@ def test_denoising_never_changes_a_cache(student, grad):
     latents, text = inputs(6)
     cache = student.new_cache(1, HEIGHT, WIDTH)
     student.commit(latents[:, :, :3], 0.0, text, cache)
-    before, tensors = stored(cache), [x for pair in cache._layers for x in pair]
+    before, tensors = stored(cache), cache._store.tensors()
     with torch.set_grad_enabled(grad):
         for timestep in TIMESTEPS:
             student(latents[:, :, 3:], timestep, text, cache=cache, return_kv=True)
-    after = [x for pair in cache._layers for x in pair]
+    after = cache._store.tensors()
     assert cache.num_committed_frames == 3
     assert all(x is y for x, y in zip(tensors, after, strict=True))
-    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(before, stored(cache), strict=True))
 
 
 @torch.no_grad()
@@ -287,7 +287,7 @@ def test_no_gradient_crosses_chunks(student):
         cache = student.new_cache(1, HEIGHT, WIDTH)
         with torch.set_grad_enabled(grad):
             cache.append(student(first, 500.0, text, cache=cache, return_kv=True).kv)
-        assert not any(x.requires_grad for pair in cache._layers for x in pair)
+        assert not any(x.requires_grad for x in stored(cache))
         student(latents[:, :, 3:], 500.0, text, cache=cache).sample.square().sum().backward()
         assert first.grad is None
         gradients.append([p.grad.clone() for p in student.parameters()])
@@ -366,7 +366,7 @@ def test_endless_stream_keeps_memory_and_positions():
 @torch.no_grad()
 def test_output_depends_on_window_and_sink_only():
     """Streams of different length and history, with the same frames in sink and window, go on
-    bit-equal.
+    equally, up to rounding: keys are turned to other places, at the same distances.
 
     Under absolute positions they don't: there the sink's distance grows without end.
     """
@@ -380,8 +380,8 @@ def test_output_depends_on_window_and_sink_only():
             for kv in (sink, frames_kv(student, evicted, seed=evicted), recent):
                 cache.append(kv)
             outputs[positions, evicted] = student(latents, 500.0, text, cache=cache).sample
-    assert torch.equal(outputs["window", 7], outputs["window", 30])
-    assert not torch.allclose(outputs["absolute", 7], outputs["absolute", 30], atol=1e-5)
+    torch.testing.assert_close(outputs["window", 7], outputs["window", 30], atol=3e-6, rtol=0)
+    assert not torch.allclose(outputs["absolute", 7], outputs["absolute", 30], atol=1e-4)
 
 
 def frames_kv(student: CausalWanTransformer3DModel, frames: int, seed: int) -> tuple:
