@@ -454,8 +454,8 @@ MUTANTS: list[Mutant] = [
         "tests/models/test_rope.py",
         rope_turns_too_slowly=("THETA ** -(", "THETA ** -2 ** ("),
         rope_axes_exchanged=(
-            "angles[1][None, :, None], angles[2][None, None]",
-            "angles[2][None, :, None], angles[1][None, None]",
+            "torch.cat([rows, columns], dim=-1)",
+            "torch.cat([columns, rows], dim=-1)",
         ),
     ),
     *mutants(
