@@ -202,7 +202,6 @@ MUTANTS: list[Mutant] = [
         "tests/rollout/test_ar1_oracle.py",
         "tests/rollout/test_jump.py",
         gradient_from_step_to_step=("x_t, x0 = x_t.detach(), x0.detach()", "x_t, x0 = x_t, x0"),
-        gradient_through_reused_keys=("_detached(output.kv)", "output.kv"),
         context_at_another_time=(
             "self.timestep((self.context_t,))",
             "self.timestep((1 - self.context_t,))",
@@ -224,6 +223,12 @@ MUTANTS: list[Mutant] = [
         told_where_it_is=('"jump": lambda event: event.t_next', '"jump": lambda event: event.t'),
         step_of_no_length=("v_from_x0(x_t, x0, t), t, t_next)", "v_from_x0(x_t, x0, t), t, t)"),
         never_commits=("oldest += len(finished)", "oldest += len(finished); finished = []"),
+    ),
+    *mutants(
+        "streamvid/rollout/passes.py",
+        "tests/rollout/test_loop.py",
+        gradient_through_reused_keys=("_detached(output.kv)", "output.kv"),
+        no_gradient=("torch.is_grad_enabled() and self.gradient", "False"),
     ),
     *mutants(
         ROLLOUTS,
