@@ -231,6 +231,33 @@ MUTANTS: list[Mutant] = [
         no_gradient=("torch.is_grad_enabled() and self.gradient", "False"),
     ),
     *mutants(
+        "streamvid/models/joined_cache.py",
+        "tests/students/test_batch.py",
+        context_of_the_chunk_before=(
+            "last is not None and all(new is old",
+            "last is not None and all(len(new) == len(old)",
+        ),
+        rows_in_another_order=(
+            "zip(self.caches, self.prompts, self.split_kv(kv))",
+            "zip(self.caches, self.prompts, self.split_kv(kv)[::-1])",
+        ),
+    ),
+    *mutants(
+        "streamvid/models/rope.py",
+        "tests/students/test_batch.py",
+        places_of_the_first_row=("else torch.stack(rows)", "else rows[0]"),
+    ),
+    *mutants(
+        "streamvid/students/batch.py",
+        "tests/students/test_batch.py",
+        times_of_the_first_row=(
+            "torch.cat([one.timestep for one in passes])",
+            "torch.cat([first.timestep for one in passes])",
+        ),
+        contexts_of_any_length=("len(call.cache.visible_frames(latents.shape[2])),", ""),
+        commits_twice=("self._may_join = False", "self._may_join = True"),
+    ),
+    *mutants(
         ROLLOUTS,
         "tests/objectives/test_closed_forms.py",
         drift_upside_down=("rms[-1] / rms[0]", "rms[0] / rms[-1]"),

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -41,6 +42,7 @@ from streamvid.models.attention import (
     full_spans,
     teacher_forcing_spans,
 )
+from streamvid.models.joined_cache import JoinedCache
 from streamvid.models.jump_embedding import JumpEmbedding
 from streamvid.models.kv_cache import KeyValue, StreamKVCache
 from streamvid.models.rope import rotary_table, rotate
@@ -149,7 +151,7 @@ class CausalWanBlock(nn.Module):
             hidden: [B, F, S, D].
             text: embedding [B, L, D], or the keys and values that an earlier call made of it.
             modulation: [B, F, 6, D] or [B, 1, 6, D].
-            rotary: table [F, S, 1, E / 2] of the frames in ``hidden``.
+            rotary: table [F, S, 1, E / 2] or [B, F, S, 1, E / 2] of the frames in ``hidden``.
             spans: who attends to whom; keys are ``[context | hidden]``.
             context: turned keys and values [B, L, N, E].
 
@@ -271,7 +273,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         hidden_states: Tensor,
         timestep: Tensor | float,
         encoder_hidden_states: Tensor,
-        cache: StreamKVCache | None = None,
+        cache: StreamKVCache | JoinedCache | None = None,
         chunk_frames: int | None = None,
         clean_context: Tensor | None = None,
         context_timestep: Tensor | float = 0.0,
@@ -286,8 +288,9 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             hidden_states: noisy latents [B, C, T, H, W].
             timestep: [B], [B, T] (a frame each) or one number; 0 (data) to 1000 (noise).
             encoder_hidden_states: text embedding [B, L, text_dim].
-            cache: committed context, which the frames follow; it is not changed. Without gradient,
-                the text's keys and values are kept in it for the next call with the same tensor.
+            cache: committed context, which the frames follow, of one stream or a joined one of
+                several; it is not changed. Without gradient, the text's keys and values are kept in
+                it for the next call with the same tensor.
             chunk_frames: None lets the frames see each other; otherwise a chunk of so many frames
                 sees itself and the chunks before it (and the context of ``cache``).
             clean_context: data [B, C, T, H, W]; teacher forcing: a noisy chunk sees the clean
@@ -308,7 +311,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         frames, height, width = hidden_states.shape[2:]
         timestep = _frame_timesteps(timestep, hidden_states)
         span = self._jump_span(timestep, target_timestep, hidden_states)
-        positions, context = tuple(range(frames)), ()
+        positions: tuple[Any, ...] = tuple(range(frames))  # or such a tuple per sample
+        context: tuple[KeyValue, ...] = ()
         if cache is not None:
             positions, context = cache.frame_positions(frames)[1], cache.context(frames)
         if clean_context is not None:
@@ -395,7 +399,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         rotary: Tensor,
         spans: tuple[Span, ...],
         context: tuple[KeyValue, ...],
-        cache: StreamKVCache | None,
+        cache: StreamKVCache | JoinedCache | None,
     ) -> tuple[Tensor, Tensor, tuple[KeyValue, ...]]:
         """Latents [B, C, F, H, W] to hidden states [B, F, S, D], time embedding [B, F, D], keys and
         values.
@@ -451,7 +455,11 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return timestep - _frame_timesteps(target, latents)
 
     def _check_inputs(
-        self, latents: Tensor, prompt: Tensor, cache: StreamKVCache | None, chunk_frames: int | None
+        self,
+        latents: Tensor,
+        prompt: Tensor,
+        cache: StreamKVCache | JoinedCache | None,
+        chunk_frames: int | None,
     ) -> None:
         if latents.ndim != 5 or latents.shape[1] != self.config.in_channels:
             raise ValueError(
