@@ -32,11 +32,16 @@ class Pacer:
         self._plays_until: float | None = None
         self._work = deque(maxlen=8)  # seconds per chunk
 
-    def due(self, now: float, streams: int = 1, is_full: bool = False) -> float:
+    @property
+    def work_s(self) -> float:
+        """The longest time that one of the last chunks took; 0 before the first."""
+        return max(self._work, default=0.0)
+
+    def due(self, now: float, turns: int = 1, is_full: bool = False) -> float:
         """The time at which the next chunk should be begun.
 
         Args:
-            streams: that share the worker; each has to wait for the others.
+            turns: batches of streams that share the worker; each has to wait for the others.
             is_full: chunks still wait to be sent; another one is begun only when all of them
                 should have been played.
         """
@@ -44,8 +49,7 @@ class Pacer:
             return now
         if is_full:
             return self._plays_until
-        work = max(self._work, default=0.0)
-        lead = max(LEAST_LEAD, 1.5 * work * max(1, streams))
+        lead = max(LEAST_LEAD, 1.5 * self.work_s * max(1, turns))
         return self._plays_until - lead
 
     def made(self, now: float, num_frames: int, work_s: float) -> float:
