@@ -232,30 +232,38 @@ MUTANTS: list[Mutant] = [
     ),
     *mutants(
         "streamvid/models/joined_cache.py",
-        "tests/students/test_batch.py",
-        context_of_the_chunk_before=(
+        "tests/students/test_batch.py::test_old_and_young_sessions_run_as_one_when_their_windows_are_full",
+        "tests/students/test_batch.py::test_a_session_that_is_given_up_in_the_middle_leaves_the_others_alone",
+        context_before_the_commit=(
             "last is not None and all(new is old",
             "last is not None and all(len(new) == len(old)",
         ),
-        rows_in_another_order=(
+        texts_of_other_rows=(
             "zip(self.caches, self.prompts, self.split_kv(kv))",
             "zip(self.caches, self.prompts, self.split_kv(kv)[::-1])",
         ),
     ),
     *mutants(
         "streamvid/models/rope.py",
-        "tests/students/test_batch.py",
+        "tests/students/test_batch.py::test_old_and_young_sessions_run_as_one_when_their_windows_are_full",
         places_of_the_first_row=("else torch.stack(rows)", "else rows[0]"),
     ),
     *mutants(
         "streamvid/students/batch.py",
-        "tests/students/test_batch.py",
+        "tests/students/test_batch.py::test_rows_with_fewer_steps_drop_out_of_later_passes",
+        "tests/students/test_batch.py::test_where_a_joint_pass_fails_each_runs_by_itself",
         times_of_the_first_row=(
             "torch.cat([one.timestep for one in passes])",
             "torch.cat([first.timestep for one in passes])",
         ),
-        contexts_of_any_length=("len(call.cache.visible_frames(latents.shape[2])),", ""),
-        commits_twice=("self._may_join = False", "self._may_join = True"),
+        joint_pass_tried_again=("self._may_join = False", "self._may_join = True"),
+    ),
+    *mutants(
+        "streamvid/serving/worker.py",
+        "tests/serving/test_models.py",
+        companions_that_are_not_due=("and due <= horizon", "and due >= horizon"),
+        companions_of_any_shape=("and stream.shape == first.shape", "and stream.session"),
+        lead_of_one_batch_for_all=("-(-count // self._batch)", "-(-1 // self._batch)"),
     ),
     *mutants(
         ROLLOUTS,

@@ -133,9 +133,9 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 def name_of(path: str | Path) -> str:
     """A model's name: that of its folder, or of the run that the folder is in."""
-    path = Path(path)
+    path = Path(path).resolve()
     name = path.parent.name if path.name in ("student", "teacher") else path.name
-    return name or path.name
+    return name or "model"
 
 
 # ---- teachers ------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from streamvid.serving.models import ServedModel, ServedModels, model_routes
 from streamvid.serving.realtime import Defaults, Viewer
 from streamvid.serving.recording import ClipStore
 from streamvid.serving.worker import Worker
+from streamvid.students.batch import run_alone
 from streamvid.students.script import DEFAULT_MODE, MODES
 from streamvid.students.session import Session
 
@@ -178,7 +179,7 @@ def fill_window(open_session: Callable[..., Any], student: Any, height: int, wid
     stream = student.stream
     session = open_session("warm up", seed=0, height=height, width=width)
     for _ in range((stream.window_frames or 0) // stream.chunk_frames + 2):
-        session.next_chunk()
+        run_alone(session.chunk_passes())
     session.close()
 
 

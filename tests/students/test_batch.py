@@ -200,9 +200,11 @@ def test_rows_with_fewer_steps_drop_out_of_later_passes(make_student, batch_size
     sessions = [begin(student, number, steps=steps) for number, steps in enumerate((1, 3, 4))]
     batch, ends = Batch(sessions), []
     while batch:
-        ends += [session for session, _ in batch.step()]
+        ends += batch.step()
     assert batch_sizes == [3, 2, 2, 1]
-    assert ends == sessions  # who has fewer steps is done earlier
+    assert [session for session, _ in ends] == sessions  # who has fewer steps is done earlier
+    for session, chunk in ends:
+        assert_solo(session, [chunk])
 
 
 def test_two_students_and_two_sizes_do_not_mix(make_student, batch_sizes):
