@@ -261,9 +261,13 @@ MUTANTS: list[Mutant] = [
     *mutants(
         "streamvid/serving/worker.py",
         "tests/serving/test_models.py",
-        companions_that_are_not_due=("and due <= horizon", "and due >= horizon"),
-        companions_of_any_shape=("and stream.shape == first.shape", "and stream.session"),
-        lead_of_one_batch_for_all=("-(-count // self._batch)", "-(-1 // self._batch)"),
+        companions_that_are_not_due=("if due > ready_at or", "if due < ready_at or"),
+        companions_of_any_shape=("stream.shape == first.shape and not", "not"),
+    ),
+    *mutants(
+        "streamvid/serving/live.py",
+        "tests/serving/test_models.py",
+        each_pays_for_the_batch=("num_frames, work_s / size)", "num_frames, work_s)"),
     ),
     *mutants(
         ROLLOUTS,

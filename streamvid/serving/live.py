@@ -68,16 +68,17 @@ class LiveStreams:
         started = time.monotonic()
         of_session = {stream.session: stream for stream in streams}
         batch = Batch(list(of_session), lambda session: check_watched(of_session[session]))
-        self._metrics.batch_streams.observe(len(batch))
+        size = len(batch)
+        self._metrics.batch_streams.observe(size)
         while batch:
             for session, outcome in batch.step():
-                self._receive(of_session[session], outcome, started)
+                self._receive(of_session[session], outcome, started, size)
 
-    def _receive(self, stream: Stream, outcome: Any, started: float) -> None:
+    def _receive(self, stream: Stream, outcome: Any, started: float, size: int) -> None:
         try:
             if isinstance(outcome, Exception):
                 raise outcome
-            self._deliver(stream, outcome, started)
+            self._deliver(stream, outcome, started, size)
         except ViewerGone:
             self.end(stream, "stopped")
         except Exception as error:
@@ -100,16 +101,17 @@ class LiveStreams:
             )
         )
 
-    def _deliver(self, stream: Stream, chunk: Any, started: float) -> None:
+    def _deliver(self, stream: Stream, chunk: Any, started: float, size: int) -> None:
         """Put a chunk on its way to the viewer, with what is to be told of it.
 
         Args:
             started: when it was begun, with those of other streams that it was made with.
+            size: streams in that batch.
         """
         images = chunk.images
         now = time.monotonic()
         num_frames, work_s = len(images), now - started
-        late_s = stream.pacer.made(now, num_frames, work_s)
+        late_s = stream.pacer.made(now, num_frames, work_s / size)
         stream.level.add(now, num_frames, work_s, late_s)
         stream.chunk_frames = num_frames
         self._metrics.chunks.labels("live").inc()

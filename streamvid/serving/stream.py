@@ -128,9 +128,9 @@ class Stream:
         held = self.gone or self.stopping or self.paused_since is not None
         return not held and not self.flow.must_wait(self.chunk_frames)
 
-    def due(self, now: float, turns: int) -> float:
-        """When the next chunk should be begun, if it may have to wait for so many batches."""
-        return self.pacer.due(now, turns, self.outbox.is_full)
+    def due(self, now: float, streams: int) -> float:
+        """When the next chunk should be begun, among so many streams."""
+        return self.pacer.due(now, streams, self.outbox.is_full)
 
     @property
     def shape(self) -> Hashable:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass
 
 from streamvid.printing import one_line
@@ -230,8 +230,7 @@ class Worker:
             if stream.commands:
                 return Turn((stream,)), None
         running = [stream for stream in self._live.active if stream.may_advance]
-        turns = self._turns(running)
-        dues = {stream: stream.due(now, turns) for stream in running}
+        dues = {stream: stream.due(now, len(running)) for stream in running}
         first = min(dues, key=dues.__getitem__, default=None)
         if first is not None and dues[first] <= now:
             if self._clips and self._since_clip >= LIVE_PER_CLIP:
@@ -242,27 +241,23 @@ class Worker:
         wait_s = 1.0 if self._live.active else None
         return None, wait_s if first is None else min(1.0, dues[first] - now)
 
-    def _turns(self, streams: list[Stream]) -> int:
-        """Batches that it takes to advance each of the streams once."""
-        shapes = Counter(stream.shape for stream in streams)
-        return sum(-(-count // self._batch) for count in shapes.values())
-
     def _companions(self, first: Stream, dues: dict[Stream, float], now: float) -> list[Stream]:
         """Streams that advance with the first one: those of its shape whose chunks would fall due
-        while its own is made, so that nobody waits longer for being in a batch.
+        while the batch is made, and so would have to wait without it.
         """
         if first.session is None:
             return []
-        horizon = now + first.pacer.work_s
-        fitting = [
-            stream
-            for stream, due in dues.items()
-            if stream is not first
-            and due <= horizon
-            and stream.shape == first.shape
-            and not stream.outbox.is_full
-        ]
-        return sorted(fitting, key=dues.__getitem__)[: self._batch - 1]
+        companions: list[Stream] = []
+        ready_at = now + first.pacer.work_s
+        for stream, due in sorted(dues.items(), key=lambda item: item[1]):
+            fits = stream.shape == first.shape and not stream.outbox.is_full
+            if stream is first or not fits:
+                continue
+            if due > ready_at or len(companions) + 1 >= self._batch:
+                break
+            companions.append(stream)
+            ready_at += stream.pacer.work_s
+        return companions
 
     def _serve(self, streams: tuple[Stream, ...]) -> None:
         """Do what the streams' viewers asked, then make a chunk of each, if the first is due."""
@@ -271,8 +266,7 @@ class Worker:
         if streams[0] not in running:
             return
         now = time.monotonic()
-        others = [stream for stream in self._live.active if stream.may_advance]
-        if streams[0].due(now, self._turns(others)) <= now:
+        if streams[0].due(now, len(self._live.active)) <= now:
             self._live.advance(running)
 
     def _end_all(self) -> None:

@@ -198,9 +198,11 @@ def chosen(worker, now=0.0):
 
 
 def test_streams_that_fall_due_while_a_chunk_is_made_are_made_with_it(make_stream, make_worker):
-    """Lead is 1.5 times a chunk's 0.1 s: due at 0.15 s before the end of what plays."""
-    now, soon, later = make_stream(0.15), make_stream(0.2), make_stream(0.3)
-    assert chosen(make_worker([later, soon, now], batch=4)) == (now, soon)
+    """Four streams of 0.1 s per chunk: the lead is 1.5 times 0.4 s. A batch of one takes 0.1 s, one
+    of two 0.2 s at most.
+    """
+    now, soon, later, not_yet = (make_stream(0.6 + due) for due in (0, 0.05, 0.15, 0.35))
+    assert chosen(make_worker([not_yet, later, soon, now], batch=4)) == (now, soon, later)
 
 
 def test_without_a_batch_streams_go_one_by_one(make_stream, make_worker):
@@ -226,11 +228,15 @@ def test_what_does_not_fit_stays_out_of_a_batch(make_stream, make_worker):
     assert chosen(make_worker([make_stream(0.1), first], batch=8)) == (first,)
 
 
-def test_streams_in_one_batch_need_not_wait_for_each_other(make_stream, make_worker):
-    same = [make_stream() for _ in range(5)]
-    others = [make_stream(height=16), make_stream(begun=False)]
-    turns = [make_worker([], batch)._turns([*same, *others]) for batch in (1, 2, 4, 8)]
-    assert turns == [7, 5, 4, 3]
+def test_the_work_of_a_batch_is_shared(make_stream, make_worker):
+    """A pacer that took all of it for each stream would begin four times too early."""
+    streams = [make_stream() for _ in range(4)]
+    live: LiveStreams = make_worker(streams, batch=4)._live
+    for stream in streams:
+        stream.pacer._work.clear()
+    live.advance(streams)
+    works = [stream.level.work[-1] for stream in streams]
+    assert [stream.pacer.work_s for stream in streams] == [work / 4 for work in works]
 
 
 def test_of_a_batch_only_who_fails_or_leaves_ends(make_stream, world, tmp_path):

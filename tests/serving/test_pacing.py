@@ -16,7 +16,7 @@ def test_the_first_chunk_is_due_at_once_and_the_next_just_before_it_is_needed():
 def test_streams_that_share_the_worker_begin_earlier():
     pacer = Pacer(fps=10)
     pacer.made(0.0, 10, 0.2)
-    assert pacer.due(0.0, turns=3) < pacer.due(0.0, turns=1)
+    assert pacer.due(0.0, streams=3) < pacer.due(0.0, streams=1)
 
 
 def test_chunks_made_early_queue_up_and_late_ones_say_how_late():
