@@ -239,7 +239,7 @@ MUTANTS: list[Mutant] = [
             "last is not None and all(len(new) == len(old)",
         ),
         texts_of_other_rows=(
-            "zip(self.caches, self.prompts, self.split_kv(kv))",
+            "zip(self.caches, self.conds, self.split_kv(kv))",
             "zip(self.caches, self.prompts, self.split_kv(kv)[::-1])",
         ),
     ),
@@ -474,6 +474,12 @@ MUTANTS: list[Mutant] = [
             "((0, context_tokens + c * chunk_tokens + 1),)",
         ),
         sees_its_own_clean_chunk=("((0, start), own)", "((0, start + chunk_tokens), own)"),
+    ),
+    *mutants(
+        "streamvid/codecs/text.py",
+        "tests/codecs/test_text.py",
+        embeddings_exchanged=("self._pass(texts)):", "self._pass(texts[::-1])):"),
+        last_prompts_left_out=("        if missing:\n", "        if not missing:\n"),
     ),
     *mutants(
         "streamvid/models/rope.py",

@@ -25,14 +25,14 @@ class JoinedCache:
 
     Args:
         caches: of streams whose visible contexts are equally long.
-        prompts: text embeddings ``[B, L, D]`` of each, the tensors that the streams' own passes
+        conds: text embeddings ``[B, L, D]`` of each, the tensors that the streams' own passes
             have.
     """
 
-    def __init__(self, caches: Sequence[StreamKVCache], prompts: Sequence[Tensor]) -> None:
+    def __init__(self, caches: Sequence[StreamKVCache], conds: Sequence[Tensor]) -> None:
         self.caches = tuple(caches)
-        self.prompts = tuple(prompts)
-        self.joined_prompts = torch.cat(self.prompts)
+        self.conds = tuple(conds)
+        self.cond = torch.cat(self.conds)
         self._context: _Joined | None = None
         self._text: _Joined | None = None
 
@@ -61,21 +61,21 @@ class JoinedCache:
         self._context = _join(parts, self._context)
         return self._context.whole
 
-    def text_kv(self, prompt: Tensor) -> tuple[KeyValue, ...]:
+    def text_kv(self, cond: Tensor) -> tuple[KeyValue, ...]:
         """The keys and values that the caches keep for their prompts; empty if one lacks them."""
-        if prompt is not self.joined_prompts:
+        if cond is not self.cond:
             return ()
-        parts = [cache.text_kv(own) for cache, own in zip(self.caches, self.prompts)]
+        parts = [cache.text_kv(own) for cache, own in zip(self.caches, self.conds)]
         if not all(parts):
             return ()
         self._text = _join(parts, self._text)
         return self._text.whole
 
-    def keep_text(self, prompt: Tensor, kv: Sequence[KeyValue]) -> None:
-        """Keep the prompts' keys and values in the streams' own caches, if ``prompt`` is theirs."""
-        if prompt is not self.joined_prompts:
+    def keep_text(self, cond: Tensor, kv: Sequence[KeyValue]) -> None:
+        """Keep the prompts' keys and values in the streams' own caches, if ``cond`` is theirs."""
+        if cond is not self.cond:
             return
-        for cache, own, rows in zip(self.caches, self.prompts, self.split_kv(kv)):
+        for cache, own, rows in zip(self.caches, self.conds, self.split_kv(kv)):
             cache.keep_text(own, rows)
 
     def split_kv(self, kv: Sequence[KeyValue]) -> list[tuple[KeyValue, ...]]:

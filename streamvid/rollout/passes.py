@@ -28,7 +28,7 @@ class Pass:
     student: Any
     latents: Tensor  # [B, C, T, h, w]
     timestep: Tensor  # [B] or [B, T], 0 to 1000
-    prompts: Tensor  # [B, L, D]
+    cond: Tensor  # of the prompts, [B, L, D]
     cache: Any
     target: Tensor | None = None  # where the jump of a flow map is to land, as ``timestep``
     keeps_kv: bool = False
@@ -42,7 +42,7 @@ class Pass:
         if self.keeps_kv:
             options["return_kv"] = True
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient):
-            output = self.student(self.latents, self.timestep, self.prompts, **options)
+            output = self.student(self.latents, self.timestep, self.cond, **options)
         return output.sample, _detached(output.kv) if self.keeps_kv else None  # sg
 
 
@@ -53,7 +53,7 @@ class CommitPass(Pass):
     def run(self) -> None:
         """Let the student commit."""
         with torch.no_grad():
-            self.student.commit(self.latents, self.timestep, self.prompts, self.cache)
+            self.student.commit(self.latents, self.timestep, self.cond, self.cache)
 
 
 def run_passes(steps: Generator[Pass | Result, Any, Any]) -> Iterator[Result]:

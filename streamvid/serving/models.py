@@ -186,10 +186,10 @@ class TeacherClip:
     def chunk_passes(self) -> Generator[Pass | Decode, Any, TeacherChunk]:
         """The clip, see ``Session.chunk_passes``."""
         stream = self._runner.stream
-        embedding = self._encode([self.script.prompt])
+        cond = self._encode([self.script.prompt])
         rollout = rollout_passes(
             self._runner.model,
-            embedding,
+            cond,
             build_schedule(stream, 1),
             KeyedNoise([self.script.seed]),
             latent_shape=self._latent_shape,
@@ -200,7 +200,7 @@ class TeacherClip:
         result = yield from next_result(rollout)
         state = self._codec.new_decoder_state()
         frames, _ = yield Decode(self._codec, result.latents, state)
-        check_finite(embedding, result.latents, frames)
+        check_finite(cond, result.latents, frames)
         return TeacherChunk(frames)
 
     def close(self) -> None:

@@ -135,10 +135,10 @@ class Batch:
     def _run_joined(self, calls: list[Any], last: dict[Hashable, JoinedCache]) -> list[Any]:
         if isinstance(calls[0], Decode):
             return decode_joined(calls)
-        parts = tuple((id(call.cache), id(call.prompts)) for call in calls)
+        parts = tuple((id(call.cache), id(call.cond)) for call in calls)
         cache = last.get(parts)
         if cache is None:
-            cache = JoinedCache([call.cache for call in calls], [call.prompts for call in calls])
+            cache = JoinedCache([call.cache for call in calls], [call.cond for call in calls])
         self._joined[parts] = cache
         return run_joined(calls, cache)
 
@@ -188,7 +188,7 @@ def shape_of(call: Any) -> Hashable:
                 latents.shape,
                 latents.dtype,
                 call.timestep.shape,
-                call.prompts.shape,
+                call.cond.shape,
                 call.target is None,
                 call.keeps_kv,
                 len(call.cache.visible_frames(latents.shape[2])),
@@ -208,7 +208,7 @@ def run_joined(passes: Sequence[Pass], cache: JoinedCache) -> list[Any]:
         first.student,
         torch.cat([one.latents for one in passes]),
         torch.cat([one.timestep for one in passes]),
-        cache.joined_prompts,
+        cache.cond,
         cache,
         target=None if first.target is None else torch.cat([one.target for one in passes]),
         keeps_kv=commits or first.keeps_kv,

@@ -28,17 +28,17 @@ from streamvid.students.stream_state import (
 )
 
 
-def commit_pass(transformer: Any, context: Context, embedding: Tensor, cache: Any) -> CommitPass:
+def commit_pass(transformer: Any, context: Context, cond: Tensor, cache: Any) -> CommitPass:
     """The pass that writes a chunk's keys and values into a cache, under an embedding
     ``[1, L, D]``.
     """
-    dtype = torch.promote_types(embedding.dtype, torch.float32)
-    timestep = 1000 * torch.full((1,), context.t, dtype=dtype, device=embedding.device)
-    return CommitPass(transformer, context.latents, timestep, embedding, cache)
+    dtype = torch.promote_types(cond.dtype, torch.float32)
+    timestep = 1000 * torch.full((1,), context.t, dtype=dtype, device=cond.device)
+    return CommitPass(transformer, context.latents, timestep, cond, cache)
 
 
 def recommit_window(
-    transformer: Any, state: StreamState, cache: Any, embedding: Tensor, keep_sink: bool
+    transformer: Any, state: StreamState, cache: Any, cond: Tensor, keep_sink: bool
 ) -> Generator[CommitPass, Any, Any]:
     """A copy of a cache, its last window committed again under an embedding ``[1, L, D]``, at its
     old positions; yields the passes that this takes.
@@ -55,12 +55,12 @@ def recommit_window(
     else:
         cache.rewind(0)
         for context in under_sink:
-            yield commit_pass(transformer, context, embedding, cache)
+            yield commit_pass(transformer, context, cond, cache)
         first = cache.num_frames
     # a long stream has left all but the sink of its first chunks
     cache.rewind(resume_at, first if first == resume_at else cache.sink_frames)
     for context in recent:
-        yield commit_pass(transformer, context, embedding, cache)
+        yield commit_pass(transformer, context, cond, cache)
     return cache
 
 
@@ -78,7 +78,7 @@ def commit_start(
     num_chunks = start_chunks(frames, student, height, width)
     chunk_frames = state.config.chunk_frames
     num_frames = 1 + codec.temporal_ratio * (num_chunks * chunk_frames - 1)
-    clip = frames[-num_frames:].to(state.embedding.device, torch.float32)[None]
+    clip = frames[-num_frames:].to(state.cond.device, torch.float32)[None]
     latents = codec.encode_frames(clip).to(torch.float32)
     if not latents.isfinite().all():
         raise ValueError("start gives latents that are not finite; give frames in [0, 1]")
@@ -88,7 +88,7 @@ def commit_start(
         reused = state.config.commit == "reuse"
         t = next_events(state)[-1].t[0] if reused else state.config.context_t
         context = Context(context_input(chunk.contiguous(), index, noise, t), t)
-        commit_pass(student.transformer, context, state.embedding, cache).run()
+        commit_pass(student.transformer, context, state.cond, cache).run()
         _, decoder = codec.decode_chunk(chunk.contiguous(), state.decoder)
         contexts = keep_contexts((*state.contexts, context), state.config)
         state = replace(state, index=index + 1, contexts=contexts, decoder=decoder)

@@ -143,7 +143,7 @@ class Session:
             scene=0,
             seed=seed,
             prompt=prompt,
-            embedding=self._encode(prompt),
+            cond=self._encode(prompt),
             blend=None,
             config=config,
             contexts=(),
@@ -200,8 +200,8 @@ class Session:
             frames = min(frames, config.window_frames - config.chunk_frames)
         if self._queued is not None and self._queued.mode == "hard":
             frames = 0
-        embedding = tuple(state.embedding.shape)
-        return id(self._transformer), id(self.student.codec), self._latent_shape, embedding, frames
+        text = tuple(state.cond.shape)
+        return id(self._transformer), id(self.student.codec), self._latent_shape, text, frames
 
     def next_chunk(self) -> SessionChunk:
         """Make the next chunk.
@@ -225,15 +225,15 @@ class Session:
         self._choose_steps()
         change = None if self._queued is None else self._queued.with_defaults()
         state, cache = yield from self._changed(self._open_state(), change)
-        embedding = state.blend.at(state.embedding) if state.blend else state.embedding
+        cond = state.blend.at(state.cond) if state.blend else state.cond
         events = next_events(state)
         last_input: list[Context] = []
-        rollout = self._rollout(state, cache, events, embedding, last_input)
+        rollout = self._rollout(state, cache, events, cond, last_input)
         result = yield from next_result(rollout)
         denoised_s = now_s(self._device)
         frames, decoder = yield Decode(self.student.codec, result.latents, state.decoder)
         if state.index == 0:
-            check_finite(embedding, result.latents, frames)
+            check_finite(cond, result.latents, frames)
         decoded_s = now_s(self._device)
         context = context_of(state, result, last_input[0])
         self._queued, self._cache, self._uncommitted = None, cache, rollout
@@ -434,7 +434,7 @@ class Session:
         state: StreamState,
         cache: Any,
         events: Sequence[Denoise],
-        embedding: Tensor,
+        cond: Tensor,
         last_input: list[Context],
     ) -> Steps:
         """The rollout of one chunk; its next step after the chunk is the commit.
@@ -451,7 +451,7 @@ class Session:
 
         return rollout_passes(
             self.student.transformer,
-            embedding,
+            cond,
             events,
             KeyedNoise([state.seed]),
             latent_shape=self._latent_shape,
@@ -510,15 +510,15 @@ class Session:
         )
         if change.prompt is None:
             return state, self._cache
-        embedding, blend, cache = self._encode(change.prompt), None, self._cache
+        cond, blend, cache = self._encode(change.prompt), None, self._cache
         if change.mode == "blend":
-            origin = state.blend.at(state.embedding) if state.blend else state.embedding
+            origin = state.blend.at(state.cond) if state.blend else state.cond
             blend = Blend(origin, change.blend_chunks, 0, change.interpolation)
         if change.mode == "recache":
             cache = yield from recommit_window(
-                self._transformer, state, cache, embedding, change.keep_sink
+                self._transformer, state, cache, cond, change.keep_sink
             )
-        state = replace(state, prompt=change.prompt, embedding=embedding, blend=blend)
+        state = replace(state, prompt=change.prompt, cond=cond, blend=blend)
         if change.mode == "hard":
             decoder = self.student.codec.new_decoder_state()
             state = replace(state, scene=state.index, contexts=(), decoder=decoder)

@@ -261,8 +261,8 @@ def test_a_session_that_is_closed_in_the_middle_ends_alone(make_student):
 def test_numbers_that_are_not_finite_end_one_session(make_student):
     student = make_student("sink")
     sessions = [begin(student, number) for number in range(3)]
-    bad = torch.full_like(sessions[1]._state.embedding, torch.nan)
-    sessions[1]._state = replace(sessions[1]._state, embedding=bad)
+    bad = torch.full_like(sessions[1]._state.cond, torch.nan)
+    sessions[1]._state = replace(sessions[1]._state, cond=bad)
     first, error, third = run(sessions)
     assert isinstance(error, ValueError) and "not finite" in str(error)
     assert_solo(sessions[0], [first])
