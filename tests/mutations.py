@@ -240,7 +240,7 @@ MUTANTS: list[Mutant] = [
         ),
         texts_of_other_rows=(
             "zip(self.caches, self.conds, self.split_kv(kv))",
-            "zip(self.caches, self.prompts, self.split_kv(kv)[::-1])",
+            "zip(self.caches, self.conds, self.split_kv(kv)[::-1])",
         ),
     ),
     *mutants(
