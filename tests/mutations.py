@@ -202,7 +202,6 @@ MUTANTS: list[Mutant] = [
         "tests/rollout/test_ar1_oracle.py",
         "tests/rollout/test_jump.py",
         gradient_from_step_to_step=("x_t, x0 = x_t.detach(), x0.detach()", "x_t, x0 = x_t, x0"),
-        gradient_through_reused_keys=("_detached(output.kv)", "output.kv"),
         context_at_another_time=(
             "self.timestep((self.context_t,))",
             "self.timestep((1 - self.context_t,))",
@@ -224,6 +223,51 @@ MUTANTS: list[Mutant] = [
         told_where_it_is=('"jump": lambda event: event.t_next', '"jump": lambda event: event.t'),
         step_of_no_length=("v_from_x0(x_t, x0, t), t, t_next)", "v_from_x0(x_t, x0, t), t, t)"),
         never_commits=("oldest += len(finished)", "oldest += len(finished); finished = []"),
+    ),
+    *mutants(
+        "streamvid/rollout/passes.py",
+        "tests/rollout/test_loop.py",
+        gradient_through_reused_keys=("_detached(output.kv)", "output.kv"),
+        no_gradient=("torch.is_grad_enabled() and self.gradient", "False"),
+    ),
+    *mutants(
+        "streamvid/models/joined_cache.py",
+        "tests/students/test_batch.py::test_old_and_young_sessions_run_as_one_when_their_windows_are_full",
+        "tests/students/test_batch.py::test_a_session_that_is_given_up_in_the_middle_leaves_the_others_alone",
+        context_before_the_commit=(
+            "last is not None and all(new is old",
+            "last is not None and all(len(new) == len(old)",
+        ),
+        texts_of_other_rows=(
+            "zip(self.caches, self.conds, self.split_kv(kv))",
+            "zip(self.caches, self.conds, self.split_kv(kv)[::-1])",
+        ),
+    ),
+    *mutants(
+        "streamvid/models/rope.py",
+        "tests/students/test_batch.py::test_old_and_young_sessions_run_as_one_when_their_windows_are_full",
+        places_of_the_first_row=("else torch.stack(rows)", "else rows[0]"),
+    ),
+    *mutants(
+        "streamvid/students/batch.py",
+        "tests/students/test_batch.py::test_rows_with_fewer_steps_drop_out_of_later_passes",
+        "tests/students/test_batch.py::test_where_a_joint_pass_fails_each_runs_by_itself",
+        times_of_the_first_row=(
+            "torch.cat([one.timestep for one in passes])",
+            "torch.cat([first.timestep for one in passes])",
+        ),
+        joint_pass_tried_again=("self._may_join = False", "self._may_join = True"),
+    ),
+    *mutants(
+        "streamvid/serving/worker.py",
+        "tests/serving/test_models.py",
+        companions_that_are_not_due=("if due > ready_at or", "if due < ready_at or"),
+        companions_of_any_shape=("stream.shape == first.shape and not", "not"),
+    ),
+    *mutants(
+        "streamvid/serving/live.py",
+        "tests/serving/test_models.py",
+        each_pays_for_the_batch=("num_frames, work_s / size)", "num_frames, work_s)"),
     ),
     *mutants(
         ROLLOUTS,

@@ -45,6 +45,7 @@ from streamvid.models.attention import (
     full_spans,
     teacher_forcing_spans,
 )
+from streamvid.models.joined_cache import JoinedCache
 from streamvid.models.jump_embedding import JumpEmbedding
 from streamvid.models.kv_cache import StreamKVCache
 from streamvid.models.kv_store import KeyValue, LayerContext, Room
@@ -176,7 +177,7 @@ class CausalWanBlock(nn.Module):
             hidden: [B, F, S, D].
             cond: of the prompts [B, L, D], or the keys and values that an earlier call made of it.
             modulation: [B, F, 6, D] or [B, 1, 6, D].
-            rotary: table [F, S, 1, E / 2] of the frames in ``hidden``.
+            rotary: table [F, S, 1, E / 2] or [B, F, S, 1, E / 2] of the frames in ``hidden``.
             spans: who attends to whom.
             room: the keys and values of all frames that are seen, those of ``hidden`` yet to be
                 written; None if only these are.
@@ -302,7 +303,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Att
         hidden_states: Tensor,
         timestep: Tensor | float,
         encoder_hidden_states: Tensor,
-        cache: StreamKVCache | None = None,
+        cache: StreamKVCache | JoinedCache | None = None,
         chunk_frames: int | None = None,
         clean_context: Tensor | None = None,
         context_timestep: Tensor | float = 0.0,
@@ -317,9 +318,10 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Att
             hidden_states: noisy latents [B, C, T, H, W].
             timestep: [B], [B, T] (a frame each) or one number; 0 (data) to 1000 (noise).
             encoder_hidden_states: text embedding [B, L, text_dim].
-            cache: committed context, which the frames follow. It is not changed, unless it is
-                static: then the frames take their places in it, uncommitted. Without gradient, the
-                text's keys and values are kept in it for the next call with the same tensor.
+            cache: committed context, which the frames follow, of one stream or a joined one of
+                several. It is not changed, unless it is static: then the frames take their places
+                in it, uncommitted. Without gradient, the text's keys and values are kept in it for
+                the next call with the same tensor.
             chunk_frames: None lets the frames see each other; otherwise a chunk of so many frames
                 sees itself and the chunks before it (and the context of ``cache``).
             clean_context: data [B, C, T, H, W]; teacher forcing: a noisy chunk sees the clean
@@ -341,7 +343,9 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Att
         frames, height, width = hidden_states.shape[2:]
         timestep = _frame_timesteps(timestep, hidden_states)
         span = self._jump_span(timestep, target_timestep, hidden_states)
-        positions, context, num_seen = tuple(range(frames)), (), 0
+        positions: tuple[Any, ...] = tuple(range(frames))  # or such a tuple per sample
+        context: tuple[LayerContext, ...] = ()
+        num_seen = 0
         if cache is not None:
             positions, num_seen = cache.turns(frames), len(cache.visible_frames(frames))
             context = cache.context(frames, chunkwise=chunk_frames is not None)
@@ -462,7 +466,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Att
         rotary: Tensor,
         spans: tuple[Span, ...],
         context: tuple[LayerContext, ...],
-        cache: StreamKVCache | None,
+        cache: StreamKVCache | JoinedCache | None,
         keeps_kv: bool,
     ) -> tuple[Tensor, Tensor, tuple[KeyValue, ...]]:
         """Latents [B, C, F, H, W] to hidden states [B, F, S, D], time embedding [B, F, D], and, if
@@ -521,7 +525,11 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Att
         return timestep - _frame_timesteps(target, latents)
 
     def _check_inputs(
-        self, latents: Tensor, cond: Tensor, cache: StreamKVCache | None, chunk_frames: int | None
+        self,
+        latents: Tensor,
+        cond: Tensor,
+        cache: StreamKVCache | JoinedCache | None,
+        chunk_frames: int | None,
     ) -> None:
         if latents.ndim != 5 or latents.shape[1] != self.config.in_channels:
             raise ValueError(

@@ -168,7 +168,9 @@ def _freed(piece: Piece) -> Piece:
 
 
 @dataclass(frozen=True)
-class _RingContext:
+class RingContext:
+    """Buffers that passes write their frames to."""
+
     buffers: KeyValue
     places: Tensor
 
@@ -221,7 +223,7 @@ class Ring:
         used = sum(len(run) for run in (*seen, *own))
         numbers = [place for run in own for place in range(run.place, run.place + len(run))]
         places = index_on(self._buffers[0][0].device, numbers)
-        return tuple(_RingContext((k[:, :used], v[:, :used]), places) for k, v in self._buffers)
+        return tuple(RingContext((k[:, :used], v[:, :used]), places) for k, v in self._buffers)
 
     def turn_sink(self, num_sink: int, shift: int) -> None:
         """Turn the sink's keys on by ``shift`` from where they were at first."""
@@ -281,7 +283,7 @@ def turned_on(layers: Layers, shift: int) -> Layers:
 def index_on(device: torch.device, numbers: Sequence[int]) -> Tensor:
     """Whole numbers as a tensor on a device, for which the host doesn't wait."""
     with torch.inference_mode(False):
-        index = torch.tensor(numbers)
+        index = torch.tensor(list(numbers))
         if device.type == "cuda":
             return index.pin_memory().to(device, non_blocking=True)
         return index.to(device)

@@ -28,21 +28,28 @@ def axis_sizes(head_size: int) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=8)
 def rotary_table(
-    frame_positions: tuple[float, ...], grid: tuple[int, int], head_size: int, device: torch.device
+    frame_positions: tuple[float, ...] | tuple[tuple[float, ...], ...],
+    grid: tuple[int, int],
+    head_size: int,
+    device: torch.device,
 ) -> Tensor:
     """The rotations of all tokens of frames at these positions (integer or real, in latent frames).
 
     Args:
-        frame_positions: one number per frame.
+        frame_positions: one number per frame, or such a tuple per sample of the batch.
         grid: rows and columns of tokens in a frame.
         head_size: D, even.
         device: where the table shall live.
 
     Returns:
-        complex64 [F, S, 1, D / 2]. It is shared between calls: don't write to it.
+        complex64 [F, S, 1, D / 2], or [B, F, S, 1, D / 2] if samples are at different places. It is
+        shared between calls: don't write to it.
     """
     # A table first made inside inference_mode could not enter autograd later.
     with torch.inference_mode(False), torch.no_grad():
+        if isinstance(frame_positions[0], tuple):
+            rows = [rotary_table(row, grid, head_size, device) for row in frame_positions]
+            return rows[0] if len(set(frame_positions)) == 1 else torch.stack(rows)
         time = torch.tensor(frame_positions, dtype=torch.float64)
         time = _rotations(time, axis_sizes(head_size)[0])
         if device.type == "cuda":  # from pinned memory the host needn't wait for the device
@@ -66,8 +73,8 @@ def _space_table(grid: tuple[int, int], head_size: int, device: torch.device) ->
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """``x`` [B, F, S, N, D] turned by ``table`` [F, S, 1, D / 2]; computed in float32, returned as
-    ``x``.
+    """``x`` [B, F, S, N, D] turned by ``table`` [F, S, 1, D / 2] or [B, F, S, 1, D / 2]; computed
+    in float32, returned as ``x``.
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table).flatten(-2).type_as(x)

@@ -1,5 +1,8 @@
 """The chunk x step loop. There is one: training, streaming and export consume this generator.
 
+``rollout_passes`` is the loop itself, which asks its driver for each call of the student;
+``rollout`` is the loop with every call made at once.
+
 For each event of a schedule: cut the chunks' states together, run the student once, turn its
 velocity into data predictions, and step every chunk to its next noise level. A chunk that reaches 0
 is yielded, and is committed to the cache as context just before the next event, so a viewer never
@@ -22,7 +25,7 @@ precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +35,7 @@ from torch import Tensor
 
 from streamvid.core.process import add_noise, euler_step, renoise_step, v_from_x0, x0_from_v
 from streamvid.rollout.noise import CONTEXT_EVENT, INITIAL_EVENT, Noise
+from streamvid.rollout.passes import CommitPass, Pass, run_passes
 from streamvid.rollout.schedule import Commit, Denoise, Stepper
 
 ChunkHook = Callable[[int, float, Tensor], Tensor]
@@ -49,7 +53,25 @@ class ChunkResult:
     nfe: int  # student forwards that this chunk was part of
 
 
+Steps = Generator[Pass | ChunkResult, Any, None]
+"""A rollout under way: its passes, each of which is answered with what it gives, and its chunks."""
+
+
 def rollout(
+    student: Any,
+    cond: Tensor,
+    schedule: Iterable[Denoise],
+    noise: Noise,
+    **options: Any,
+) -> Iterator[ChunkResult]:
+    """Run a schedule; yields each chunk as soon as it is finished, in order. The arguments and
+    errors of ``rollout_passes``.
+    """
+    steps = rollout_passes(student, cond, schedule, noise, **options)
+    return run_passes(steps)
+
+
+def rollout_passes(
     student: Any,
     cond: Tensor,
     schedule: Iterable[Denoise],
@@ -64,8 +86,9 @@ def rollout(
     commit_last: bool = False,
     before_step: ChunkHook | None = None,
     after_x0: ChunkHook | None = None,
-) -> Iterator[ChunkResult]:
-    """Run a schedule; yields each chunk as soon as it is finished, in order.
+) -> Steps:
+    """The steps of a schedule: yields each pass that is to be run, and is sent what it gives, and
+    each chunk as soon as it is finished, in order.
 
     Args:
         student: ``models.causal_wan`` or anything with its call and its ``commit``.
@@ -124,7 +147,7 @@ def rollout(
         before_step=before_step or _unchanged,
         after_x0=after_x0 or _unchanged,
     )
-    return run.results(schedule, commit_last)
+    return run.steps(schedule, commit_last)
 
 
 def _takes_target(student: Any) -> bool:
@@ -171,15 +194,15 @@ class _Run:
     before_step: ChunkHook
     after_x0: ChunkHook
 
-    def results(self, schedule: Iterable[Denoise], commit_last: bool) -> Iterator[ChunkResult]:
+    def steps(self, schedule: Iterable[Denoise], commit_last: bool) -> Steps:
         chunks: dict[int, _Chunk] = {}  # under way
         finished: list[ChunkResult] = []  # by the last event, and not committed yet
         kv, oldest = None, None  # the oldest unfinished chunk; where to begin is the schedule's say
         for event in schedule:
             oldest = event.chunks[0] if oldest is None else oldest
-            self.write_context(finished, kv)
+            yield from self.write_context(finished, kv)
             self.admit(event, chunks, oldest)
-            kv = self.denoise(event, chunks)
+            kv = yield from self.denoise(event, chunks)
             finished = [
                 _finish(i, chunks.pop(i)) for i, t in zip(event.chunks, event.t_next) if t == 0
             ]
@@ -190,7 +213,7 @@ class _Run:
                 f"the schedule ends with chunks {tuple(chunks)} unfinished; end each at t_next=0"
             )
         if commit_last:
-            self.write_context(finished, kv)
+            yield from self.write_context(finished, kv)
 
     def admit(self, event: Denoise, chunks: dict[int, _Chunk], oldest: int) -> None:
         """Begin an event's new chunks as noise, and check that the event continues what is under
@@ -221,17 +244,19 @@ class _Run:
                 " finish; use commit='clean' with a rolling schedule"
             )
 
-    def denoise(self, event: Denoise, chunks: dict[int, _Chunk]) -> Any:
+    def denoise(self, event: Denoise, chunks: dict[int, _Chunk]) -> Generator[Pass, Any, Any]:
         """One forward over the chunks of an event, and their steps; returns the keys and values to
         reuse.
         """
         states = [chunks[i] for i in event.chunks]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(event.tap)):
+        with _gradient(event):
             x_t = [
                 _hooked("before_step", self.before_step, i, s.t, s.x_t)
                 for i, s in zip(event.chunks, states)
             ]
-            v, kv = self.predict(torch.cat(x_t, dim=2), event)
+            forward = self.denoising_pass(torch.cat(x_t, dim=2), event)
+        v, kv = yield forward
+        with _gradient(event):
             v = v.split(self.chunk_shape[1], dim=2)
             x0 = [
                 _hooked("after_x0", self.after_x0, i, t, x0_from_v(x, dx, t))
@@ -241,17 +266,18 @@ class _Run:
             self.advance(chunk, states[i], x_t[i], x0[i], event.t_next[i], event.tap[i])
         return kv
 
-    def predict(self, x_t: Tensor, event: Denoise) -> tuple[Tensor, Any]:
-        """The student's velocity ``[B, C, T, h, w]`` and, if they are reused, its keys and
-        values.
-        """
-        timestep, options = self.timestep(event.t), {"cache": self.cache}
-        if self.target is not None:
-            options["target_timestep"] = self.timestep(self.target(event))
-        if self.commit != "reuse":
-            return self.student(x_t, timestep, self.cond, **options).sample, None
-        output = self.student(x_t, timestep, self.cond, return_kv=True, **options)
-        return output.sample, _detached(output.kv)  # sg
+    def denoising_pass(self, x_t: Tensor, event: Denoise) -> Pass:
+        """The student's call for the velocity at ``x_t [B, C, T, h, w]``."""
+        return Pass(
+            self.student,
+            x_t,
+            self.timestep(event.t),
+            self.cond,
+            self.cache,
+            target=None if self.target is None else self.timestep(self.target(event)),
+            keeps_kv=self.commit == "reuse",
+            gradient=any(event.tap),
+        )
 
     def advance(
         self, chunk: int, state: _Chunk, x_t: Tensor, x0: Tensor, t_next: float, tap: bool
@@ -269,8 +295,9 @@ class _Run:
         )
         state.t = t_next
 
-    @torch.no_grad()
-    def write_context(self, finished: list[ChunkResult], kv: Any) -> None:
+    def write_context(
+        self, finished: list[ChunkResult], kv: Any
+    ) -> Generator[CommitPass, Any, None]:
         """Commit what the last event finished."""
         if self.commit == "none" or not finished:
             return
@@ -279,7 +306,8 @@ class _Run:
             return
         for result in finished:
             latents = context_input(result.latents, result.index, self.noise, self.context_t)
-            self.student.commit(latents, self.timestep((self.context_t,)), self.cond, self.cache)
+            timestep = self.timestep((self.context_t,))
+            yield CommitPass(self.student, latents, timestep, self.cond, self.cache)
 
     def draw(self, chunk: int, event: int) -> Tensor:
         """Noise ``[B, C, f, h, w]``, in the precision of the states."""
@@ -327,9 +355,9 @@ def _finish(index: int, chunk: _Chunk) -> ChunkResult:
     return ChunkResult(index, chunk.x_t, chunk.prediction, chunk.prediction_t, chunk.nfe)
 
 
-def _detached(kv: Any) -> Any:
-    """Keys and values, a tensor or nested tuples and lists of them, without their graph."""
-    return kv.detach() if isinstance(kv, Tensor) else tuple(_detached(part) for part in kv)
+def _gradient(event: Denoise) -> torch.set_grad_enabled:
+    """The consumer's grad mode for a tapped event, none for others."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and any(event.tap))
 
 
 def _hooked(name: str, hook: ChunkHook, chunk: int, t: float, x: Tensor) -> Tensor:

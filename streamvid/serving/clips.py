@@ -9,11 +9,13 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from streamvid.serving.errors import Busy
 from streamvid.serving.limits import Limits
+from streamvid.serving.models import ServedModels
 from streamvid.serving.protocol import LARGEST_SEED, Container, Prompt, describe_errors
 from streamvid.serving.realtime import Defaults
 from streamvid.serving.recording import MEDIA_TYPES, Clip, ClipStore
-from streamvid.serving.worker import Busy, Worker
+from streamvid.serving.worker import Worker
 
 SECONDS = 4  # of a clip whose client says nothing
 
@@ -133,7 +135,7 @@ def clip_routes(worker: Worker, store: ClipStore, limits: Limits, defaults: Defa
         """Ask for a clip; it is made in the background."""
         asked = await read_request(request)
         try:
-            clip = plan_clip(asked, limits, defaults)
+            clip = plan_clip(asked, limits, defaults, worker.models)
             worker.add_clip(clip)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
@@ -211,8 +213,8 @@ async def read_request(request: Request) -> ClipRequest:
         raise HTTPException(400, describe_errors(error)) from None
 
 
-def plan_clip(asked: ClipRequest, limits: Limits, defaults: Defaults) -> Clip:
-    """A clip within the server's limits.
+def plan_clip(asked: ClipRequest, limits: Limits, defaults: Defaults, models: ServedModels) -> Clip:
+    """A clip within the server's limits and the model's.
 
     Raises:
         ValueError: for what is beyond them.
@@ -220,14 +222,17 @@ def plan_clip(asked: ClipRequest, limits: Limits, defaults: Defaults) -> Clip:
     limits.check_prompt(asked.prompt)
     limits.check_steps(asked.steps)
     limits.check_fps(asked.fps)
-    if asked.model not in (None, defaults.model):
-        raise ValueError(f"model: this server has {defaults.model}; leave the field out")
+    model = models.find(asked.model)
     width, height = (
         map(int, asked.size.split("x")) if asked.size else (defaults.width, defaults.height)
     )
     limits.check_size(height, width)
     fps = asked.fps or defaults.fps
-    num_frames = asked.num_frames or max(1, round((asked.seconds or SECONDS) * fps))
+    num_frames = asked.num_frames
+    if num_frames is None and (model.num_frames is None or asked.seconds is not None):
+        num_frames = max(1, round((asked.seconds or SECONDS) * fps))
+    model.check_clip(asked.steps, num_frames)
+    num_frames = model.num_frames or num_frames
     if num_frames > limits.clip_seconds * fps:
         raise ValueError(
             f"{num_frames} frames at {fps:g} per second are longer than"
@@ -235,7 +240,7 @@ def plan_clip(asked: ClipRequest, limits: Limits, defaults: Defaults) -> Clip:
         )
     return Clip(
         prompt=asked.prompt,
-        model=defaults.model,
+        model=model.id,
         height=height,
         width=width,
         fps=fps,

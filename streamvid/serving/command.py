@@ -2,6 +2,7 @@
 
     streamvid demo
     streamvid serve --student runs/tiny_dmd/student --port 8000
+    streamvid serve --student runs/dmd/student --student runs/asd/student --teacher
     streamvid serve --student STUDENT --size 480x832 --host 0.0.0.0 --token-file token.txt
 
 Only this machine can reach the server, unless --host says otherwise, which demands a token. Ctrl-C
@@ -19,19 +20,49 @@ import webbrowser
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamvid.command_line import Parser, run_tool, say, sides
+from streamvid.shipped import TINY_STUDENT, TINY_TEACHER
 
+if TYPE_CHECKING:
+    import torch
+
+    from streamvid.serving.models import ServedModel
+    from streamvid.students.folder import Student
+
+TINY_NAME = "streamvid-tiny"
 TOKEN_VARIABLE = "STREAMVID_TOKEN"
 SHORTEST_TOKEN = 16
 EXAMPLE_SEEDS = range(100, 124)
+BATCH = 4
+"""Most of what a batch brings, see benchmarks/sessions.md, for a short wait."""
 
 
 def parse_args(argv: list[str] | None, command: str) -> argparse.Namespace:
     """The options of ``streamvid-serve`` and ``streamvid-demo``."""
     parser = Parser(__doc__, command)
-    parser.add_argument("--student", help="a student folder; by default the shipped student")
+    parser.add_argument(
+        "--student",
+        action="append",
+        default=[],
+        help="a student folder; may be repeated, the first is the default; without it the shipped"
+        " student",
+    )
+    parser.add_argument(
+        "--teacher",
+        nargs="?",
+        const=str(TINY_TEACHER),
+        metavar="FOLDER",
+        help="also serve a teacher's clips: that of FOLDER, or the shipped one",
+    )
+    parser.add_argument(
+        "--teacher-frames",
+        type=int,
+        default=33,
+        metavar="N",
+        help="pixel frames of the clips that the teacher was trained on (default 33)",
+    )
     parser.add_argument(
         "--components",
         help="folder of vae/, text_encoder/ and tokenizer/, if the student's lacks them",
@@ -62,7 +93,15 @@ def parse_args(argv: list[str] | None, command: str) -> argparse.Namespace:
         help="name under which the server may be reached, for example behind a proxy",
     )
     parser.add_argument("--folder", help="of clips and recordings; by default a temporary one")
-    parser.add_argument("--sessions", type=int, help="live streams that advance together")
+    parser.add_argument("--sessions", type=int, help="live streams that have a place")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=BATCH,
+        metavar="N",
+        help=f"most live streams that the model advances together (default {BATCH}); with 1 a"
+        " recording is exact to the bit whoever else watches",
+    )
     parser.add_argument("--session-seconds", type=float, help="longest life of a stream")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     return parser.parse_args(argv)
@@ -89,36 +128,38 @@ def serve(args: argparse.Namespace) -> None:
     """
     token = read_token(args.token_file)
     check_address(args.host, token)
+    if args.batch < 1:
+        raise ValueError(f"--batch {args.batch}: expected at least 1, which is one stream alone")
     try:
         import uvicorn
 
-        from streamvid.serving.server import create_app
+        from streamvid.serving.server import create_app, serve_student
     except ImportError as error:
         raise ValueError(
             f"{error.name} is not installed; run: pip install 'streamvid[live]'"
         ) from error
-    import torch
 
     from streamvid.serving.guard import LOOPBACK
     from streamvid.serving.limits import Limits
-    from streamvid.students.engine import engine_options, prepare
-    from streamvid.students.folder import TINY_STUDENT, choose_device, load_student
+    from streamvid.students.folder import choose_device
 
     device = choose_device(args.device)
     if device.type == "cpu":
         leave_a_core()
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    student = load_student(args.student or TINY_STUDENT, args.components, device, dtype, args.codec)
-    student = prepare(student, engine_options(args.engine))
+    public = not is_loopback(args.host)
+    (name, student, options), *others = open_students(args, device, public)
+    served = [
+        serve_student(other, model, *args.size, options=made_by) for other, model, made_by in others
+    ]
+    served += open_teachers(args, device, [name, *(model.id for model in served)])
     given = {"sessions": args.sessions, "session_seconds": args.session_seconds}
     limits = replace(Limits(), **{name: x for name, x in given.items() if x is not None})
     height, width = args.size
     limits = replace(limits, max_pixels=max(limits.max_pixels, height * width))
-    public = not is_loopback(args.host)
     hosts = {*LOOPBACK, *args.allow_host} if args.allow_host or not public else None
     app = create_app(
         student,
-        name=Path(args.student).name if args.student else "streamvid-tiny",
+        name=name,
         height=height,
         width=width,
         fps=args.fps,
@@ -126,8 +167,10 @@ def serve(args: argparse.Namespace) -> None:
         token=token,
         hosts=hosts,
         folder=args.folder,
-        examples=world_examples() if args.student is None else PLAIN_EXAMPLES,
-        options=sample_options(args, public),
+        examples=PLAIN_EXAMPLES if args.student else world_examples(),
+        options=options,
+        others=served,
+        batch=args.batch,
     )
     config = uvicorn.Config(
         app,
@@ -145,21 +188,68 @@ def serve(args: argparse.Namespace) -> None:
     announce(uvicorn, config, args, token)
 
 
-def sample_options(args: argparse.Namespace, public: bool) -> list[str]:
+def open_students(
+    args: argparse.Namespace, device: torch.device, public: bool
+) -> list[tuple[str, Student, list[str]]]:
+    """The students, each with its id and the options of `streamvid sample` that open it."""
+    from streamvid.serving.models import name_of, unique_names
+    from streamvid.students.engine import engine_options, prepare
+    from streamvid.students.folder import load_student
+
+    names = unique_names([name_of(path) for path in args.student]) or [TINY_NAME]
+    dtype, engine = dtype_of(args), engine_options(args.engine)
+    found = []
+    for name, path in zip(names, args.student or [None], strict=True):
+        folder = path or TINY_STUDENT
+        student = load_student(folder, args.components, device, dtype, args.codec)
+        found.append((name, prepare(student, engine), sample_options(path, args, public)))
+    return found
+
+
+def open_teachers(
+    args: argparse.Namespace, device: torch.device, taken: list[str]
+) -> list[ServedModel]:
+    """The teacher, if one is asked for.
+
+    Args:
+        taken: ids that others have.
+    """
+    from streamvid.serving.models import name_of, serve_teacher, unique_names
+
+    if args.teacher is None:
+        return []
+    shipped = Path(args.teacher) == TINY_TEACHER
+    name = f"{TINY_NAME}-teacher" if shipped else name_of(args.teacher)
+    *_, name = unique_names([*taken, name])
+    dtype = dtype_of(args)
+    return [serve_teacher(name, args.teacher, args.teacher_frames, device, dtype, args.codec)]
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype:
+    """The precision of the transformers."""
+    import torch
+
+    return torch.bfloat16 if args.dtype == "bf16" else torch.float32
+
+
+def sample_options(student: str | None, args: argparse.Namespace, public: bool) -> list[str]:
     """What `streamvid sample` needs to open the same student in the same way.
 
     Args:
+        student: its folder; None is the shipped one.
         public: whether others see it, who are told no folders of this machine.
     """
     options = []
-    for name in ("student", "components", "codec"):
-        path = getattr(args, name)
+    parts = {"student": student, "components": args.components, "codec": args.codec}
+    for name, path in parts.items():
         if path is not None:
             options += [f"--{name}", Path(path).name if public else path]
     if args.device != "auto":
         options += ["--device", args.device]
     if args.dtype != "float32":
         options += ["--dtype", args.dtype]
+    if args.engine:
+        options += ["--engine", args.engine]
     return options
 
 

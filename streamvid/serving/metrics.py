@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+STREAMS = (1, 2, 4, 8, 16)
 
 
 class Metrics:
@@ -26,7 +27,10 @@ class Metrics:
         self.deadlines_missed = Counter("deadlines_missed", "chunks that came late", **own)
         self.errors = Counter("errors", "errors told to clients", ["code"], **own)
         self.chunk_seconds = Histogram(
-            "chunk_seconds", "time that the model takes per chunk", buckets=SECONDS, **own
+            "chunk_seconds", "time that the model takes per batch of chunks", buckets=SECONDS, **own
+        )
+        self.batch_streams = Histogram(
+            "batch_streams", "live streams that advance together", buckets=STREAMS, **own
         )
         self.first_chunk_seconds = Histogram(
             "first_chunk_seconds", "from session.start to the first chunk", buckets=SECONDS, **own

@@ -32,6 +32,11 @@ class Pacer:
         self._plays_until: float | None = None
         self._work = deque(maxlen=8)  # seconds per chunk
 
+    @property
+    def work_s(self) -> float:
+        """What the most expensive of the last chunks took; 0 before the first."""
+        return max(self._work, default=0.0)
+
     def due(self, now: float, streams: int = 1, is_full: bool = False) -> float:
         """The time at which the next chunk should be begun.
 
@@ -44,12 +49,16 @@ class Pacer:
             return now
         if is_full:
             return self._plays_until
-        work = max(self._work, default=0.0)
-        lead = max(LEAST_LEAD, 1.5 * work * max(1, streams))
+        lead = max(LEAST_LEAD, 1.5 * self.work_s * max(1, streams))
         return self._plays_until - lead
 
     def made(self, now: float, num_frames: int, work_s: float) -> float:
-        """Note a chunk that is ready; returns how long its viewer had to wait for it."""
+        """Note a chunk that is ready; returns how long its viewer had to wait for it.
+
+        Args:
+            work_s: what it took; of a batch its share, because a larger batch takes longer, but not
+                more than in proportion.
+        """
         late = 0.0 if self._plays_until is None else max(0.0, now - self._plays_until)
         begins = now if self._plays_until is None else max(now, self._plays_until)
         self._plays_until = begins + num_frames / self.fps

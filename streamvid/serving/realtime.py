@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from fastapi import WebSocket, WebSocketDisconnect
 
 from streamvid.serving import protocol
+from streamvid.serving.errors import Busy
 from streamvid.serving.limits import Limits, TokenBucket
 from streamvid.serving.metrics import Metrics
 from streamvid.serving.stream import Frames, Stream
-from streamvid.serving.worker import Busy, Worker
+from streamvid.serving.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,6 @@ MALFORMED, TOO_MUCH, TRY_LATER = 1003, 1008, 1013  # close codes
 class Defaults:
     """What a stream is where its viewer says nothing."""
 
-    model: str
     height: int
     width: int
     fps: float
@@ -135,8 +135,7 @@ class Viewer:
         if self._sender is not None:
             await self._sender  # the end of the stream before
         defaults = self._defaults
-        if start.model not in (None, defaults.model):
-            raise ValueError(f"model: this server has {defaults.model}; leave the field out")
+        model = self._worker.models.find_live(start.model)
         height, width = start.height or defaults.height, start.width or defaults.width
         self._limits.check_size(height, width)
         if self._addresses[self._address] >= self._limits.sessions_per_address:
@@ -149,7 +148,7 @@ class Viewer:
             with suppress(RuntimeError):  # the loop is closed: nobody listens
                 loop.call_soon_threadsafe(awake.set)
 
-        new = Stream(start, height, width, start.fps or defaults.fps, wake)
+        new = Stream(start, height, width, start.fps or defaults.fps, wake, model)
         try:
             self._worker.add_stream(new)
         except Busy as error:

@@ -25,9 +25,11 @@ from streamvid.serving.clips import clip_routes
 from streamvid.serving.guard import LOOPBACK, SUBPROTOCOL, Guard, error_body
 from streamvid.serving.limits import Limits
 from streamvid.serving.metrics import Metrics
+from streamvid.serving.models import ServedModel, ServedModels, model_routes
 from streamvid.serving.realtime import Defaults, Viewer
 from streamvid.serving.recording import ClipStore
 from streamvid.serving.worker import Worker
+from streamvid.students.batch import run_alone
 from streamvid.students.script import DEFAULT_MODE, MODES
 from streamvid.students.session import Session
 
@@ -76,8 +78,10 @@ def create_app(
     open_session: Callable[..., Any] | None = None,
     warm_up: bool = True,
     options: Sequence[str] = (),
+    others: Sequence[ServedModel] = (),
+    batch: int = 1,
 ) -> FastAPI:
-    """An application that serves one student.
+    """An application that serves a student, and other models.
 
     Args:
         student: a ``students.folder.Student``.
@@ -93,28 +97,22 @@ def create_app(
         warm_up: make chunks until the window is full before ``/readyz`` says 200.
         options: of `streamvid sample` that open the same student, for the commands that viewers
             are shown.
+        others: models besides the student, which is the default.
+        batch: most live streams that advance together.
 
     Raises:
-        ValueError: if any host is allowed without a token.
+        ValueError: if two models share an id, or any host is allowed without a token.
     """
     limits = limits or Limits()
-    if open_session is None:
-        open_session = partial(Session, student)
+    own = serve_student(
+        name, student, height, width, open_session=open_session, warm_up=warm_up, options=options
+    )
+    models = ServedModels([own, *others])
     metrics = Metrics()
-    defaults = Defaults(name, height, width, fps)
+    defaults = Defaults(height, width, fps)
     temporary = tempfile.TemporaryDirectory(prefix="streamvid-") if folder is None else None
     store = ClipStore(Path(temporary.name if temporary else folder), limits.clips_kept)
-    worker = Worker(
-        open_session,
-        limits,
-        metrics,
-        store,
-        name,
-        watched=student.transformer,
-        warm_up=partial(fill_window, open_session, student, height, width) if warm_up else None,
-        device=device_of(student),
-        options=options,
-    )
+    worker = Worker(models, limits, metrics, store, batch)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -130,10 +128,11 @@ def create_app(
     app.add_middleware(Guard, token=token, hosts=hosts, body_bytes=limits.upload_bytes)
     _add_errors(app)
     app.include_router(clip_routes(worker, store, limits, defaults))
+    app.include_router(model_routes(models, height, width, fps))
     info = Info(
         model=name,
         version=__version__,
-        device=str(device_of(student)),
+        device=str(own.device),
         height=height,
         width=width,
         fps=fps,
@@ -152,12 +151,35 @@ def create_app(
     return app
 
 
+def serve_student(
+    name: str,
+    student: Any,
+    height: int,
+    width: int,
+    *,
+    open_session: Callable[..., Any] | None = None,
+    warm_up: bool = True,
+    options: Sequence[str] = (),
+) -> ServedModel:
+    """A student to be served; the arguments of ``create_app``."""
+    if open_session is None:
+        open_session = partial(Session, student)
+    return ServedModel(
+        name,
+        open_session,
+        steps=student.stream.num_steps,
+        device=device_of(student),
+        options=options,
+        warm_up=partial(fill_window, open_session, student, height, width) if warm_up else None,
+    )
+
+
 def fill_window(open_session: Callable[..., Any], student: Any, height: int, width: int) -> None:
     """Make chunks until the window is full, and one more: every shape that a stream has."""
     stream = student.stream
     session = open_session("warm up", seed=0, height=height, width=width)
     for _ in range((stream.window_frames or 0) // stream.chunk_frames + 2):
-        session.next_chunk()
+        run_alone(session.chunk_passes())
     session.close()
 
 

@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 
 from streamvid.serving import protocol
+from streamvid.serving.models import ServedModel
 from streamvid.serving.pacing import FlowControl, Pacer, ServiceLevel
 from streamvid.serving.recording import Recorder
 
@@ -84,6 +85,7 @@ class Stream:
     width: int
     fps: float
     wake: Callable[[], None]
+    model: ServedModel
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     gone: bool = False
     """Set by whoever notices that the viewer has left; read inside each forward."""
@@ -129,6 +131,11 @@ class Stream:
     def due(self, now: float, streams: int) -> float:
         """When the next chunk should be begun, among so many streams."""
         return self.pacer.due(now, streams, self.outbox.is_full)
+
+    @property
+    def shape(self) -> Hashable:
+        """What has to agree for streams to advance as one batch; of its own before it has begun."""
+        return id(self) if self.session is None else self.session.shape
 
     @property
     def script(self) -> str:

@@ -1,98 +1,74 @@
-"""The thread that owns the model.
+"""The thread that owns the models.
 
-Everything that touches the model happens in one thread: it takes the live stream whose next chunk
-is due first, applies what its viewer asked for meanwhile, makes the chunk and puts it into the
-stream's outbox. Clips of ``POST /v1/videos`` use the time in between.
-
-A viewer that has left is noticed between the student's forwards, by a hook on the transformer, so
-within one denoising step, and its session is closed at once. An error ends the stream that it
-happened in, with a message; the others go on.
+Everything that touches a model happens in one thread: it takes the live stream whose next chunk is
+due first, and with it, as one batch, those of equal shape whose chunks would fall due while that
+one is made. Clips of ``POST /v1/videos`` use the time in between.
 """
 
 from __future__ import annotations
 
 import logging
-import shlex
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
-import torch
-
-from streamvid.command_line import is_out_of_memory
 from streamvid.printing import one_line
 from streamvid.serving import protocol
+from streamvid.serving.clip_jobs import ClipJobs
+from streamvid.serving.errors import Busy
 from streamvid.serving.limits import Limits
+from streamvid.serving.live import LiveStreams
 from streamvid.serving.metrics import Metrics
-from streamvid.serving.pacing import percentile_ms
-from streamvid.serving.recording import Clip, ClipStore, Recorder
-from streamvid.serving.stream import Frames, Stream, say_after, script_text
+from streamvid.serving.models import ServedModels
+from streamvid.serving.recording import Clip, ClipStore
+from streamvid.serving.stream import Stream
 
 log = logging.getLogger(__name__)
 
 LIVE_PER_CLIP = 8
 """After so many chunks of live streams a waiting clip gets one, even if none has time."""
-METRICS_EVERY_S = 1.0
-CPU = torch.device("cpu")
 
 
-class Busy(Exception):
-    """There is no place, not even to wait."""
+@dataclass(frozen=True)
+class Turn:
+    """What the worker does next: the chunks of live streams, or a part of a clip."""
 
-
-class ViewerGone(Exception):
-    """Raised inside a chunk that nobody waits for any more."""
+    streams: tuple[Stream, ...] = ()
+    """Those that advance as one batch; none means a clip."""
 
 
 class Worker:
-    """Advances live streams and clips, one chunk at a time.
+    """Advances live streams and clips, one batch of chunks at a time.
 
     Args:
-        open_session: ``open_session(prompt, seed=, height=, width=, steps=)`` gives a session.
+        models: that are served.
         limits: of the server.
         metrics: that are kept up to date.
         store: of clips and recordings.
-        model: its name.
-        watched: a module whose every forward checks that someone still waits for it.
-        warm_up: called first, in the worker's thread.
-        device: of the model.
-        options: of `streamvid sample`, which open the same model there.
+        batch: most streams that advance together.
     """
 
     def __init__(
         self,
-        open_session: Callable[..., Any],
+        models: ServedModels,
         limits: Limits,
         metrics: Metrics,
         store: ClipStore,
-        model: str = "student",
-        watched: torch.nn.Module | None = None,
-        warm_up: Callable[[], None] | None = None,
-        device: torch.device = CPU,
-        options: Sequence[str] = (),
+        batch: int = 1,
     ):
+        self.models = models
         self.limits = limits
         self.ready = threading.Event()
         self.failure: str | None = None
-        self._open_session = open_session
         self._metrics = metrics
-        self._store = store
-        self._model = model
-        self._warm_up = warm_up
-        self._device = device
-        self._options = options
+        self._batch = batch
         self._condition = threading.Condition()
-        self._active: list[Stream] = []
+        self._live = LiveStreams(limits, metrics, store, self._condition)
         self._waiting: deque[Stream] = deque()
-        self._clips: deque[Clip] = deque()
-        self._job: tuple[Clip, Any, Recorder] | None = None
-        self._current: Stream | Clip | None = None
+        self._clips = ClipJobs(models, store, metrics)
         self._since_clip = 0
         self._stopping = False
-        self._hook = watched.register_forward_pre_hook(self._check_current) if watched else None
         self._thread = threading.Thread(target=self._run, name="streamvid-worker", daemon=True)
 
     # ---- called from other threads
@@ -123,7 +99,7 @@ class Worker:
         with self._condition:
             if not self.alive:
                 raise Busy("the server is stopping; try again later")
-            if len(self._active) >= self.limits.sessions:
+            if len(self._live.active) >= self.limits.sessions:
                 if len(self._waiting) >= self.limits.waiting:
                     raise Busy("all places are taken, and so is the queue; try again later")
             self._waiting.append(stream)
@@ -165,11 +141,9 @@ class Worker:
         with self._condition:
             if not self.alive:
                 raise Busy("the server is stopping; try again later")
-            if len(self._clips) >= self.limits.clips_waiting:
+            if self._clips.num_waiting >= self.limits.clips_waiting:
                 raise Busy("too many clips wait already; try again later")
-            self._store.add(clip)
-            self._clips.append(clip)
-            self._metrics.clips_waiting.set(len(self._clips))
+            self._clips.add(clip)
             self._condition.notify()
 
     def wake(self) -> None:
@@ -181,8 +155,9 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            if self._warm_up is not None:
-                self._warm_up()
+            for model in self.models:
+                if model.warm_up is not None:
+                    model.warm_up()
             self.ready.set()
             self._metrics.ready.set(1)
             while self._advance():
@@ -195,30 +170,28 @@ class Worker:
             self.ready.clear()
             self._stopping = True
             self._end_all()
-            if self._hook is not None:
-                self._hook.remove()
 
     def _advance(self) -> bool:
-        """One chunk of whatever is due; False when the worker should end."""
+        """One batch or a part of a clip, whatever is due; False when the worker should end."""
         with self._condition:
             if self._stopping:
                 return False
             ended = self._departed(time.monotonic())
             self._admit()
-            task, wait_s = (None, 0) if ended else self._choose(time.monotonic())
-            if task is None and not ended:
+            turn, wait_s = (None, 0.0) if ended else self._choose(time.monotonic())
+            if turn is None and not ended:
                 self._condition.wait(wait_s)  # in the block that has looked: no call is missed
                 return True
         for stream, reason in ended:
-            self._end(stream, reason)
-        if task is None:
+            self._live.end(stream, reason)
+        if turn is None:
             return True
-        if isinstance(task, Stream):
-            self._since_clip += 1
-            self._serve(task)
+        if turn.streams:
+            self._since_clip += len(turn.streams)
+            self._serve(turn.streams)
         else:
             self._since_clip = 0
-            self._advance_clip()
+            self._clips.advance()
         return True
 
     def _departed(self, now: float) -> list[tuple[Stream, str]]:
@@ -226,7 +199,7 @@ class Worker:
         left = [s for s in self._waiting if s.gone or s.stopping]
         self._waiting = deque(s for s in self._waiting if s not in left)
         ended = [(stream, "stopped") for stream in left]
-        for stream in self._active:
+        for stream in self._live.active:
             idle = stream.paused_since or (
                 stream.flow.heard if stream.flow.must_wait(stream.chunk_frames) else None
             )
@@ -240,532 +213,66 @@ class Worker:
         return ended
 
     def _admit(self) -> None:
-        while self._waiting and len(self._active) < self.limits.sessions:
+        while self._waiting and len(self._live.active) < self.limits.sessions:
             stream = self._waiting.popleft()
             stream.begun = time.monotonic()
-            self._active.append(stream)
+            self._live.active.append(stream)
         for position, stream in enumerate(self._waiting, 1):
             if stream.place != position:
                 stream.place = position
                 stream.outbox.put(protocol.SessionQueued(position=position))
-        self._metrics.sessions.set(len(self._active))
+        self._metrics.sessions.set(len(self._live.active))
         self._metrics.waiting.set(len(self._waiting))
 
-    def _choose(self, now: float) -> tuple[Stream | str | None, float | None]:
+    def _choose(self, now: float) -> tuple[Turn | None, float | None]:
         """What to do now, or how long to wait for the next thing to do."""
-        commanded = [s for s in self._active if s.commands]
-        if commanded:
-            return commanded[0], None
-        running = [s for s in self._active if s.may_advance]
-        dues = {s: s.due(now, len(running)) for s in running}
-        first = min(dues, key=dues.get, default=None)
-        clip = bool(self._clips or self._job)
+        for stream in self._live.active:
+            if stream.commands:
+                return Turn((stream,)), None
+        running = [stream for stream in self._live.active if stream.may_advance]
+        dues = {stream: stream.due(now, len(running)) for stream in running}
+        first = min(dues, key=dues.__getitem__, default=None)
         if first is not None and dues[first] <= now:
-            if clip and self._since_clip >= LIVE_PER_CLIP:
-                return "clip", None
-            return first, None
-        if clip:
-            return "clip", None
-        wait_s = 1.0 if self._active else None
+            if self._clips and self._since_clip >= LIVE_PER_CLIP:
+                return Turn(), None
+            return Turn((first, *self._companions(first, dues, now))), None
+        if self._clips:
+            return Turn(), None
+        wait_s = 1.0 if self._live.active else None
         return None, wait_s if first is None else min(1.0, dues[first] - now)
 
-    def _check_current(self, *_: Any) -> None:
-        """Before each forward of the student: does anyone still wait for it?"""
-        task = self._current
-        if isinstance(task, Stream) and task.gone or isinstance(task, Clip) and task.cancelled:
-            raise ViewerGone
+    def _companions(self, first: Stream, dues: dict[Stream, float], now: float) -> list[Stream]:
+        """Streams that advance with the first one: those of its shape whose chunks would fall due
+        while the batch is made, and so would have to wait without it.
+        """
+        if first.session is None:
+            return []
+        companions: list[Stream] = []
+        ready_at = now + first.pacer.work_s
+        for stream, due in sorted(dues.items(), key=lambda item: item[1]):
+            fits = stream.shape == first.shape and not stream.outbox.is_full
+            if stream is first or not fits:
+                continue
+            if due > ready_at or len(companions) + 1 >= self._batch:
+                break
+            companions.append(stream)
+            ready_at += stream.pacer.work_s
+        return companions
 
-    # ---- live streams
-
-    def _serve(self, stream: Stream) -> None:
-        """Apply what was asked, then make a chunk if one is due; errors end the stream."""
-        self._current = stream
-        try:
-            if stream.session is None:
-                self._begin(stream)
-            self._apply_commands(stream)
-            now = time.monotonic()
-            if stream.may_advance and stream.due(now, len(self._active)) <= now:
-                self._make_chunk(stream)
-        except ViewerGone:
-            self._end(stream, "stopped")
-        except Exception as error:
-            self._fail(stream, error)
-        finally:
-            self._current = None
-
-    def _begin(self, stream: Stream) -> None:
-        stream.session = self._open(stream)
-        self._metrics.started.inc()
-        stream.outbox.put(
-            protocol.VideoStart(
-                session_id=stream.id,
-                model=self._model,
-                height=stream.height,
-                width=stream.width,
-                fps=stream.fps,
-                format=stream.start.format,
-                prompt=stream.prompt,
-                seed=stream.seed,
-                steps=stream.session.steps,
-            )
-        )
-
-    def _open(self, stream: Stream) -> Any:
-        session = self._open_session(
-            stream.prompt,
-            seed=stream.seed,
-            height=stream.height,
-            width=stream.width,
-            steps=stream.steps,
-        )
-        if stream.hold_rate:
-            session.hold_rate(stream.fps)
-        return session
-
-    def _make_chunk(self, stream: Stream) -> None:
-        started = time.monotonic()
-        chunk = stream.session.next_chunk()
-        images = chunk.images
+    def _serve(self, streams: tuple[Stream, ...]) -> None:
+        """Do what the streams' viewers asked, then make a chunk of each, if the first is due."""
+        prepared = [stream for stream in streams if self._live.prepare(stream)]
+        running = [stream for stream in prepared if stream.may_advance]
+        if streams[0] not in running:
+            return
         now = time.monotonic()
-        num_frames, work_s = len(images), now - started
-        late_s = stream.pacer.made(now, num_frames, work_s)
-        stream.level.add(now, num_frames, work_s, late_s)
-        stream.chunk_frames = num_frames
-        self._metrics.chunks.labels("live").inc()
-        self._metrics.chunk_seconds.observe(work_s)
-        self._metrics.deadlines_missed.inc(late_s > 0)
-        if stream.chunks == 0:
-            self._metrics.first_chunk_seconds.observe(stream.level.first_s)
-        self._announce(stream, chunk, num_frames, work_s, late_s, now)
-        frames = Frames(
-            images,
-            stream.sequence,
-            chunk.index,
-            stream.prompt_id,
-            int(1e6 * work_s),
-            time.time_ns() // 1000,
-            stream.switched_at is not None,
-        )
-        stream.switched_at = None
-        stream.sequence += num_frames
-        stream.chunks += 1
-        self._drop(stream, stream.outbox.put(frames))
-        if stream.recorder is not None:
-            self._record(stream, images)
-        if now - stream.measured >= METRICS_EVERY_S:
-            stream.measured = now
-            stream.outbox.put(self._levels(stream))
-        wanted = stream.start.num_frames
-        if wanted is not None and stream.sequence >= wanted:
-            self._end(stream, "finished")
-
-    def _announce(
-        self, stream: Stream, chunk: Any, num_frames: int, work_s: float, late_s: float, now: float
-    ) -> None:
-        if stream.switched_at is not None:
-            latency_s = now - stream.switched_at
-            self._metrics.switch_seconds.observe(latency_s)
-            stream.outbox.put(
-                protocol.PromptApplied(
-                    prompt_id=stream.prompt_id,
-                    prompt=stream.prompt,
-                    mode=stream.switch_mode,
-                    chunk=chunk.index,
-                    sequence=stream.sequence,
-                    latency_ms=1000 * latency_s,
-                )
-            )
-        stream.outbox.put(
-            protocol.VideoChunk(
-                chunk=chunk.index,
-                sequence=stream.sequence,
-                frames=num_frames,
-                prompt_id=stream.prompt_id,
-                seed=stream.seed,
-                steps=chunk.steps,
-                compute_ms=1000 * work_s,
-                late_ms=1000 * late_s,
-                dropped=stream.dropped,
-            )
-        )
-
-    def _drop(self, stream: Stream, num_frames: int) -> None:
-        stream.dropped += num_frames
-        self._metrics.frames_dropped.inc(num_frames)
-
-    def _levels(self, stream: Stream) -> protocol.Levels:
-        level = stream.level
-        memory = None
-        if self._device.type == "cuda":
-            memory = torch.cuda.memory_allocated(self._device) / 2**20
-        return protocol.Levels(
-            chunks=level.chunks,
-            first_chunk_ms=1000 * level.first_s,
-            compute_p50_ms=percentile_ms(level.work, 50),
-            compute_p95_ms=percentile_ms(level.work, 95),
-            interval_p50_ms=percentile_ms(level.intervals, 50),
-            interval_p95_ms=percentile_ms(level.intervals, 95),
-            interval_p99_ms=percentile_ms(level.intervals, 99),
-            deadlines_met=level.deadlines_met,
-            stall_ms=1000 * level.stall_s,
-            frames_per_second=level.frames_per_second,
-            dropped=stream.dropped,
-            sessions=len(self._active),
-            memory_mb=memory,
-        )
-
-    # ---- what viewers ask for
-
-    def _apply_commands(self, stream: Stream) -> None:
-        """All that has come since the last chunk, in order; the session keeps the last prompt."""
-        with self._condition:
-            commands = list(stream.commands)
-            stream.commands.clear()
-        for message, came in commands:
-            try:
-                self._apply(stream, message, came)
-            except ValueError as error:
-                self._tell_error(stream, "bad_request", one_line(error))
-
-    def _apply(self, stream: Stream, message: protocol.Message, came: float) -> None:
-        match message:
-            case protocol.PromptUpdate():
-                stream.session.switch_prompt(
-                    message.prompt,
-                    mode=message.mode,
-                    blend_chunks=message.blend_chunks,
-                    keep_sink=message.keep_sink,
-                )
-                stream.prompt = message.prompt
-                stream.prompt_id += 1
-                stream.switched_at = came
-                stream.switch_mode = message.mode
-            case protocol.SessionUpdate():
-                self._update(stream, message)
-            case protocol.SessionPause():
-                if stream.paused_since is None:
-                    stream.paused_since = time.monotonic()
-                    stream.level.interrupt()
-                stream.outbox.put(protocol.SessionPaused())
-            case protocol.SessionResume():
-                stream.paused_since = None
-                stream.pacer.restart()
-                stream.outbox.put(protocol.SessionResumed())
-            case protocol.SessionReset():
-                self._reset(stream, message)
-            case protocol.SessionBookmark():
-                self._bookmark(stream)
-            case protocol.SessionBranch():
-                self._branch(stream, message.bookmark)
-            case protocol.RecordStart():
-                self._start_recording(stream, message)
-            case protocol.RecordStop():
-                self._stop_recording(stream)
-            case protocol.ScriptGet():
-                stream.outbox.put(
-                    protocol.ScriptText(
-                        script=stream.script, command=self._command("mp4", stream.fps)
-                    )
-                )
-
-    def _update(self, stream: Stream, message: protocol.SessionUpdate) -> None:
-        if message.steps is not None:
-            stream.session.set_steps(message.steps)
-            stream.steps, stream.hold_rate = message.steps, False
-        if message.seed is not None:
-            stream.session.set_seed(message.seed)
-            stream.seed = message.seed
-        if message.fps is not None:
-            stream.fps = stream.pacer.fps = stream.flow.fps = message.fps
-        if message.hold_rate is not None:
-            stream.hold_rate = message.hold_rate
-        if message.hold_rate is not None or (message.fps is not None and stream.hold_rate):
-            stream.session.hold_rate(stream.fps if stream.hold_rate else None)
-        stream.outbox.put(
-            protocol.SettingsApplied(
-                seed=stream.seed,
-                steps=stream.session.steps,
-                fps=stream.fps,
-                hold_rate=stream.hold_rate,
-            )
-        )
-
-    def _reset(self, stream: Stream, message: protocol.SessionReset) -> None:
-        old = {"prompt": stream.prompt, "seed": stream.seed, "steps": stream.steps}
-        for name in old:
-            if getattr(message, name) is not None:
-                setattr(stream, name, getattr(message, name))
-        try:
-            session = self._open(stream)
-        except Exception:
-            for name, value in old.items():
-                setattr(stream, name, value)
-            raise
-        self._replace_session(stream, session)
-        self._restarted(stream, None)
-
-    def _replace_session(self, stream: Stream, session: Any) -> None:
-        """A recording ends here: one script can't make what comes before and after."""
-        if stream.recorder is not None:
-            self._stop_recording(stream)
-        stream.session.close()
-        stream.session = session
-
-    def _restarted(self, stream: Stream, bookmark: int | None) -> None:
-        stream.prompt_id += 1
-        stream.switched_at = None
-        stream.paused_since = None
-        stream.pacer.restart()
-        stream.level.interrupt()
-        stream.outbox.put(
-            protocol.SessionRestarted(
-                bookmark=bookmark,
-                prompt=stream.prompt,
-                prompt_id=stream.prompt_id,
-                seed=stream.seed,
-                steps=stream.session.steps,
-                chunk=stream.session.index,
-            )
-        )
-
-    def _bookmark(self, stream: Stream) -> None:
-        if len(stream.bookmarks) >= self.limits.bookmarks:
-            oldest = min(stream.bookmarks)
-            stream.bookmarks.pop(oldest)[0].close()
-        number = max(stream.bookmarks, default=-1) + 1
-        settings = {
-            name: getattr(stream, name) for name in ("prompt", "seed", "steps", "hold_rate")
-        }
-        stream.bookmarks[number] = (stream.session.branch(), settings)
-        stream.outbox.put(
-            protocol.BookmarkMade(
-                bookmark=number, chunk=stream.session.index, sequence=stream.sequence
-            )
-        )
-
-    def _branch(self, stream: Stream, number: int) -> None:
-        if number not in stream.bookmarks:
-            raise ValueError(f"there is no bookmark {number}; it may have made room for newer ones")
-        kept, settings = stream.bookmarks[number]
-        session = kept.branch()
-        self._replace_session(stream, session)
-        for name, value in settings.items():
-            setattr(stream, name, value)
-        self._restarted(stream, number)
-
-    def _command(self, container: str, fps: float, first_chunk: int = 0) -> str:
-        return command_line(container, fps, first_chunk, self._options, self._device)
-
-    # ---- recordings
-
-    def _start_recording(self, stream: Stream, message: protocol.RecordStart) -> None:
-        if stream.recorder is not None:
-            raise ValueError("the stream is being recorded already; stop that recording first")
-        clip = Clip(
-            prompt=stream.prompt,
-            model=self._model,
-            height=stream.height,
-            width=stream.width,
-            fps=stream.fps,
-            format=message.format,
-            seed=stream.seed,
-            steps=stream.session.steps,
-            kind="recording",
-            status="in_progress",
-        )
-        first_chunk = stream.session.index
-        self._store.add(clip)
-        stream.recorder = Recorder(
-            clip,
-            self._store.path(clip),
-            lambda error: self._recorded(stream, clip, first_chunk, error),
-            first_chunk,
-        )
-        stream.outbox.put(protocol.RecordStarted(id=clip.id))
-
-    def _record(self, stream: Stream, images: np.ndarray) -> None:
-        recorder = stream.recorder
-        recorder.append(images)
-        too_long = recorder.num_frames >= self.limits.record_seconds * recorder.clip.fps
-        if recorder.failed or too_long:
-            self._stop_recording(stream)
-
-    def _stop_recording(self, stream: Stream) -> None:
-        recorder = stream.recorder
-        if recorder is None:
-            raise ValueError("the stream is not being recorded")
-        stream.recorder = None
-        clip = recorder.clip
-        clip.num_frames = recorder.num_frames
-        clip.script = stream.script
-        clip.command = self._command(clip.format, clip.fps, recorder.first_chunk)
-        recorder.finish({"title": clip.prompt, "comment": clip.script})
-        stream.finishing.append(recorder)
-
-    def _recorded(self, stream: Stream, clip: Clip, first_chunk: int, error: str | None) -> None:
-        """In the recorder's thread: the file is complete, or there is none."""
-        clip.completed_at = int(time.time())
-        clip.progress = 100
-        clip.status = "failed" if error else "completed"
-        clip.error = error
-        if error:
-            self._tell_error(stream, "record_failed", f"the recording was lost: {error}")
-            return
-        stream.outbox.put(
-            protocol.RecordDone(
-                id=clip.id,
-                url=f"/v1/videos/{clip.id}/content",
-                frames=clip.num_frames,
-                format=clip.format,
-                first_chunk=first_chunk,
-                script=clip.script,
-                command=clip.command,
-            )
-        )
-
-    # ---- ends
-
-    def _fail(self, stream: Stream, error: Exception) -> None:
-        code, message = explain(error)
-        if code == "internal":
-            log.error("a stream has failed", exc_info=error)
-        self._tell_error(stream, code, message)
-        self._end(stream, "error")
-        if code == "out_of_memory" and torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _tell_error(self, stream: Stream, code: str, message: str) -> None:
-        self._metrics.errors.labels(code).inc()
-        retryable = code in ("out_of_memory", "internal")
-        stream.outbox.put(protocol.Error(code=code, message=message, retryable=retryable))
-
-    def _end(self, stream: Stream, reason: str) -> None:
-        """Free what a stream holds; its recording is finished."""
-        if stream.ended.is_set():
-            return
-        stream.ended.set()
-        if stream.recorder is not None:
-            self._stop_recording(stream)
-        for session, _ in stream.bookmarks.values():
-            session.close()
-        stream.bookmarks.clear()
-        if stream.session is not None:
-            stream.session.close()
-            stream.session = None
-        with self._condition:
-            if stream in self._active:
-                self._active.remove(stream)
-        self._metrics.sessions.set(len(self._active))
-        self._metrics.ended.labels("gone" if stream.gone else reason).inc()
-        done = protocol.SessionDone(
-            session_id=stream.id,
-            reason=reason,
-            chunks=stream.chunks,
-            frames=stream.sequence,
-            stopped=reason == "stopped",
-        )
-        if not stream.finishing:
-            stream.outbox.put(done)
-        elif self._stopping:
-            say_after(stream, done)
-        else:  # the others need not wait for the disk
-            threading.Thread(target=say_after, args=(stream, done), daemon=True).start()
+        if streams[0].due(now, len(self._live.active)) <= now:
+            self._live.advance(running)
 
     def _end_all(self) -> None:
-        for stream in [*self._active, *self._waiting]:
-            self._end(stream, "server_stopping")
-        self._active.clear()
+        self._live.stopping = True
+        for stream in [*self._live.active, *self._waiting]:
+            self._live.end(stream, "server_stopping")
+        self._live.active.clear()
         self._waiting.clear()
-        if self._job is not None:
-            self._fail_clip("the server was stopped")
-        for clip in self._clips:
-            clip.status, clip.error = "failed", "the server was stopped"
-
-    # ---- clips
-
-    def _advance_clip(self) -> None:
-        """One chunk of the clip under way, or the beginning of the next."""
-        if self._job is None:
-            self._begin_clip()
-            return
-        clip, session, recorder = self._job
-        self._current = clip
-        try:
-            chunk = session.next_chunk()
-            images = chunk.images[: clip.num_frames - recorder.num_frames]
-            recorder.append(images, wait=True)
-            self._metrics.chunks.labels("clip").inc()
-            clip.progress = min(99, 100 * recorder.num_frames // clip.num_frames)
-            if recorder.failed:
-                self._fail_clip("the file could not be written")
-            elif recorder.num_frames >= clip.num_frames:
-                self._job = None
-                recorder.finish({"title": clip.prompt, "comment": script_text(session)})
-                session.close()
-        except ViewerGone:
-            self._fail_clip("given up")
-        except Exception as error:
-            code, message = explain(error)
-            if code == "internal":
-                log.error("a clip has failed", exc_info=error)
-            self._metrics.errors.labels(code).inc()
-            self._fail_clip(message)
-        finally:
-            self._current = None
-
-    def _begin_clip(self) -> None:
-        with self._condition:
-            clip = self._clips.popleft()
-            self._metrics.clips_waiting.set(len(self._clips))
-        if clip.cancelled:
-            return
-        clip.status = "in_progress"
-        try:
-            session = self._open_session(
-                clip.prompt, seed=clip.seed, height=clip.height, width=clip.width, steps=clip.steps
-            )
-        except Exception as error:
-            clip.status, clip.error = "failed", explain(error)[1]
-            clip.completed_at = int(time.time())
-            return
-
-        def done(error: str | None) -> None:
-            clip.completed_at = int(time.time())
-            clip.error = clip.error or error
-            clip.status = "failed" if clip.error else "completed"
-            clip.progress = 0 if clip.error else 100
-            if clip.cancelled:
-                self._store.remove(clip)
-
-        self._job = clip, session, Recorder(clip, self._store.path(clip), done)
-
-    def _fail_clip(self, message: str) -> None:
-        clip, session, recorder = self._job
-        self._job = None
-        clip.error = message
-        recorder.give_up()
-        session.close()
-
-
-def command_line(
-    container: str, fps: float, first_chunk: int, options: Sequence[str], device: torch.device
-) -> str:
-    """Makes a stream from ``first_chunk`` on again, bit for bit, from its script, which holds
-    prompts, seed, size and steps. On a CPU sums depend on the number of threads.
-    """
-    words = ["streamvid", "sample", "--script", "stream.yaml", *options]
-    if first_chunk:
-        words += ["--first-chunk", str(first_chunk)]
-    words += ["--fps", f"{fps:g}", "--out", f"clip.{container}"]
-    threads = f"OMP_NUM_THREADS={torch.get_num_threads()} " if device.type == "cpu" else ""
-    return threads + shlex.join(words)
-
-
-def explain(error: Exception) -> tuple[str, str]:
-    """A code and one line for a client; of errors that are ours it says no more than that."""
-    if is_out_of_memory(error):
-        return "out_of_memory", "there is not enough memory; try a smaller size, or later"
-    if isinstance(error, ValueError):
-        return "bad_request", one_line(error)
-    return "internal", "the model failed on this stream; start it again"
+        self._clips.stop()

@@ -8,6 +8,7 @@ size, T pixel frames, H W pixels.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Generator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from streamvid.rollout.loop import context_input
 from streamvid.rollout.noise import KeyedNoise
+from streamvid.rollout.passes import CommitPass
 from streamvid.students.folder import Student
 from streamvid.students.stream_state import (
     Context,
@@ -26,19 +28,20 @@ from streamvid.students.stream_state import (
 )
 
 
-def commit_context(transformer: Any, context: Context, cond: Tensor, cache: Any) -> None:
-    """Write a chunk's keys and values into a cache, under an embedding ``[1, L, D]``."""
+def commit_pass(transformer: Any, context: Context, cond: Tensor, cache: Any) -> CommitPass:
+    """The pass that writes a chunk's keys and values into a cache, under an embedding
+    ``[1, L, D]``.
+    """
     dtype = torch.promote_types(cond.dtype, torch.float32)
     timestep = 1000 * torch.full((1,), context.t, dtype=dtype, device=cond.device)
-    transformer.commit(context.latents, timestep, cond, cache)
+    return CommitPass(transformer, context.latents, timestep, cond, cache)
 
 
-@torch.no_grad()
 def recommit_window(
     transformer: Any, state: StreamState, cache: Any, cond: Tensor, keep_sink: bool
-) -> Any:
+) -> Generator[CommitPass, Any, Any]:
     """A copy of a cache, its last window committed again under an embedding ``[1, L, D]``, at its
-    old positions.
+    old positions; yields the passes that this takes.
 
     Args:
         keep_sink: whether the sink's keys stay those of the old prompt.
@@ -52,12 +55,12 @@ def recommit_window(
     else:
         cache.rewind(0)
         for context in under_sink:
-            commit_context(transformer, context, cond, cache)
+            yield commit_pass(transformer, context, cond, cache)
         first = cache.num_frames
     # a long stream has left all but the sink of its first chunks
     cache.rewind(resume_at, first if first == resume_at else cache.sink_frames)
     for context in recent:
-        commit_context(transformer, context, cond, cache)
+        yield commit_pass(transformer, context, cond, cache)
     return cache
 
 
@@ -85,7 +88,7 @@ def commit_start(
         reused = state.config.commit == "reuse"
         t = next_events(state)[-1].t[0] if reused else state.config.context_t
         context = Context(context_input(chunk.contiguous(), index, noise, t), t)
-        commit_context(student.transformer, context, state.cond, cache)
+        commit_pass(student.transformer, context, state.cond, cache).run()
         _, decoder = codec.decode_chunk(chunk.contiguous(), state.decoder)
         contexts = keep_contexts((*state.contexts, context), state.config)
         state = replace(state, index=index + 1, contexts=contexts, decoder=decoder)

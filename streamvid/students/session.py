@@ -22,26 +22,30 @@ it, whenever that happens.
 
 One thread at a time may use a session. ``close`` alone may be called from another one.
 
+A chunk is a generator of the passes that it takes: ``next_chunk`` runs each at once, and
+``students.batch`` those of several sessions as one.
+
 Shapes: B = 1, C channels, f latent frames per chunk, h w latent size, T pixel frames, H W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from streamvid.config import build_config
 from streamvid.printing import one_line
-from streamvid.rollout.loop import ChunkResult, rollout
+from streamvid.rollout.loop import Steps, rollout_passes
 from streamvid.rollout.noise import KeyedNoise
+from streamvid.rollout.passes import Pass, next_result
 from streamvid.rollout.sampler import check_finite, latent_shape_of, new_cache, now_s
 from streamvid.rollout.schedule import Denoise, StreamConfig
+from streamvid.students.batch import Decode, run_alone
 from streamvid.students.contexts import commit_start, digest_frames, recommit_window
 from streamvid.students.folder import Student, deployed
 from streamvid.students.rate import RateHolder
@@ -160,7 +164,7 @@ class Session:
         )
         self._queued: Change | None = None
         self._rate: RateHolder | None = None
-        self._uncommitted: Iterator[ChunkResult] | None = None  # its next step is the commit
+        self._uncommitted: Steps | None = None  # its next step is the commit
         self._closed = False
 
     # ---- the stream ------------------------------------------------------------------------------
@@ -185,6 +189,20 @@ class Session:
     def closed(self) -> bool:
         return self._closed
 
+    @property
+    def shape(self) -> Hashable:
+        """What the next chunk's passes are like: of sessions with equal shapes they run as one."""
+        state, config = self._open_state(), self.student.stream
+        frames = self._cache.num_frames
+        if self._uncommitted is not None:
+            frames += config.chunk_frames
+        if config.window_frames is not None:
+            frames = min(frames, config.window_frames - config.chunk_frames)
+        if self._queued is not None and self._queued.mode == "hard":
+            frames = 0
+        text = tuple(state.cond.shape)
+        return id(self._transformer), id(self.student.codec), self._latent_shape, text, frames
+
     def next_chunk(self) -> SessionChunk:
         """Make the next chunk.
 
@@ -195,25 +213,30 @@ class Session:
             SessionClosed: if the session is closed, also while the chunk is made.
             ValueError: at the first chunk, if weights or prompt give numbers that are not finite.
         """
+        return run_alone(self.chunk_passes())
+
+    def chunk_passes(self) -> Generator[Pass | Decode, Any, SessionChunk]:
+        """The next chunk, as ``next_chunk`` makes it: yields what is to be run, without gradient,
+        and is sent what that gives.
+        """
         started_s = now_s(self._device)
         num_commits = self._num_commits() if self._uncommitted else 0
-        self._commit_pending()
+        yield from self._commit_passes()
         self._choose_steps()
         change = None if self._queued is None else self._queued.with_defaults()
-        state, cache = self._changed(self._open_state(), change)
+        state, cache = yield from self._changed(self._open_state(), change)
         cond = state.blend.at(state.cond) if state.blend else state.cond
         events = next_events(state)
         last_input: list[Context] = []
-        results = self._rollout(state, cache, events, cond, last_input)
-        with torch.no_grad():
-            result = next(results)
-            denoised_s = now_s(self._device)
-            frames, decoder = self.student.codec.decode_chunk(result.latents, state.decoder)
+        rollout = self._rollout(state, cache, events, cond, last_input)
+        result = yield from next_result(rollout)
+        denoised_s = now_s(self._device)
+        frames, decoder = yield Decode(self.student.codec, result.latents, state.decoder)
         if state.index == 0:
             check_finite(cond, result.latents, frames)
         decoded_s = now_s(self._device)
         context = context_of(state, result, last_input[0])
-        self._queued, self._cache, self._uncommitted = None, cache, results
+        self._queued, self._cache, self._uncommitted = None, cache, rollout
         self._state = replace(
             state,
             index=state.index + 1,
@@ -413,7 +436,7 @@ class Session:
         events: Sequence[Denoise],
         cond: Tensor,
         last_input: list[Context],
-    ) -> Iterator[ChunkResult]:
+    ) -> Steps:
         """The rollout of one chunk; its next step after the chunk is the commit.
 
         Args:
@@ -426,7 +449,7 @@ class Session:
             last_input[:] = [Context(x_t, t)]
             return x_t
 
-        return rollout(
+        return rollout_passes(
             self.student.transformer,
             cond,
             events,
@@ -442,6 +465,9 @@ class Session:
         )
 
     def _commit_pending(self) -> None:
+        run_alone(self._commit_passes())
+
+    def _commit_passes(self) -> Generator[Pass, Any, None]:
         """Commit the last chunk, under the prompt that made it.
 
         A viewer never waits for it: it runs before the next chunk.
@@ -450,8 +476,7 @@ class Session:
         if self._uncommitted is None:
             return
         try:
-            with torch.no_grad():
-                next(self._uncommitted, None)
+            yield from next_result(self._uncommitted)
         except BaseException:
             self.close()  # a stream with a hole in its context is another one
             raise
@@ -472,7 +497,9 @@ class Session:
         if steps != current:
             self.steer(Change(state.index, steps=steps))
 
-    def _changed(self, state: StreamState, change: Change | None) -> tuple[StreamState, Any]:
+    def _changed(
+        self, state: StreamState, change: Change | None
+    ) -> Generator[Pass, Any, tuple[StreamState, Any]]:
         """The state and the cache with a change; those of the session stay as they are."""
         if change is None:
             return state, self._cache
@@ -488,7 +515,9 @@ class Session:
             origin = state.blend.at(state.cond) if state.blend else state.cond
             blend = Blend(origin, change.blend_chunks, 0, change.interpolation)
         if change.mode == "recache":
-            cache = recommit_window(self._transformer, state, cache, cond, change.keep_sink)
+            cache = yield from recommit_window(
+                self._transformer, state, cache, cond, change.keep_sink
+            )
         state = replace(state, prompt=change.prompt, cond=cond, blend=blend)
         if change.mode == "hard":
             decoder = self.student.codec.new_decoder_state()

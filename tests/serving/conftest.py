@@ -59,6 +59,11 @@ class World:
     failures: dict = field(default_factory=dict)  # prompt -> exception
 
 
+@dataclass
+class FakePass:
+    run: Transformer
+
+
 class FakeSession:
     """As ``students.session.Session``; the red of a frame is its prompt's letters, green its chunk,
     blue its seed.
@@ -72,10 +77,14 @@ class FakeSession:
         self.script = Script(prompt, height, width, seed, steps)
         world.sessions.append(self)
 
-    def next_chunk(self):
+    @property
+    def shape(self):
+        return self.script.height, self.script.width
+
+    def chunk_passes(self):
         assert not self.closed, "a closed session was asked for a chunk"
         for _ in range(self.steps):
-            self.world.transformer()
+            yield FakePass(self.world.transformer)
         if self.prompt in self.world.failures:
             raise self.world.failures[self.prompt]
         colour = (red_of(self.prompt), 8 * self.index % 256, self.seed % 256)

@@ -9,9 +9,12 @@ from contextlib import suppress
 
 import httpx
 import pytest
+import torch
 
 from streamvid.data.world import read_caption
-from streamvid.serving import command
+from streamvid.serving import command, models
+from streamvid.shipped import TINY_STUDENT, TINY_TEACHER
+from streamvid.students import folder
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.org"])
@@ -76,3 +79,30 @@ def test_a_signal_ends_the_server_cleanly(number, tmp_path):
         assert server.wait(30) == 0
     finally:
         server.kill()
+
+
+def test_students_and_a_teacher_have_names_of_their_own(monkeypatch):
+    """The folder above `student`, with a number where it is taken."""
+    monkeypatch.setattr(folder, "load_student", lambda path, *_: f"opened {path}")
+    device = torch.device("cpu")
+    args = command.parse_args(["--student", "runs/dmd/student", "--student", "old/dmd"], "serve")
+    assert command.open_students(args, device, public=False) == [
+        ("dmd", "opened runs/dmd/student", ["--student", "runs/dmd/student"]),
+        ("dmd-2", "opened old/dmd", ["--student", "old/dmd"]),
+    ]
+    assert command.open_teachers(args, device, ["dmd", "dmd-2"]) == []
+    args = command.parse_args(["--teacher"], "serve")
+    assert command.open_students(args, device, public=False) == [
+        ("streamvid-tiny", f"opened {TINY_STUDENT}", [])
+    ]
+    monkeypatch.setattr(models, "serve_teacher", lambda *given: given)
+    (shipped,) = command.open_teachers(args, device, ["streamvid-tiny"])
+    assert shipped[:3] == ("streamvid-tiny-teacher", str(TINY_TEACHER), 33)
+    args = command.parse_args(["--teacher", "runs/dmd/teacher", "--teacher-frames", "81"], "serve")
+    (other,) = command.open_teachers(args, device, ["dmd"])
+    assert other[:3] == ("dmd-2", "runs/dmd/teacher", 81)
+
+
+def test_a_batch_has_at_least_one_stream(capsys):
+    assert command.main(["--batch", "0"]) == 2
+    assert "expected at least 1" in capsys.readouterr().err

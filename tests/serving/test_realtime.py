@@ -69,7 +69,7 @@ def test_of_two_prompts_within_one_chunk_the_last_one_counts(make_client, live, 
         viewer.send("session.prompt_update", prompt="two")
         viewer.send("session.prompt_update", prompt="three")
         worker = viewer.worker
-        eventually(lambda: len(worker._active[0].commands) == 2)
+        eventually(lambda: len(worker._live.active[0].commands) == 2)
         world.transformer.go_on.set()
         applied = viewer.until("prompt.applied")
     assert (applied.prompt, applied.prompt_id) == ("three", 2)
@@ -175,8 +175,8 @@ def test_a_viewer_that_confirms_nothing_gets_fewer_frames_and_then_none(make_cli
     with live(make_client()) as viewer:
         viewer.send("session.start", prompt="one", acks=True)
         worker = viewer.worker
-        eventually(lambda: worker._active and worker._active[0].flow.must_wait(FRAMES))
-        stream = worker._active[0]
+        eventually(lambda: worker._live.active and worker._live.active[0].flow.must_wait(FRAMES))
+        stream = worker._live.active[0]
         eventually(lambda: len(stream.outbox) == 0)
         made = world.sessions[0].index
         assert stream.dropped > 0
@@ -218,12 +218,12 @@ def test_a_viewer_that_leaves_in_the_middle_of_a_chunk_is_noticed_at_the_next_st
         assert world.transformer.entered.wait(60)
         forwards, session = world.transformer.forwards, weakref.ref(world.sessions.pop())
         worker = viewer.worker
-        stream = worker._active[0]
+        stream = worker._live.active[0]
     eventually(lambda: stream.gone)
     world.transformer.go_on.set()
     eventually(lambda: stream.ended.is_set())
     assert world.transformer.forwards - forwards <= 1  # of the eight steps of the chunk
-    assert stream.session is None and not worker._active
+    assert stream.session is None and not worker._live.active
     eventually(lambda: (gc.collect(), session() is None)[1])
 
 
@@ -234,7 +234,7 @@ def test_many_viewers_that_come_and_go_leave_nothing(make_client, live, world):
         with live(client) as viewer:
             viewer.send("session.start", prompt="one")
             viewer.next_frame()
-    eventually(lambda: not worker._active and not worker._waiting)
+    eventually(lambda: not worker._live.active and not worker._waiting)
     assert all(session.closed for session in world.sessions)
     assert len(world.sessions) == 30
     eventually(lambda: threading.active_count() < 30)
@@ -411,5 +411,5 @@ def test_the_whole_state_of_a_connection_is_gone_after_it(make_client, live):
     with live(client) as viewer:
         viewer.send("session.start", prompt="one")
         viewer.next_frame()
-        stream = weakref.ref(viewer.worker._active[0])
+        stream = weakref.ref(viewer.worker._live.active[0])
     eventually(lambda: (gc.collect(), stream() is None)[1])

@@ -21,6 +21,7 @@ from streamvid.rollout.noise import KeyedNoise
 from streamvid.rollout.sampler import new_cache, stream
 from streamvid.rollout.schedule import StreamConfig, table
 from streamvid.students import session as session_module
+from streamvid.students.batch import run_alone
 from streamvid.students.contexts import digest_frames
 from streamvid.students.folder import TINY_STUDENT, TINY_TEACHER, Student, load_student
 from streamvid.students.pipeline import StreamVidPipeline
@@ -264,7 +265,7 @@ def test_a_recache_of_a_long_stream_rewrites_what_the_window_sees(plain, keep_si
     assert before.stored_frames() == (0, 9, 10, 11, 12, 13) and len(recent) == 3
     session.switch_prompt(B, "recache", keep_sink=keep_sink)
     session._queued = session._queued.with_defaults()
-    _, after = session._changed(session._state, session._queued)
+    _, after = run_alone(session._changed(session._state, session._queued))
     assert after.num_committed_frames == 14 and after.stored_frames() == before.stored_frames()
     fresh = new_cache(plain.transformer, plain.stream, 1, LATENT)
     plain.transformer.commit(first.latents, torch.zeros(1), b, fresh)
