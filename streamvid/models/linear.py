@@ -53,7 +53,8 @@ class PrepackedLinear(nn.Linear):
 
     def packed(self, weight: Tensor) -> Tensor:
         """The weight in oneDNN's layout, as it is now."""
-        key = (weight.data_ptr(), weight._version)
+        version = 0 if weight.is_inference() else weight._version
+        key = (weight.data_ptr(), version)
         if self._packed is None or self._packed_key != key:
             with torch.no_grad():
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())

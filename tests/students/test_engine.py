@@ -148,6 +148,13 @@ def test_a_changed_weight_is_packed_anew():
     torch.testing.assert_close(layer(x), plain(x), atol=1e-4, rtol=1e-5)
 
 
+@torch.inference_mode()
+def test_weights_made_in_inference_mode_are_packed():
+    """They count no writes."""
+    plain, layer, x = packed_layer()
+    torch.testing.assert_close(layer(x), plain(x), atol=1e-5, rtol=1e-5)
+
+
 def test_a_gradient_flows_through_a_prepacked_layer():
     plain, layer, x = packed_layer()
     grads = [
