@@ -36,6 +36,7 @@ class PrepackedLinear(nn.Linear):
         self.train(linear.training)
         self._packed: Tensor | None = None
         self._packed_key: tuple[int, int] | None = None
+        self._packed_of: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
@@ -58,7 +59,8 @@ class PrepackedLinear(nn.Linear):
         if self._packed is None or self._packed_key != key:
             with torch.no_grad():
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-            self._packed_key = key
+            # the tensor is held, so that no other can come to its address unnoticed
+            self._packed_key, self._packed_of = key, weight.detach()
         return self._packed
 
     def __deepcopy__(self, memo: dict[int, object]) -> PrepackedLinear:
