@@ -61,6 +61,12 @@ def parse_args(argv: list[str] | None, command: str) -> argparse.Namespace:
         help="name under which the server may be reached, for example behind a proxy",
     )
     parser.add_argument("--folder", help="of clips and recordings; by default a temporary one")
+    parser.add_argument(
+        "--state", metavar="DIR", help="keep snapshots of streams there; by default none are kept"
+    )
+    parser.add_argument(
+        "--autosave", type=int, metavar="N", help="keep each stream every N chunks (with --state)"
+    )
     parser.add_argument("--sessions", type=int, help="live streams that advance together")
     parser.add_argument("--session-seconds", type=float, help="longest life of a stream")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
@@ -88,6 +94,7 @@ def serve(args: argparse.Namespace) -> None:
     """
     token = read_token(args.token_file)
     check_address(args.host, token)
+    check_state(args.state, args.autosave)
     try:
         import uvicorn
 
@@ -125,6 +132,8 @@ def serve(args: argparse.Namespace) -> None:
         folder=args.folder,
         examples=world_examples() if args.student is None else PLAIN_EXAMPLES,
         options=sample_options(args, public),
+        state=args.state,
+        autosave=args.autosave,
     )
     config = uvicorn.Config(
         app,
@@ -235,6 +244,14 @@ def check_address(host: str, token: str | None) -> None:
             f"--host {host} can be reached by others, which demands a token; give --token-file, or"
             f" set {TOKEN_VARIABLE} to at least {SHORTEST_TOKEN} characters"
         )
+
+
+def check_state(state: str | None, autosave: int | None) -> None:
+    """Refuse to keep streams nowhere, or every chunk of none."""
+    if autosave is not None and state is None:
+        raise ValueError(f"--autosave {autosave} without --state; name a folder with --state")
+    if autosave is not None and autosave < 1:
+        raise ValueError(f"--autosave {autosave}: expected a number of chunks, at least 1")
 
 
 def read_token(file: str | None) -> str | None:

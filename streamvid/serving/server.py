@@ -22,14 +22,21 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from streamvid import __version__
 from streamvid.serving import protocol
 from streamvid.serving.clips import clip_routes
+from streamvid.serving.decoding import MEDIA_TYPES
+from streamvid.serving.fmp4 import has_h264
 from streamvid.serving.guard import LOOPBACK, SUBPROTOCOL, Guard, error_body
 from streamvid.serving.limits import Limits
 from streamvid.serving.metrics import Metrics
 from streamvid.serving.realtime import Defaults, Viewer
 from streamvid.serving.recording import ClipStore
+from streamvid.serving.snapshots import Snapshots
+from streamvid.serving.starts import StartStore
+from streamvid.serving.uploads import FORM_BYTES, start_routes
 from streamvid.serving.worker import Worker
+from streamvid.students.contexts import fill_first_chunk
 from streamvid.students.script import DEFAULT_MODE, MODES
 from streamvid.students.session import Session
+from streamvid.video import from_uint8
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
@@ -52,6 +59,12 @@ class Info(BaseModel):
     modes: list[str]
     default_mode: str
     formats: list[str]
+    start_types: list[str]
+    """Media types of the files that ``/v1/starts`` reads."""
+    start_bytes: int
+    """The largest of them."""
+    snapshots: bool
+    """Whether streams can be kept."""
     examples: list[str]
 
 
@@ -76,6 +89,8 @@ def create_app(
     open_session: Callable[..., Any] | None = None,
     warm_up: bool = True,
     options: Sequence[str] = (),
+    state: str | Path | None = None,
+    autosave: int | None = None,
 ) -> FastAPI:
     """An application that serves one student.
 
@@ -93,17 +108,29 @@ def create_app(
         warm_up: make chunks until the window is full before ``/readyz`` says 200.
         options: of `streamvid sample` that open the same student, for the commands that viewers
             are shown.
+        state: folder of snapshots of streams, which outlives the server; None keeps none.
+        autosave: chunks after which each stream is kept there by itself; None is never.
 
     Raises:
-        ValueError: if any host is allowed without a token.
+        ValueError: if any host is allowed without a token, or ``autosave`` without ``state``.
     """
+    if autosave is not None and state is None:
+        raise ValueError(f"autosave={autosave} without a folder of snapshots; give state")
     limits = limits or Limits()
     if open_session is None:
-        open_session = partial(Session, student)
+        open_session = partial(open_stream, student)
     metrics = Metrics()
     defaults = Defaults(name, height, width, fps)
-    temporary = tempfile.TemporaryDirectory(prefix="streamvid-") if folder is None else None
-    store = ClipStore(Path(temporary.name if temporary else folder), limits.clips_kept)
+    temporary = tempfile.TemporaryDirectory(prefix="streamvid-")
+    clips = Path(temporary.name, "clips") if folder is None else Path(folder)
+    store = ClipStore(clips, limits.clips_kept)
+    starts = StartStore(
+        Path(temporary.name, "starts"), limits.starts_kept, limits.start_life_seconds
+    )
+    snapshots = None
+    if state is not None:
+        restore = partial(Session.restore, student=student)
+        snapshots = Snapshots(Path(state), limits.snapshots_kept, restore, starts, autosave)
     worker = Worker(
         open_session,
         limits,
@@ -114,6 +141,7 @@ def create_app(
         warm_up=partial(fill_window, open_session, student, height, width) if warm_up else None,
         device=device_of(student),
         options=options,
+        snapshots=snapshots,
     )
 
     @asynccontextmanager
@@ -121,15 +149,21 @@ def create_app(
         worker.start()
         yield
         worker.stop(timeout=60)
-        if temporary is not None:
-            temporary.cleanup()
+        temporary.cleanup()
 
     app = FastAPI(title="streamvid", version=__version__, lifespan=lifespan)
     app.state.worker = worker
     app.state.metrics = metrics
-    app.add_middleware(Guard, token=token, hosts=hosts, body_bytes=limits.upload_bytes)
+    app.add_middleware(
+        Guard,
+        token=token,
+        hosts=hosts,
+        body_bytes=limits.upload_bytes,
+        larger_bodies={"/v1/starts": limits.start_bytes + FORM_BYTES},
+    )
     _add_errors(app)
     app.include_router(clip_routes(worker, store, limits, defaults))
+    app.include_router(start_routes(starts, limits, defaults))
     info = Info(
         model=name,
         version=__version__,
@@ -143,13 +177,27 @@ def create_app(
         prompt_chars=limits.prompt_chars,
         modes=list(MODES),
         default_mode=DEFAULT_MODE,
-        formats=list(protocol.ENCODINGS),
+        formats=[name for name in protocol.ENCODINGS if name != "h264" or has_h264()],
+        start_types=list(MEDIA_TYPES),
+        start_bytes=limits.start_bytes,
+        snapshots=snapshots is not None,
         examples=list(examples),
     )
     _add_checks(app, worker, metrics, info)
-    _add_live(app, worker, limits, metrics, defaults)
+    _add_live(app, worker, limits, metrics, defaults, starts)
     _add_page(app)
     return app
+
+
+def open_stream(student: Any, prompt: str, *, start: Any = None, **options: Any) -> Session:
+    """A session of a student; see ``Session``.
+
+    Args:
+        start: bytes ``[T, H, W, 3]`` that the stream goes on from, see ``fill_first_chunk``; None
+            begins from noise.
+    """
+    frames = None if start is None else fill_first_chunk(from_uint8(start), student)
+    return Session(student, prompt, start=frames, **options)
 
 
 def fill_window(open_session: Callable[..., Any], student: Any, height: int, width: int) -> None:
@@ -215,7 +263,12 @@ def _add_checks(app: FastAPI, worker: Worker, metrics: Metrics, info: Info) -> N
 
 
 def _add_live(
-    app: FastAPI, worker: Worker, limits: Limits, metrics: Metrics, defaults: Defaults
+    app: FastAPI,
+    worker: Worker,
+    limits: Limits,
+    metrics: Metrics,
+    defaults: Defaults,
+    starts: StartStore,
 ) -> None:
     addresses: Counter[str] = Counter()
 
@@ -223,7 +276,7 @@ def _add_live(
     async def live(socket: WebSocket) -> None:
         offered = socket.scope.get("subprotocols", [])
         await socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-        await Viewer(socket, worker, limits, metrics, defaults, addresses).run()
+        await Viewer(socket, worker, limits, metrics, defaults, addresses, starts).run()
 
 
 def _add_page(app: FastAPI) -> None:

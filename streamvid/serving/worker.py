@@ -23,12 +23,15 @@ import numpy as np
 import torch
 
 from streamvid.command_line import is_out_of_memory
+from streamvid.files import disk_full
 from streamvid.printing import one_line
 from streamvid.serving import protocol
+from streamvid.serving.fmp4 import check_h264
 from streamvid.serving.limits import Limits
 from streamvid.serving.metrics import Metrics
 from streamvid.serving.pacing import percentile_ms
 from streamvid.serving.recording import Clip, ClipStore, Recorder
+from streamvid.serving.snapshots import Snapshots
 from streamvid.serving.stream import Frames, Stream, say_after, script_text
 
 log = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ LIVE_PER_CLIP = 8
 """After so many chunks of live streams a waiting clip gets one, even if none has time."""
 METRICS_EVERY_S = 1.0
 CPU = torch.device("cpu")
+NO_SNAPSHOTS = "this server keeps no snapshots; it was started without --state"
 
 
 class Busy(Exception):
@@ -60,6 +64,7 @@ class Worker:
         warm_up: called first, in the worker's thread.
         device: of the model.
         options: of `streamvid sample`, which open the same model there.
+        snapshots: where streams are kept; None keeps none.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class Worker:
         warm_up: Callable[[], None] | None = None,
         device: torch.device = CPU,
         options: Sequence[str] = (),
+        snapshots: Snapshots | None = None,
     ):
         self.limits = limits
         self.ready = threading.Event()
@@ -84,6 +90,7 @@ class Worker:
         self._warm_up = warm_up
         self._device = device
         self._options = options
+        self._snapshots = snapshots
         self._condition = threading.Condition()
         self._active: list[Stream] = []
         self._waiting: deque[Stream] = deque()
@@ -295,7 +302,12 @@ class Worker:
             self._current = None
 
     def _begin(self, stream: Stream) -> None:
-        stream.session = self._open(stream)
+        if stream.start.snapshot is None:
+            stream.session = self._open(stream)
+        else:
+            self._open_snapshot(stream, stream.start.snapshot)
+        if stream.start.format == "h264":
+            check_h264(stream.height, stream.width)
         self._metrics.started.inc()
         stream.outbox.put(
             protocol.VideoStart(
@@ -308,20 +320,33 @@ class Worker:
                 prompt=stream.prompt,
                 seed=stream.seed,
                 steps=stream.session.steps,
+                chunk=stream.session.index,
             )
         )
 
     def _open(self, stream: Stream) -> Any:
+        start = {} if stream.start_file is None else {"start": stream.start_file.images()}
         session = self._open_session(
             stream.prompt,
             seed=stream.seed,
             height=stream.height,
             width=stream.width,
             steps=stream.steps,
+            **start,
         )
         if stream.hold_rate:
             session.hold_rate(stream.fps)
         return session
+
+    def _open_snapshot(self, stream: Stream, snapshot_id: str) -> None:
+        if self._snapshots is None:
+            raise ValueError(NO_SNAPSHOTS)
+        session, stream.start_file = self._snapshots.open(snapshot_id)
+        stream.session, script = session, session.script
+        self.limits.check_size(script.height, script.width)
+        stream.height, stream.width = script.height, script.width
+        stream.prompt, stream.seed, stream.steps = session.prompt, session.seed, session.steps
+        session.hold_rate(stream.fps if stream.hold_rate else None)
 
     def _make_chunk(self, stream: Stream) -> None:
         started = time.monotonic()
@@ -353,6 +378,8 @@ class Worker:
         self._drop(stream, stream.outbox.put(frames))
         if stream.recorder is not None:
             self._record(stream, images)
+        if self._snapshots is not None and self._snapshots.is_due(stream.chunks):
+            self._snapshot(stream, autosave=True)
         if now - stream.measured >= METRICS_EVERY_S:
             stream.measured = now
             stream.outbox.put(self._levels(stream))
@@ -458,16 +485,15 @@ class Worker:
                 self._bookmark(stream)
             case protocol.SessionBranch():
                 self._branch(stream, message.bookmark)
+            case protocol.SessionSnapshot():
+                self._snapshot(stream, autosave=False)
             case protocol.RecordStart():
                 self._start_recording(stream, message)
             case protocol.RecordStop():
                 self._stop_recording(stream)
             case protocol.ScriptGet():
-                stream.outbox.put(
-                    protocol.ScriptText(
-                        script=stream.script, command=self._command("mp4", stream.fps)
-                    )
-                )
+                command = self._command(stream, "mp4", stream.fps)
+                stream.outbox.put(protocol.ScriptText(script=stream.script, command=command))
 
     def _update(self, stream: Stream, message: protocol.SessionUpdate) -> None:
         if message.steps is not None:
@@ -554,8 +580,33 @@ class Worker:
             setattr(stream, name, value)
         self._restarted(stream, number)
 
-    def _command(self, container: str, fps: float, first_chunk: int = 0) -> str:
-        return command_line(container, fps, first_chunk, self._options, self._device)
+    def _snapshot(self, stream: Stream, autosave: bool) -> None:
+        """Keep a stream; a disk that does not take it does not end the stream."""
+        if self._snapshots is None:
+            raise ValueError(NO_SNAPSHOTS)
+        snapshot_id = self._snapshots.new_id()
+        if autosave:
+            stream.autosave_id = snapshot_id = stream.autosave_id or snapshot_id
+        try:
+            self._snapshots.save(snapshot_id, stream.session, stream.start_file)
+        except OSError as error:
+            reason = disk_full(error) or "the disk did not take it"
+            self._tell_error(stream, "snapshot_failed", f"the stream was not kept: {reason}")
+            return
+        stream.outbox.put(
+            protocol.SnapshotMade(
+                id=snapshot_id,
+                chunk=stream.session.index,
+                sequence=stream.sequence,
+                autosave=autosave,
+            )
+        )
+
+    def _command(self, stream: Stream, container: str, fps: float, first_chunk: int = 0) -> str:
+        options = [*self._options]
+        if stream.start_file is not None:
+            options += ["--start", stream.start_file.name]
+        return command_line(container, fps, first_chunk, options, self._device)
 
     # ---- recordings
 
@@ -575,6 +626,12 @@ class Worker:
             status="in_progress",
         )
         first_chunk = stream.session.index
+        if stream.start_file is not None:
+            try:
+                self._store.keep_start(clip, stream.start_file)
+            except OSError as error:
+                reason = disk_full(error) or "the disk does not take it"
+                raise ValueError(f"nothing is recorded: {reason}") from error
         self._store.add(clip)
         stream.recorder = Recorder(
             clip,
@@ -599,7 +656,7 @@ class Worker:
         clip = recorder.clip
         clip.num_frames = recorder.num_frames
         clip.script = stream.script
-        clip.command = self._command(clip.format, clip.fps, recorder.first_chunk)
+        clip.command = self._command(stream, clip.format, clip.fps, recorder.first_chunk)
         recorder.finish({"title": clip.prompt, "comment": clip.script})
         stream.finishing.append(recorder)
 
@@ -621,6 +678,7 @@ class Worker:
                 first_chunk=first_chunk,
                 script=clip.script,
                 command=clip.command,
+                start_url=None if clip.start is None else f"/v1/videos/{clip.id}/start",
             )
         )
 
