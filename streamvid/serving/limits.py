@@ -55,6 +55,8 @@ class Limits:
     """Longest clip that a stream begins from."""
     start_frames: int = 81
     """Frames of it that are kept, its last ones."""
+    start_upload_seconds: float = 60.0
+    """Time that it may take to arrive."""
     start_decode_seconds: float = 20.0
     """Time after which decoding it is given up."""
     start_decode_bytes: int = 2 * 2**30

@@ -13,7 +13,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 
 from streamvid.serving.clips import START_TYPES, ErrorBody
 from streamvid.serving.decoding import MEDIA_TYPES, suffix_of_content
@@ -63,6 +63,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         401: "A token is needed.",
         403: "The host or the origin is not allowed.",
         404: "There is no such start.",
+        408: "The file takes too long to arrive.",
         413: "The file has too many bytes.",
         415: "Files of this kind are not read.",
         429: "Too many files are being read.",
@@ -105,28 +106,26 @@ def start_routes(starts: StartStore, limits: Limits, defaults: Defaults) -> APIR
             raise HTTPException(429, "too many files are being read; try again later")
         reading += 1
         try:
-            async with request.form(max_files=1, max_fields=8) as form:
-                file, fields = read_form(dict(form))
-                height = int(fields.height or defaults.height)
-                width = int(fields.width or defaults.width)
-                with upload(file.file, limits) as source:
-                    async with decoders:
-                        start = await asyncio.to_thread(
-                            add_start, starts, source, height, width, fields.kind
-                        )
+            form = await receive_form(request, limits.start_upload_seconds)
+            try:
+                async with decoders:
+                    return describe_start(await asyncio.to_thread(add_start, dict(form)))
+            finally:
+                await form.close()
         finally:
             reading -= 1
-        return describe_start(start)
 
-    def add_start(
-        starts: StartStore, source: Path, height: int, width: int, kind: str | None
-    ) -> Start:
+    def add_start(form: dict[str, Any]) -> Start:
+        file, fields = read_form(form)
+        height = int(fields.height or defaults.height)
+        width = int(fields.width or defaults.width)
         start_id = starts.new_id()
         target = starts.folder / start_id
         try:
             limits.check_size(height, width)
-            job = plan_job(source, target, height, width, defaults.fps, kind, limits)
-            decoded = decode_file(job)
+            with upload(file.file, limits) as source:
+                job = plan_job(source, target, height, width, defaults.fps, fields.kind, limits)
+                decoded = decode_file(job)
         except ValueError as error:
             remove_decoded(target)
             raise HTTPException(400, str(error)) from None
@@ -163,6 +162,15 @@ def describe_start(start: Start) -> StartStatus:
         height=start.height,
         expires_at=start.expires_at,
     )
+
+
+async def receive_form(request: Request, seconds: float) -> FormData:
+    """The form of a request, whose file lies on the disk."""
+    try:
+        reading = asyncio.ensure_future(request.form(max_files=1, max_fields=8))
+        return await asyncio.wait_for(reading, seconds)
+    except asyncio.TimeoutError:
+        raise HTTPException(408, f"the file did not arrive within {seconds:g} seconds") from None
 
 
 def read_form(form: dict[str, Any]) -> tuple[UploadFile, StartFields]:

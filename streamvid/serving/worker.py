@@ -345,7 +345,7 @@ class Worker:
         stream.session, script = session, session.script
         self.limits.check_size(script.height, script.width)
         stream.height, stream.width = script.height, script.width
-        stream.prompt, stream.seed, stream.steps = session.prompt, session.seed, session.steps
+        stream.prompt, stream.seed, stream.steps = session.prompt, session.seed, script.last_steps
         session.hold_rate(stream.fps if stream.hold_rate else None)
 
     def _make_chunk(self, stream: Stream) -> None:

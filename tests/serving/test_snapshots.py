@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import httpx
 import numpy as np
@@ -87,6 +88,9 @@ def test_a_stream_goes_on_bit_for_bit_in_another_server(open_server, live, tmp_p
         watch(second, 16)
         second.send("script.get")
         assert "mode: blend" in second.until("script").script
+        second.send("session.reset")
+        again = second.until("session.restarted")
+        assert (again.prompt, again.seed, again.steps, again.chunk) == (NEW, 6, 2, 0)
     assert second.frames[0][0].chunk == made.chunk > 0
     assert goes_on_from(second, first, made)
 
@@ -299,7 +303,7 @@ class Server:
         )
         self.address = re.search(r"localhost:\d+", self.process.stdout.readline())[0]
         while httpx.get(f"http://{self.address}/readyz").status_code != 200:
-            pass
+            time.sleep(0.2)
 
     def kill(self):
         """End it at once, as a power cut would."""

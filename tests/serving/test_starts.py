@@ -364,6 +364,16 @@ def test_who_needs_too_much_memory_is_refused(make_client):
     assert post(client, bytes_of(Image.new("RGB", (9, 9)))).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "limits, status",
+    [({"start_upload_seconds": 0.0}, 408), ({"starts_decoded": 1, "starts_waiting": -1}, 429)],
+)
+def test_who_has_to_wait_for_too_long_is_told(make_client, limits, status):
+    client = make_client(limits=limits)
+    for _ in range(2):
+        assert post(client, bytes_of(Image.new("RGB", (9, 9)))).status_code == status
+
+
 def test_a_process_that_dies_harms_nobody(shared, monkeypatch):
     monkeypatch.setattr(starts.sys, "executable", "/bin/false")
     reply = post(shared, bytes_of(Image.new("RGB", (9, 9))))
