@@ -368,6 +368,7 @@ def test_who_needs_too_much_memory_is_refused(make_client):
     "limits, status",
     [({"start_upload_seconds": 0.0}, 408), ({"starts_decoded": 1, "starts_waiting": -1}, 429)],
 )
+@pytest.mark.filterwarnings("ignore:coroutine")  # the form of which nothing was read
 def test_who_has_to_wait_for_too_long_is_told(make_client, limits, status):
     client = make_client(limits=limits)
     for _ in range(2):
