@@ -37,6 +37,7 @@ FAILED = "failed.txt"  # the tests that failed in the last run, a line each, in 
 ROLLOUTS = "streamvid/settings/rollouts.py"
 VIDEO_STEP = "streamvid/settings/video_step.py"
 VIDEO_SETTING = "streamvid/settings/video.py"
+STARTS = "tests/serving/test_starts.py"
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ MUTANTS: list[Mutant] = [
         ),
         texts_of_other_rows=(
             "zip(self.caches, self.conds, self.split_kv(kv))",
-            "zip(self.caches, self.prompts, self.split_kv(kv)[::-1])",
+            "zip(self.caches, self.conds, self.split_kv(kv)[::-1])",
         ),
     ),
     *mutants(
@@ -268,6 +269,44 @@ MUTANTS: list[Mutant] = [
         "streamvid/serving/live.py",
         "tests/serving/test_models.py",
         each_pays_for_the_batch=("num_frames, work_s / size)", "num_frames, work_s)"),
+    ),
+    *mutants(
+        "streamvid/serving/fmp4.py",
+        "tests/serving/test_fmp4.py",
+        fragment_refers_to_what_was_dropped=("is_key = not follows or", "is_key = False or"),
+        time_stands_still_for_frames_left_out=(
+            "TICKS_PER_SECOND * lasts / fps",
+            "TICKS_PER_SECOND / fps",
+        ),
+        fragments_all_at_the_beginning=('"make_non_negative"', '"make_zero"'),
+        colours_of_another_matrix=("dst_colorspace=BT709", "dst_colorspace=5"),
+    ),
+    *mutants(
+        "streamvid/serving/decoding.py",
+        f"{STARTS}::test_what_is_transparent_lies_over_black",
+        f"{STARTS}::test_what_is_cut_off_is_cut_off_evenly",
+        f"{STARTS}::test_of_a_long_clip_the_last_frames_are_kept",
+        f"{STARTS}::test_who_needs_too_much_memory_is_refused",
+        f"{STARTS}::test_a_clip_that_is_too_long_is_refused",
+        transparency_ignored=("if not image.has_transparency_data:", "if True:"),
+        cut_off_on_one_side=("(picture.width - cut_width) / 2", "(picture.width - cut_width)"),
+        first_frames_kept=("last_place + 1 - job.max_frames", "last_place + 99"),
+        memory_without_bound=("resource.RLIMIT_AS: memory_bytes", "resource.RLIMIT_AS: 2**40"),
+        too_long_a_clip=("if seconds > most:", "if seconds > 1000 * most:"),
+    ),
+    *mutants(
+        "streamvid/students/contexts.py",
+        f"{STARTS}::test_what_is_shorter_than_the_first_chunk_is_lengthened_in_front",
+        start_lengthened_behind=(
+            "torch.cat([frames[:1].expand(missing, -1, -1, -1), frames])",
+            "torch.cat([frames, frames[:1].expand(missing, -1, -1, -1)])",
+        ),
+    ),
+    *mutants(
+        "streamvid/serving/snapshots.py",
+        "tests/serving/test_snapshots.py::test_the_oldest_snapshots_make_room_with_their_frames",
+        newest_snapshots_make_room=("reverse=True", "reverse=False"),
+        snapshot_takes_the_frames_with_it=("self._starts.adopt(file)", "StartFile(file)"),
     ),
     *mutants(
         ROLLOUTS,

@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from streamvid.files import disk_full
 from streamvid.serving import protocol
 from streamvid.serving.limits import Limits
 from streamvid.serving.recording import Clip, ClipStore, Recorder
+from streamvid.serving.snapshots import Snapshots
 from streamvid.serving.stream import Stream
+
+NO_SNAPSHOTS = "this server keeps no snapshots; it was started without --state"
 
 TellError = Callable[[Stream, str, str], None]
 
@@ -28,12 +32,40 @@ class Steering:
         limits: of the server.
         store: of recordings.
         tell_error: ``tell_error(stream, code, message)``, also from a recorder's thread.
+        snapshots: where streams are kept; None keeps none.
     """
 
-    def __init__(self, limits: Limits, store: ClipStore, tell_error: TellError) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        store: ClipStore,
+        tell_error: TellError,
+        snapshots: Snapshots | None = None,
+    ) -> None:
         self._limits = limits
         self._store = store
         self._tell_error = tell_error
+        self._snapshots = snapshots
+
+    def open(self, stream: Stream) -> None:
+        """Give a stream its session, a new one or that of a snapshot.
+
+        Raises:
+            ValueError: for what can't be.
+        """
+        if stream.start.snapshot is None:
+            stream.session = open_session(stream)
+            return
+        if self._snapshots is None or stream.model.restore is None:
+            raise ValueError(NO_SNAPSHOTS)
+        session, stream.start_file = self._snapshots.open(
+            stream.start.snapshot, stream.model.restore
+        )
+        stream.session, script = session, session.script
+        self._limits.check_size(script.height, script.width)
+        stream.height, stream.width = script.height, script.width
+        stream.prompt, stream.seed, stream.steps = session.prompt, session.seed, script.last_steps
+        session.hold_rate(stream.fps if stream.hold_rate else None)
 
     def apply(self, stream: Stream, message: protocol.Message, came: float) -> None:
         """Do what a message asks for.
@@ -73,6 +105,8 @@ class Steering:
                 self._bookmark(stream)
             case protocol.SessionBranch():
                 self._branch(stream, message.bookmark)
+            case protocol.SessionSnapshot():
+                self._snapshot(stream, autosave=False)
             case protocol.RecordStart():
                 self._start_recording(stream, message)
             case protocol.RecordStop():
@@ -170,7 +204,39 @@ class Steering:
         self._restarted(stream, number)
 
     def _command(self, stream: Stream, container: str, fps: float, first_chunk: int = 0) -> str:
-        return command_line(container, fps, first_chunk, stream.model.options, stream.model.device)
+        options = [*stream.model.options]
+        if stream.start_file is not None:
+            options += ["--start", stream.start_file.name]
+        return command_line(container, fps, first_chunk, options, stream.model.device)
+
+    # ---- snapshots
+
+    def autosave(self, stream: Stream) -> None:
+        """Keep a stream if that is due."""
+        if self._snapshots is not None and self._snapshots.is_due(stream.chunks):
+            self._snapshot(stream, autosave=True)
+
+    def _snapshot(self, stream: Stream, autosave: bool) -> None:
+        """Keep a stream; a disk that does not take it does not end the stream."""
+        if self._snapshots is None:
+            raise ValueError(NO_SNAPSHOTS)
+        snapshot_id = self._snapshots.new_id()
+        if autosave:
+            stream.autosave_id = snapshot_id = stream.autosave_id or snapshot_id
+        try:
+            self._snapshots.save(snapshot_id, stream.session, stream.start_file)
+        except OSError as error:
+            reason = disk_full(error) or "the disk did not take it"
+            self._tell_error(stream, "snapshot_failed", f"the stream was not kept: {reason}")
+            return
+        stream.outbox.put(
+            protocol.SnapshotMade(
+                id=snapshot_id,
+                chunk=stream.session.index,
+                sequence=stream.sequence,
+                autosave=autosave,
+            )
+        )
 
     # ---- recordings
 
@@ -190,6 +256,12 @@ class Steering:
             status="in_progress",
         )
         first_chunk = stream.session.index
+        if stream.start_file is not None:
+            try:
+                self._store.keep_start(clip, stream.start_file)
+            except OSError as error:
+                reason = disk_full(error) or "the disk does not take it"
+                raise ValueError(f"nothing is recorded: {reason}") from error
         self._store.add(clip)
         stream.recorder = Recorder(
             clip,
@@ -244,18 +316,21 @@ class Steering:
                 first_chunk=first_chunk,
                 script=clip.script,
                 command=clip.command,
+                start_url=None if clip.start is None else f"/v1/videos/{clip.id}/start",
             )
         )
 
 
 def open_session(stream: Stream) -> Any:
     """A new session with the settings of a stream."""
+    start = {} if stream.start_file is None else {"start": stream.start_file.images()}
     session = stream.model.open_session(
         stream.prompt,
         seed=stream.seed,
         height=stream.height,
         width=stream.width,
         steps=stream.steps,
+        **start,
     )
     if stream.hold_rate:
         session.hold_rate(stream.fps)

@@ -22,6 +22,7 @@ from streamvid.serving.live import LiveStreams
 from streamvid.serving.metrics import Metrics
 from streamvid.serving.models import ServedModels
 from streamvid.serving.recording import Clip, ClipStore
+from streamvid.serving.snapshots import Snapshots
 from streamvid.serving.stream import Stream
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Worker:
         metrics: that are kept up to date.
         store: of clips and recordings.
         batch: most streams that advance together.
+        snapshots: where streams are kept; None keeps none.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Worker:
         metrics: Metrics,
         store: ClipStore,
         batch: int = 1,
+        snapshots: Snapshots | None = None,
     ):
         self.models = models
         self.limits = limits
@@ -64,7 +67,7 @@ class Worker:
         self._metrics = metrics
         self._batch = batch
         self._condition = threading.Condition()
-        self._live = LiveStreams(limits, metrics, store, self._condition)
+        self._live = LiveStreams(limits, metrics, store, self._condition, snapshots)
         self._waiting: deque[Stream] = deque()
         self._clips = ClipJobs(models, store, metrics)
         self._since_clip = 0
