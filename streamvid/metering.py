@@ -143,12 +143,16 @@ def measure(
 
 
 @contextmanager
-def as_on_accelerator(mixed_precision: str = "no") -> Iterator[None]:
+def as_on_accelerator(mixed_precision: str = "no", keep_casts: bool = True) -> Iterator[None]:
     """Inside, attention is one fused operation, and autocast is played on the meta device, which
     has none.
 
     The functions are replaced, not intercepted, because what checkpointing recomputes in the
     backward pass escapes torch's function modes.
+
+    Args:
+        keep_casts: whether the cast of a weight that is trained lives as long as this, as it does
+            in autocast's cache. What checkpointing recomputes has a cache of its own per block.
     """
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
     copies: dict[int, Tensor] = {}  # autocast casts each leaf that is trained once
@@ -161,7 +165,7 @@ def as_on_accelerator(mixed_precision: str = "no") -> Iterator[None]:
             or not x.is_floating_point()
         ):
             return x
-        if not (x.is_leaf and x.requires_grad and torch.is_grad_enabled()):
+        if not (keep_casts and x.is_leaf and x.requires_grad and torch.is_grad_enabled()):
             return x.to(dtype)
         if id(x) not in copies:
             copies[id(x)] = x.to(dtype)

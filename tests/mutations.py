@@ -236,9 +236,10 @@ MUTANTS: list[Mutant] = [
         "tests/students/test_batch.py::test_old_and_young_sessions_run_as_one_when_their_windows_are_full",
         "tests/students/test_batch.py::test_a_session_that_is_given_up_in_the_middle_leaves_the_others_alone",
         context_before_the_commit=(
-            "last is not None and all(new is old",
-            "last is not None and all(len(new) == len(old)",
+            "all(new is old for new, old in",
+            "all(len(new) == len(old) for new, old in",
         ),
+        own_frames_among_the_seen=("argsort(stable=True)[:seen]", "argsort(stable=True)[-seen:]"),
         texts_of_other_rows=(
             "zip(self.caches, self.conds, self.split_kv(kv))",
             "zip(self.caches, self.conds, self.split_kv(kv)[::-1])",
@@ -491,19 +492,37 @@ MUTANTS: list[Mutant] = [
             "self.sink_frames - num_frames + 1\n        committed",
         ),
         kv_evicts_the_sink=(
-            "_ends(x, self.sink_frames, self.window_frames - self.sink_frames)",
-            "_ends(x, 0, self.window_frames)",
+            "*range(committed - stored + self.sink_frames, committed))",
+            "*range(committed - stored, committed))",
         ),
         kv_sink_moves=("i if i < self.sink_frames else i - shift", "i - shift"),
         kv_keeps_a_stale_context=(
-            "kv[0][0].shape[1]\n        self._context = None",
-            "kv[0][0].shape[1]",
+            "self.window_frames)\n        self._context, self._passed = None, 0",
+            "self.window_frames)\n        self._passed = 0",
         ),
         kv_rewinds_with_a_stale_context=(
-            "resume_at\n        self._context = None",
-            "resume_at",
+            "if gap else self.sink_frames\n        self._context, self._passed = None, 0",
+            "if gap else self.sink_frames\n        self._passed = 0",
         ),
         kv_text_of_a_changed_prompt=("or self._text[1] != _version(prompt)", "or False"),
+    ),
+    *mutants(
+        "streamvid/models/kv_store.py",
+        "tests/models/test_kv_cache.py",
+        kv_turns_the_sink_away=("rotary_table((shift,)", "rotary_table((-shift,)"),
+        kv_turns_no_sink=("if shift and piece.stop <= num_sink:", "if False:"),
+        kv_ring_turns_the_sink_on_and_on=(
+            "turned_by(key, shift)\n        self._shift",
+            "turned_by(pair[0][:, :num_sink], shift)\n        self._shift",
+        ),
+        kv_shows_its_own_frames_elsewhere=(
+            "[starts[run.place] + i for run",
+            "[starts[run.place] for run",
+        ),
+        kv_copies_share_a_ring=(
+            "pair and (pair[0].clone(), pair[1].clone())",
+            "pair",
+        ),
     ),
     *mutants(
         "streamvid/models/attention.py",
@@ -525,8 +544,8 @@ MUTANTS: list[Mutant] = [
         "tests/models/test_rope.py",
         rope_turns_too_slowly=("THETA ** -(", "THETA ** -2 ** ("),
         rope_axes_exchanged=(
-            "angles[1][None, :, None], angles[2][None, None]",
-            "angles[2][None, :, None], angles[1][None, None]",
+            "torch.cat([rows, columns], dim=-1)",
+            "torch.cat([columns, rows], dim=-1)",
         ),
     ),
     *mutants(

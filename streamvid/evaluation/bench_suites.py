@@ -137,7 +137,7 @@ def _stream_once(
 def _cache_bytes(student: Any, config: StreamConfig, size: tuple[int, int], cond: Tensor) -> int:
     """Bytes of a cache whose window is full, after as many chunks at one step each."""
     shape = (student.codec.latent_channels, *(side // student.codec.spatial_ratio for side in size))
-    cache = new_cache(student.transformer, config, 1, shape)
+    cache = new_cache(student.transformer, config, 1, shape, static=True)
     if cache is None:
         return 0
     num_chunks = -(-(config.window_frames or 7 * config.chunk_frames) // config.chunk_frames)

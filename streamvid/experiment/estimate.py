@@ -9,9 +9,10 @@ seconds.
 
 What is assumed: attention keeps no matrix of scores (flash, or the memory-efficient kernels);
 ``mixed_precision`` casts matrix products, convolutions and attention, and keeps one cast copy of
-each weight that is trained, as autocast does. Deep networks are measured at two depths and
-extrapolated, which is exact but for where a discriminator reads. What is left out: the allocator's
-waste, kernels' workspaces and the context of a device, together some 1 to 2 GiB.
+each weight that is trained until a loss is computed, as autocast does, but none of a sharded
+network. Deep networks are measured at two depths and extrapolated, which is exact but for where a
+discriminator reads. What is left out: the allocator's waste, kernels' workspaces and the context of
+a device, together some 1 to 2 GiB.
 """
 
 from __future__ import annotations
@@ -93,8 +94,13 @@ class Turn:
     """Updates per average step of the run."""
     flops: float
     """Operations of all accumulation passes, mean over random exits."""
-    peak: float
-    """Bytes at the worst moment besides the networks': activations, caches, gradients."""
+    peaks: tuple[float, float]
+    """Bytes besides the networks' at the worst moment until a loss is known, and of its gradient:
+    activations, caches, gradients."""
+
+    @property
+    def peak(self) -> float:
+        return max(self.peaks)
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ class Estimate:
             return self.peak_bytes
         gradients = {role.name: role.weights for role in self.roles}
         return self.state_bytes + max(
-            (max(0, t.peak - gradients.get(t.name, 0)) for t in self.turns), default=0
+            (max(t.peaks[0], t.peaks[1] - gradients.get(t.name, 0)) for t in self.turns), default=0
         )
 
     @property
@@ -160,7 +166,7 @@ class Estimate:
             lines.append(
                 f"sharded over {count} processes: {divided.state_bytes / GIB:.2f} GiB of networks"
                 f" each, at most {divided.peak_bytes / GIB:.2f} GiB at the peak, where gradients"
-                " are counted whole"
+                f" are counted whole, and {divided.least_peak_bytes / GIB:.2f} without them"
             )
         return "\n".join(lines)
 
@@ -446,7 +452,7 @@ def _turn(config: RunConfig, method: Method, turn: str, per_step: float, sampled
         (step for step in counted_steps(config.train.max_steps) if turn in method.turns(step)),
         sampled,
     )
-    measured: dict[Any, tuple[float, float]] = {}
+    measured: dict[Any, tuple[int, tuple[int, int]]] = {}
     costs = []
     for step in steps:
         key = _choice(method, turn, step)
@@ -456,7 +462,8 @@ def _turn(config: RunConfig, method: Method, turn: str, per_step: float, sampled
     flops, peaks = zip(*costs)
     optimizer = config.train.optimizers.get(turn)
     passes = 1 if optimizer is None else optimizer.accumulate
-    return Turn(turn, per_step, passes * sum(flops) / len(flops), max(peaks))
+    worst = tuple(max(phase) for phase in zip(*peaks))
+    return Turn(turn, per_step, passes * sum(flops) / len(flops), worst)
 
 
 def _choice(method: Method, turn: str, step: int) -> Any:
@@ -469,20 +476,30 @@ def _choice(method: Method, turn: str, step: int) -> Any:
 
 def measure_turn(
     method: Method, turn: str, batch: dict[str, Any], step: int, config: RunConfig
-) -> tuple[int, int]:
+) -> tuple[int, tuple[int, int]]:
     """Floating-point operations of a loss and its gradient, and the most bytes of tensors that were
-    alive at once.
+    alive at once, until the loss was known and after that.
 
     The method's networks and the batch are all on the meta device.
     """
     for name, network in method.networks().items():
         network.requires_grad_(name == turn)
         network.zero_grad(set_to_none=True)
-    with as_on_accelerator(config.train.mixed_precision), Meter() as meter:
-        for loss, _ in loss_parts(method, turn, batch, step):
-            loss.backward()
+    precision, divided = config.train.mixed_precision, config.train.shard == "full"
+    parts = loss_parts(method, turn, batch, step)
+    forward = backward = 0
+    with Meter() as meter:
+        while True:
+            with as_on_accelerator(precision, keep_casts=not divided):
+                found = next(parts, None)
+            if found is None:
+                break
+            forward, meter.peak = max(forward, meter.peak), meter.now
+            with as_on_accelerator(precision, keep_casts=False):
+                found[0].backward()
+            backward, meter.peak = max(backward, meter.peak), meter.now
     method.networks()[turn].zero_grad(set_to_none=True)
-    return meter.flops, meter.peak
+    return meter.flops, (forward, backward)
 
 
 def batch_on_meta(config: RunConfig, method: Method) -> dict[str, Any]:
@@ -537,8 +554,11 @@ def latent_frames_of_run(config: RunConfig) -> int:
 
 
 def _extrapolate(few: Turn, more: Turn, depth: int) -> Turn:
-    """The line through two depths, at a third."""
+    """The line through two depths, at a third; of each phase, as the worse may change with the
+    depth.
+    """
     a, b = DEPTHS
     share = (depth - a) / (b - a)
     line = lambda x, y: x + share * (y - x)
-    return replace(more, flops=line(few.flops, more.flops), peak=line(few.peak, more.peak))
+    peaks = tuple(line(x, y) for x, y in zip(few.peaks, more.peaks, strict=True))
+    return replace(more, flops=line(few.flops, more.flops), peaks=peaks)

@@ -149,7 +149,7 @@ def pace(here: Setting, config: StreamConfig, steady: int) -> dict[str, Any]:
 @torch.no_grad()
 def steady_cache(here: Setting, config: StreamConfig) -> Any:
     """A cache whose window is full."""
-    cache = new_cache(here.student, config, 1, here.latent_shape)
+    cache = new_cache(here.student, config, 1, here.latent_shape, static=True)
     for _ in range(FILLING + 1):
         here.student.commit(latents_of(here), 0.0, here.cond, cache)
     return cache
@@ -172,14 +172,9 @@ def breakdown(here: Setting) -> dict[str, float]:
     def decode() -> None:
         _, decoder["state"] = here.codec.decode_chunk(x, decoder["state"])
 
-    def draw_context() -> None:  # what the first pass after a commit does besides
-        cache._context = None
-        cache.context(CHUNK_FRAMES)
-
     works: dict[str, Callable[[], Any]] = {
         "denoise_pass": lambda: here.student(x, time, here.cond, cache=cache),
         "commit": lambda: here.student.commit(x, time, here.cond, cache),
-        "context_turn": draw_context,
         "noise_on_host_and_copy": lambda: noise.draw(0, 1, shape, here.device, torch.float32),
         "decode": decode,
     }

@@ -5,8 +5,9 @@ Parameters and configuration are those of ``diffusers.WanTransformer3DModel`` (W
 2503.20314), so a Wan folder opens here and a student's folder opens in diffusers. What differs is
 who attends to whom (``attention.Span``), where frames are (``rope``), and that the modulation is
 computed a frame, not a token: hidden states keep a frame axis. Blocks are pure: what a cache holds
-goes in as tensors and what a pass leaves comes out as detached tensors, so activation checkpointing
-recomputes exactly what it computed and no gradient crosses from a chunk to the ones before it.
+goes in as tensors that nobody writes to and what a pass leaves comes out as detached tensors, so
+activation checkpointing recomputes exactly what it computed and no gradient crosses from a chunk to
+the ones before it. A static cache, which takes no gradient, is written to.
 
 A student with a ``jump_embedding`` is a flow map: told a target time s, it gives the mean velocity
 from t to s, and told nothing the velocity at t. diffusers opens its folder too, warns that it does
@@ -21,6 +22,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +46,8 @@ from streamvid.models.attention import (
 )
 from streamvid.models.joined_cache import JoinedCache
 from streamvid.models.jump_embedding import JumpEmbedding
-from streamvid.models.kv_cache import KeyValue, StreamKVCache
+from streamvid.models.kv_cache import StreamKVCache
+from streamvid.models.kv_store import KeyValue, LayerContext, Room
 from streamvid.models.rope import rotary_table, rotate
 
 EXPORT_CLASS_NAME = "WanTransformer3DModel"
@@ -143,17 +146,18 @@ class CausalWanBlock(nn.Module):
         modulation: Tensor,
         rotary: Tensor,
         spans: tuple[Span, ...],
-        context: KeyValue | None = None,
+        room: Room | None = None,
     ) -> tuple[Tensor, KeyValue, KeyValue]:
-        """One block; no side effects.
+        """One block; no side effects, but that ``room`` is written to.
 
         Args:
             hidden: [B, F, S, D].
             cond: of the prompts [B, L, D], or the keys and values that an earlier call made of it.
             modulation: [B, F, 6, D] or [B, 1, 6, D].
             rotary: table [F, S, 1, E / 2] or [B, F, S, 1, E / 2] of the frames in ``hidden``.
-            spans: who attends to whom; keys are ``[context | hidden]``.
-            context: turned keys and values [B, L, N, E].
+            spans: who attends to whom.
+            room: the keys and values of all frames that are seen, those of ``hidden`` yet to be
+                written; None if only these are.
 
         Returns:
             Hidden states [B, F, S, D]; detached keys before the rotary embedding, and values,
@@ -163,7 +167,7 @@ class CausalWanBlock(nn.Module):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.unbind(-2)
 
         x = _modulate(self.norm1(hidden.float()), shift, scale).type_as(hidden)
-        attended, kv = self._attend_frames(x, rotary, spans, context)
+        attended, kv = self._attend_frames(x, rotary, spans, room)
         hidden = (hidden.float() + attended * gate).type_as(hidden)
 
         x = self.norm2(hidden.float()).type_as(hidden)
@@ -175,14 +179,15 @@ class CausalWanBlock(nn.Module):
         return hidden, kv, text_kv
 
     def _attend_frames(
-        self, x: Tensor, rotary: Tensor, spans: tuple[Span, ...], context: KeyValue | None
+        self, x: Tensor, rotary: Tensor, spans: tuple[Span, ...], room: Room | None
     ) -> tuple[Tensor, KeyValue]:
         q = rotate(self.attn1.query(x), rotary).flatten(1, 2)
         k, v = self.attn1.key_value(x)  # [B, F, S, N, E]
         kv = (k.detach(), v.detach())  # sg: a committed chunk gets no gradient from later ones
-        k, v = rotate(k, rotary).flatten(1, 2), v.flatten(1, 2)
-        if context is not None:
-            k, v = torch.cat([context[0], k], dim=1), torch.cat([context[1], v], dim=1)
+        k = rotate(k, rotary)
+        if room is not None:
+            k, v = (all_.index_copy_(1, room[2], own) for all_, own in zip(room[:2], (k, v)))
+        k, v = k.flatten(1, 2), v.flatten(1, 2)
         return self.attn1.output(attend_spans(q, k, v, spans)).view_as(x), kv
 
     def _attend_cond(self, x: Tensor, cond: Tensor | KeyValue) -> tuple[Tensor, KeyValue]:
@@ -289,8 +294,9 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             timestep: [B], [B, T] (a frame each) or one number; 0 (data) to 1000 (noise).
             encoder_hidden_states: text embedding [B, L, text_dim].
             cache: committed context, which the frames follow, of one stream or a joined one of
-                several; it is not changed. Without gradient, the text's keys and values are kept in
-                it for the next call with the same tensor.
+                several. It is not changed, unless it is static: then the frames take their places
+                in it, uncommitted. Without gradient, the text's keys and values are kept in it for
+                the next call with the same tensor.
             chunk_frames: None lets the frames see each other; otherwise a chunk of so many frames
                 sees itself and the chunks before it (and the context of ``cache``).
             clean_context: data [B, C, T, H, W]; teacher forcing: a noisy chunk sees the clean
@@ -301,7 +307,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 most as large; the output is then the mean velocity of the way. None gives the
                 velocity at ``timestep``, and so does a target equal to it. Needs a model with
                 ``jump_embedding``.
-            return_kv: also return the frames' detached keys and values, for ``cache.append``.
+            return_kv: also return the frames' detached keys and values, for ``cache.append``; none
+                where a static cache has them already.
             return_dict: False returns ``(sample,)`` or ``(sample, kv)``.
 
         Raises:
@@ -312,9 +319,11 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         timestep = _frame_timesteps(timestep, hidden_states)
         span = self._jump_span(timestep, target_timestep, hidden_states)
         positions: tuple[Any, ...] = tuple(range(frames))  # or such a tuple per sample
-        context: tuple[KeyValue, ...] = ()
+        context: tuple[LayerContext, ...] = ()
+        num_seen = 0
         if cache is not None:
-            positions, context = cache.frame_positions(frames)[1], cache.context(frames)
+            positions, num_seen = cache.turns(frames), len(cache.visible_frames(frames))
+            context = cache.context(frames, chunkwise=chunk_frames is not None)
         if clean_context is not None:
             _check_teacher_forcing(hidden_states, clean_context, cache, chunk_frames, return_kv)
             past = clean_context[:, :, : frames - chunk_frames]
@@ -326,11 +335,24 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             positions = positions[: past.shape[2]] + positions
 
         grid = (height // self.config.patch_size[1], width // self.config.patch_size[2])
-        spans = _spans(frames, math.prod(grid), chunk_frames, context, clean_context is not None)
+        spans = _spans(frames, math.prod(grid), chunk_frames, num_seen, clean_context is not None)
         rotary = rotary_table(positions, grid, self.config.attention_head_dim, hidden_states.device)
+        # the first pass over a static cache is before there is room
+        static = cache is not None and cache.static
         hidden, temb, kv = self._run_blocks(
-            hidden_states, timestep, span, encoder_hidden_states, rotary, spans, context, cache
+            hidden_states,
+            timestep,
+            span,
+            encoder_hidden_states,
+            rotary,
+            spans,
+            context,
+            cache,
+            keeps_kv=not context if static else return_kv,
         )
+        if static:
+            cache.end_static_pass(kv)
+            kv = ()
         sample = self._head(hidden[:, -frames:], temb[:, -frames:], grid)
         kv = kv if return_kv else None
         if not return_dict:
@@ -351,6 +373,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         sink_frames: int = 0,
         positions: str = "absolute",
         max_trained_frames: int | None = None,
+        pass_frames: int | None = None,
     ) -> StreamKVCache:
         """An empty cache for ``batch_size`` streams of ``height`` x ``width`` latents; see
         ``StreamKVCache``.
@@ -365,6 +388,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             sink_frames=sink_frames,
             positions=positions,
             max_trained_frames=max_trained_frames,
+            pass_frames=pass_frames,
         )
 
     @torch.no_grad()
@@ -398,11 +422,12 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         cond: Tensor,
         rotary: Tensor,
         spans: tuple[Span, ...],
-        context: tuple[KeyValue, ...],
+        context: tuple[LayerContext, ...],
         cache: StreamKVCache | JoinedCache | None,
+        keeps_kv: bool,
     ) -> tuple[Tensor, Tensor, tuple[KeyValue, ...]]:
-        """Latents [B, C, F, H, W] to hidden states [B, F, S, D], time embedding [B, F, D], keys and
-        values.
+        """Latents [B, C, F, H, W] to hidden states [B, F, S, D], time embedding [B, F, D], and, if
+        they are to be kept, keys and values.
         """
         dtype = self.patch_embedding.weight.dtype
         hidden = rearrange(
@@ -417,18 +442,20 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         contexts = context or (None,) * len(self.blocks)
         kv, new_text_kv = [], []
         for block, block_cond, block_context in zip(self.blocks, conds, contexts, strict=True):
-            args = (hidden, block_cond, modulation, rotary, spans, block_context)
+            args = (block_context, hidden, block_cond, modulation, rotary, spans)
             hidden, block_kv, block_text_kv = self._run_block(block, args)
-            kv.append(block_kv)
-            new_text_kv.append(block_text_kv)
+            if keeps_kv:
+                kv.append(block_kv)
+            if keeps_text:
+                new_text_kv.append(block_text_kv)
         if keeps_text and not text_kv:
             cache.keep_text(cond, new_text_kv)
         return hidden, temb.expand(-1, hidden.shape[1], -1), tuple(kv)
 
     def _run_block(self, block: nn.Module, args: tuple) -> tuple[Tensor, KeyValue, KeyValue]:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, *args)
-        return block(*args)
+            return self._gradient_checkpointing_func(partial(_with_room, block), *args)
+        return _with_room(block, *args)
 
     def _head(self, hidden: Tensor, temb: Tensor, grid: tuple[int, int]) -> Tensor:
         """Hidden states [B, T, S, D] and time embedding [B, T, D] to velocity [B, C, T, H, W]."""
@@ -482,6 +509,16 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             cache.check_pass(batch_size, frames, height, width)
 
 
+def _with_room(
+    block: nn.Module, context: LayerContext | None, *args: Any
+) -> tuple[Tensor, KeyValue, KeyValue]:
+    """A block over a context, which is joined here: inside of what is checkpointed, so that only
+    its pieces are held, and outside of what is compiled, which would be anew for each number of
+    them.
+    """
+    return block(*args, None if context is None else context.room())
+
+
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
@@ -532,10 +569,10 @@ def _spans(
     frames: int,
     frame_tokens: int,
     chunk_frames: int | None,
-    context: tuple[KeyValue, ...],
+    context_frames: int,
     teacher_forcing: bool,
 ) -> tuple[Span, ...]:
-    context_tokens = context[0][0].shape[1] if context else 0
+    context_tokens = context_frames * frame_tokens
     if chunk_frames is None:
         return full_spans(frames * frame_tokens, context_tokens)
     num_chunks, chunk_tokens = frames // chunk_frames, chunk_frames * frame_tokens

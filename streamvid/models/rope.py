@@ -51,16 +51,25 @@ def rotary_table(
             rows = [rotary_table(row, grid, head_size, device) for row in frame_positions]
             return rows[0] if len(set(frame_positions)) == 1 else torch.stack(rows)
         time = torch.tensor(frame_positions, dtype=torch.float64)
-        axes = (time, *(torch.arange(size, dtype=torch.float64) for size in grid))
-        angles = [
-            torch.outer(p, _frequencies(d))
-            for p, d in zip(axes, axis_sizes(head_size), strict=True)
-        ]
-        shape = (len(time), *grid, -1)
-        views = (angles[0][:, None, None], angles[1][None, :, None], angles[2][None, None])
-        # [F, S, D / 2]
-        angle = torch.cat([view.expand(shape) for view in views], dim=-1).flatten(1, 2)
-        return torch.polar(torch.ones_like(angle), angle).to(device, torch.complex64).unsqueeze(2)
+        time = _rotations(time, axis_sizes(head_size)[0])
+        if device.type == "cuda":  # from pinned memory the host needn't wait for the device
+            time = time.pin_memory()
+        space = _space_table(grid, head_size, device)
+        shape = (len(frame_positions), len(space), -1)
+        time = time.to(device, non_blocking=True)[:, None].expand(shape)
+        return torch.cat([time, space.expand(shape)], dim=-1).unsqueeze(2)
+
+
+@lru_cache(maxsize=8)
+def _space_table(grid: tuple[int, int], head_size: int, device: torch.device) -> Tensor:
+    """The rotations by row and column of all tokens of a frame, complex64 [S, pairs]; a stream's
+    frames share them.
+    """
+    _, height, width = axis_sizes(head_size)
+    rows, columns = (torch.arange(size, dtype=torch.float64) for size in grid)
+    rows = _rotations(rows, height)[:, None].expand(*grid, -1)
+    columns = _rotations(columns, width)[None].expand(*grid, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1).to(device)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -69,6 +78,12 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
+
+
+def _rotations(positions: Tensor, size: int) -> Tensor:
+    """Of an axis of ``size`` channels at float64 positions [P], complex64 [P, size / 2]."""
+    angle = torch.outer(positions, _frequencies(size))
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
 def _frequencies(size: int) -> Tensor:

@@ -135,7 +135,7 @@ def stream_latents(
         KeyedNoise(seeds),
         latent_shape=latent_shape,
         chunk_frames=config.chunk_frames,
-        cache=new_cache(student, config, cond.shape[0], latent_shape),
+        cache=new_cache(student, config, cond.shape[0], latent_shape, static=True),
         commit=config.commit,
         context_t=config.context_t,
         stepper=config.stepper,
@@ -167,12 +167,22 @@ def generate_latents(
 
 
 def new_cache(
-    student: Any, config: StreamConfig, batch_size: int, latent_shape: tuple[int, int, int]
+    student: Any,
+    config: StreamConfig,
+    batch_size: int,
+    latent_shape: tuple[int, int, int],
+    static: bool = False,
 ) -> Any:
-    """The cache that a configuration asks for; None if it commits nothing."""
+    """The cache that a configuration asks for; None if it commits nothing.
+
+    Args:
+        static: for passes without gradient, in buffers of a fixed size where the configuration has
+            a window and one chunk per pass.
+    """
     if config.commit == "none":
         return None
     _, height, width = latent_shape
+    static = static and config.order == "autoregressive" and config.window_frames is not None
     return student.new_cache(
         batch_size,
         height,
@@ -181,6 +191,7 @@ def new_cache(
         sink_frames=config.sink_frames,
         positions=config.positions,
         max_trained_frames=config.max_trained_frames,
+        pass_frames=config.chunk_frames if static else None,
     )
 
 

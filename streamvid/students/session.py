@@ -363,7 +363,7 @@ class Session:
     # ---- keeping ---------------------------------------------------------------------------------
 
     def branch(self) -> Session:
-        """Another session that goes on from here by itself. The two share memory, not fate."""
+        """Another session that goes on from here by itself, over a context of its own."""
         self._commit_pending()
         state = self._open_state()
         twin = object.__new__(Session)
@@ -429,7 +429,7 @@ class Session:
         return self.student.prompts.encode([prompt]).to(self._device)
 
     def _new_cache(self, config: StreamConfig) -> Any:
-        return new_cache(self._transformer, config, 1, self._latent_shape)
+        return new_cache(self._transformer, config, 1, self._latent_shape, static=True)
 
     def _num_commits(self) -> int:
         """Passes per chunk that write context."""

@@ -25,7 +25,7 @@ from streamvid.rollout.schedule import StreamConfig
 from streamvid.students.stream_state import Blend, Context, StreamState
 from streamvid.weights import parse_json
 
-FORMAT = "streamvid session 1"
+FORMAT = "streamvid session 2"
 SAMPLED = 64  # numbers of each parameter that its fingerprint looks at
 
 

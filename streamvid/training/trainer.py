@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, send_to_device, set_seed
+from accelerate.utils import AutocastKwargs, gather_object, send_to_device, set_seed
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import Module
@@ -266,7 +266,7 @@ class Trainer:
         parts = loss_parts(self.method, turn, batch, self.step)
         total = torch.zeros((), device=self.accelerator.device)
         while True:
-            with self.accelerator.autocast():
+            with self._autocast():
                 found = next(parts, None)
             if found is None:
                 return total
@@ -275,6 +275,12 @@ class Trainer:
             learner.scaler.scale(loss).backward()
             self.means.add({f"{turn}/{name}": value for name, value in numbers.items()})
             total = total + loss.detach()
+
+    def _autocast(self) -> Any:
+        """accelerate's context of mixed precision. It keeps no casts of sharded weights: they would
+        stay whole until the loss is computed, 27 GiB at 14B.
+        """
+        return self.accelerator.autocast(AutocastKwargs(cache_enabled=not self.sharded))
 
     def _draw(self, turn: str, micro: int, part: int) -> dict[str, Any]:
         """This process's share of the joint batch in accumulation pass `part`."""
