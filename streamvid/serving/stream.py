@@ -100,11 +100,14 @@ class Stream:
     dropped: int = 0
     place: int | None = None
     bookmarks: dict[int, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
+    automatic_bookmarks: set[int] = field(default_factory=set)
     recorder: Recorder | None = None
     finishing: list[Recorder] = field(default_factory=list)
     switched_at: float | None = None
     switch_mode: str = "cut"
     commands: deque[tuple[protocol.Message, float]] = field(default_factory=deque)
+    planned: list[protocol.Planned] = field(default_factory=list)
+    """What waits for its chunk, in the order in which it came."""
 
     def __post_init__(self) -> None:
         self.outbox = Outbox(self.wake)

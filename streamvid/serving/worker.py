@@ -418,15 +418,44 @@ class Worker:
     # ---- what viewers ask for
 
     def _apply_commands(self, stream: Stream) -> None:
-        """All that has come since the last chunk, in order; the session keeps the last prompt."""
+        """What was planned for the next chunk, then all that has come since the last one, in order;
+        the session keeps the last prompt.
+        """
         with self._condition:
-            commands = list(stream.commands)
+            commands = [*self._take_planned(stream), *stream.commands]
             stream.commands.clear()
         for message, came in commands:
             try:
-                self._apply(stream, message, came)
+                if not self._plan(stream, message):
+                    self._apply(stream, message, came)
             except ValueError as error:
                 self._tell_error(stream, "bad_request", one_line(error))
+
+    def _take_planned(self, stream: Stream) -> list[tuple[protocol.Message, float]]:
+        """What takes effect now. A bookmark keeps the moment before all changes."""
+        chunk = stream.session.index
+        due = [message for message in stream.planned if message.at == chunk]
+        stream.planned = [message for message in stream.planned if message.at != chunk]
+        due.sort(key=lambda message: not isinstance(message, protocol.SessionBookmark))
+        return [(message, time.monotonic()) for message in due]
+
+    def _plan(self, stream: Stream, message: protocol.Message) -> bool:
+        """Keep a message for the chunk that it names; False if it takes effect now."""
+        if not isinstance(message, protocol.Planned) or message.at is None:
+            return False
+        chunk = stream.session.index
+        if message.at < chunk:
+            raise ValueError(
+                f"at={message.at}, expected {chunk} or later: the chunks before it are made"
+            )
+        if message.at == chunk:
+            return False
+        if len(stream.planned) >= self.limits.commands:
+            raise ValueError(
+                f"{self.limits.commands} changes wait for their chunks already; send this one later"
+            )
+        stream.planned.append(message)
+        return True
 
     def _apply(self, stream: Stream, message: protocol.Message, came: float) -> None:
         match message:
@@ -455,7 +484,7 @@ class Worker:
             case protocol.SessionReset():
                 self._reset(stream, message)
             case protocol.SessionBookmark():
-                self._bookmark(stream)
+                self._bookmark(stream, message.automatic)
             case protocol.SessionBranch():
                 self._branch(stream, message.bookmark)
             case protocol.RecordStart():
@@ -484,6 +513,7 @@ class Worker:
             stream.session.hold_rate(stream.fps if stream.hold_rate else None)
         stream.outbox.put(
             protocol.SettingsApplied(
+                chunk=stream.session.index,
                 seed=stream.seed,
                 steps=stream.session.steps,
                 fps=stream.fps,
@@ -511,6 +541,7 @@ class Worker:
             self._stop_recording(stream)
         stream.session.close()
         stream.session = session
+        stream.planned.clear()
 
     def _restarted(self, stream: Stream, bookmark: int | None) -> None:
         stream.prompt_id += 1
@@ -529,18 +560,25 @@ class Worker:
             )
         )
 
-    def _bookmark(self, stream: Stream) -> None:
+    def _bookmark(self, stream: Stream, automatic: bool) -> None:
         if len(stream.bookmarks) >= self.limits.bookmarks:
-            oldest = min(stream.bookmarks)
+            oldest = min(stream.automatic_bookmarks or stream.bookmarks)
+            stream.automatic_bookmarks.discard(oldest)
             stream.bookmarks.pop(oldest)[0].close()
         number = max(stream.bookmarks, default=-1) + 1
         settings = {
             name: getattr(stream, name) for name in ("prompt", "seed", "steps", "hold_rate")
         }
         stream.bookmarks[number] = (stream.session.branch(), settings)
+        if automatic:
+            stream.automatic_bookmarks.add(number)
         stream.outbox.put(
             protocol.BookmarkMade(
-                bookmark=number, chunk=stream.session.index, sequence=stream.sequence
+                bookmark=number,
+                chunk=stream.session.index,
+                sequence=stream.sequence,
+                automatic=automatic,
+                kept=sorted(stream.bookmarks),
             )
         )
 
