@@ -1,6 +1,6 @@
 // One live stream: its connection, the frames that wait to be shown, and its bookmarks.
 
-import { $, app, count, lead, milliseconds, save, setState, toast } from "./base.js";
+import { $, app, count, lead, milliseconds, setState, toast } from "./base.js";
 import { figures } from "./figures.js";
 import { fieldsOf, inOrder } from "./script.js";
 import {
@@ -16,6 +16,7 @@ const ACK_EVERY = 4; // frames
 const AHEAD = 3; // chunks that a change of a script is told beforehand
 const BOOKMARK_EVERY = 4; // chunks
 const BOOKMARK_BELOW = 256; // pixels of height; the memory of larger streams is too large to keep
+const RETRY_MS = 700;
 const OWN_BOOKMARKS = 12; // from so many on there is no room for automatic ones
 
 export class Stream {
@@ -43,6 +44,7 @@ export class Stream {
   open() {
     this.asked = performance.now();
     this.first = null;
+    shapeView(this, app.info.width, app.info.height);
     const scheme = location.protocol === "https:" ? "wss" : "ws";
     const protocols = app.token ? ["streamvid", `bearer.${app.token}`] : ["streamvid"];
     this.socket = new WebSocket(`${scheme}://${location.host}/v1/realtime/video`, protocols);
@@ -162,6 +164,11 @@ export class Stream {
       script: () => this.scriptCame?.(message.script),
       "session.done": () => this.end(message),
       error: () => {
+        if (message.code === "busy" && !this.closed) { // streams that were just left still count
+          this.note("Waits for a place");
+          setTimeout(() => this.begin(), RETRY_MS);
+          return;
+        }
         toast(message.message);
         if (!this.live) this.note(message.message);
         if (message.code === "record_failed") setRecording(false);

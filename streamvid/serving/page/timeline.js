@@ -41,6 +41,7 @@ export const timeline = {
     this.length = 0;
     this.pictures = [];
     this.cursor = null;
+    $("timeline").dataset.chunks = 0;
     this.script = makeScript(script);
     this.played = makeScript({ ...script, changes: [] });
     this.render();
@@ -57,6 +58,7 @@ export const timeline = {
     this.first ??= chunk;
     this.starts.push(this.length);
     this.length += frames;
+    $("timeline").dataset.chunks = this.starts.length;
     this.layOut();
   },
 
