@@ -28,6 +28,7 @@ from streamvid.serving import protocol
 from streamvid.serving.limits import Limits
 from streamvid.serving.metrics import Metrics
 from streamvid.serving.pacing import percentile_ms
+from streamvid.serving.planning import plan, take_planned
 from streamvid.serving.recording import Clip, ClipStore, Recorder
 from streamvid.serving.stream import Frames, Stream, say_after, script_text
 
@@ -422,40 +423,14 @@ class Worker:
         the session keeps the last prompt.
         """
         with self._condition:
-            commands = [*self._take_planned(stream), *stream.commands]
+            commands = [*take_planned(stream), *stream.commands]
             stream.commands.clear()
         for message, came in commands:
             try:
-                if not self._plan(stream, message):
+                if not plan(stream, message, self.limits):
                     self._apply(stream, message, came)
             except ValueError as error:
                 self._tell_error(stream, "bad_request", one_line(error))
-
-    def _take_planned(self, stream: Stream) -> list[tuple[protocol.Message, float]]:
-        """What takes effect now. A bookmark keeps the moment before all changes."""
-        chunk = stream.session.index
-        due = [message for message in stream.planned if message.at == chunk]
-        stream.planned = [message for message in stream.planned if message.at != chunk]
-        due.sort(key=lambda message: not isinstance(message, protocol.SessionBookmark))
-        return [(message, time.monotonic()) for message in due]
-
-    def _plan(self, stream: Stream, message: protocol.Message) -> bool:
-        """Keep a message for the chunk that it names; False if it takes effect now."""
-        if not isinstance(message, protocol.Planned) or message.at is None:
-            return False
-        chunk = stream.session.index
-        if message.at < chunk:
-            raise ValueError(
-                f"at={message.at}, expected {chunk} or later: the chunks before it are made"
-            )
-        if message.at == chunk:
-            return False
-        if len(stream.planned) >= self.limits.commands:
-            raise ValueError(
-                f"{self.limits.commands} changes wait for their chunks already; send this one later"
-            )
-        stream.planned.append(message)
-        return True
 
     def _apply(self, stream: Stream, message: protocol.Message, came: float) -> None:
         match message:
