@@ -61,7 +61,7 @@ def serving(**options: Any) -> Iterator[str]:
 
 
 def open_page(browser: Any, address: str, size: dict[str, int], theme: str) -> Any:
-    """The page with the first prompt on it, and its frames in ``page.frames_received``."""
+    """The page with the first prompt on it."""
     context = browser.new_context(
         viewport=size, color_scheme=theme, device_scale_factor=2 if size is PHONE else 1
     )
@@ -150,9 +150,8 @@ def record_switch(browser: Any, address: str, path: Path) -> None:
         caption(protocol.decode_picture(picture), PROMPTS[header.prompt_id])
         for header, picture in kept
     ]
-    images[0].save(
-        path, save_all=True, append_images=images[1:], duration=62, loop=0, quality=70, method=4
-    )
+    later = images[1:]
+    images[0].save(path, save_all=True, append_images=later, duration=62, loop=0, quality=92)
 
 
 def caption(frame: np.ndarray, prompt: str) -> Image.Image:
@@ -179,16 +178,7 @@ def make_pictures(out: Path) -> None:
         shoot_comparison(browser, address, out / "live-compare.png")
         record_switch(browser, address, out / "switch.webp")
     for path in sorted([*out.glob("live-*.png"), out / "switch.webp"]):
-        reduce_colours(path)
         say(f"{path}: {path.stat().st_size / 1000:.0f} kB")
-
-
-def reduce_colours(path: Path) -> None:
-    """A screenshot has few colours; as a palette it takes a third of the bytes."""
-    if path.suffix == ".png":
-        with Image.open(path) as image:
-            small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        small.save(path, optimize=True)
 
 
 def main(argv: list[str] | None = None) -> int:

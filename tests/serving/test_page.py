@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from demos.browser import chromium
-from demos.pictures import serving
+from demos.browser import main as find_browser
+from demos.pictures import SCALE, caption, serving
 from streamvid.evaluation.world_score import score
 from streamvid.frames import clip_frames
 from streamvid.serving import protocol
@@ -75,6 +76,20 @@ def test_every_control_has_a_name():
         name = re.search(r'id="([\w-]+)"', tag)[1]
         wrapped = re.search(rf'<label class="switch"><input[^>]*id="{name}"', HTML)
         assert f'for="{name}"' in HTML or wrapped, name
+
+
+def test_what_is_lacking_is_said_in_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("CHROMIUM", "no-such-program")
+    assert find_browser([]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert "CHROMIUM=no-such-program" in said or "pip install 'streamvid[browser]'" in said
+
+
+def test_a_frame_in_the_moving_picture_is_enlarged_pixel_by_pixel():
+    frame = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    image = np.asarray(caption(frame, "words"))[: 4 * SCALE]
+    assert (image == frame.repeat(SCALE, 0).repeat(SCALE, 1)).all()
 
 
 # ---------------------------------------------------------------- in a browser

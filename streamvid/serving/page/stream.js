@@ -149,7 +149,8 @@ export class Stream {
       "session.restarted": () => this.restart(message, leads),
       "bookmark.made": () => {
         const { bookmark, chunk, automatic, kept } = message;
-        this.bookmarks.set(chunk, { number: bookmark, automatic });
+        const isOwn = this.bookmarks.get(chunk)?.automatic === false;
+        if (!isOwn || !automatic) this.bookmarks.set(chunk, { number: bookmark, automatic });
         for (const [other, { number }] of this.bookmarks) {
           if (!kept.includes(number)) this.bookmarks.delete(other);
         }
@@ -315,7 +316,7 @@ export class Stream {
     this.view.said.textContent = app.prompt;
     const pace = this.chunkMs ? `${milliseconds(this.chunkMs)} per chunk` : "";
     const steps = this.settings ? count(this.settings.steps, "step") : "";
-    const parts = { one: [steps, pace], settings: [pace], seeds: [] }[app.layout];
+    const parts = app.layout === "seeds" ? [] : [steps, pace];
     this.view.tag.textContent = parts.filter(Boolean).join(" · ");
     this.view.tag.hidden = !this.view.tag.textContent;
   }

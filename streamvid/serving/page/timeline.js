@@ -367,7 +367,7 @@ export const timeline = {
     const dots = [];
     for (const [chunk, { automatic }] of this.moments) {
       const left = this.place(this.frameOf(chunk));
-      if (left < 0) continue;
+      if (left < 0 || this.frameOf(chunk) > this.shown) continue;
       const dot = make("i", automatic ? "moment" : "moment own");
       dot.style.left = `${left}%`;
       dot.dataset.chunk = chunk;
