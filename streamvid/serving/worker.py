@@ -259,7 +259,8 @@ class Worker:
             return commanded[0], None
         running = [s for s in self._active if s.may_advance]
         dues = {s: s.due(now, len(running)) for s in running}
-        first = min(dues, key=dues.get, default=None)
+        # who has nothing to play yet first: of streams that are all late it would stay the last one
+        first = min(dues, key=lambda stream: (stream.chunks > 0, dues[stream]), default=None)
         clip = bool(self._clips or self._job)
         if first is not None and dues[first] <= now:
             if clip and self._since_clip >= LIVE_PER_CLIP:
