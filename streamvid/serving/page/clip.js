@@ -37,13 +37,11 @@ export class Clip {
     this.wanted += 1;
     const wanted = this.wanted;
     const stale = () => this.closed || wanted !== this.wanted;
-    this.prompt = app.prompt;
+    this.asked = { prompt: app.prompt, seed: app.seed };
     this.note("The teacher makes its clip");
     try {
       const headers = { "content-type": "application/json" };
-      const body = JSON.stringify({
-        model: this.model.id, prompt: app.prompt, seed: app.seed, format: "webm",
-      });
+      const body = JSON.stringify({ model: this.model.id, ...this.asked, format: "webm" });
       const made = await ask("/v1/videos", { method: "POST", headers, body });
       let clip = await made.json();
       while (clip.status !== "completed") {
@@ -95,7 +93,8 @@ export class Clip {
   }
 
   label() {
-    if (this.prompt !== app.prompt && lead().live) this.show();
+    const isOld = this.asked?.prompt !== app.prompt || this.asked.seed !== app.seed;
+    if (this.asked && isOld && lead().live) this.show();
   }
 
   note(text) {
