@@ -602,6 +602,17 @@ MUTANTS: list[Mutant] = [
             "self._require_gradients_of(self.learners)",
         ),
     ),
+    *mutants(
+        "streamvid/serving/planning.py",
+        "tests/serving/test_planned.py",
+        planned_change_a_chunk_early=(
+            "if message.at == chunk]",
+            "if message.at == chunk + 1]",
+        ),
+        planned_change_forgotten=("    stream.planned.append(message)\n", ""),
+        planned_bookmark_after_the_change=("message: not isinstance(", "message: isinstance("),
+        change_of_a_chunk_that_is_made=("if message.at < chunk:", "if message.at < chunk - 1:"),
+    ),
     *(Mutant(*row) for row in MUTANTS_OF_OBJECTIVES),
 ]
 

@@ -22,6 +22,7 @@ from streamvid.serving.fmp4 import check_h264
 from streamvid.serving.limits import Limits
 from streamvid.serving.metrics import Metrics
 from streamvid.serving.pacing import percentile_ms
+from streamvid.serving.planning import plan, take_planned
 from streamvid.serving.recording import ClipStore
 from streamvid.serving.snapshots import Snapshots
 from streamvid.serving.steering import Steering
@@ -55,6 +56,7 @@ class LiveStreams:
         self.active: list[Stream] = []
         self.stopping = False
         """Whether the server is; ends wait for recordings then."""
+        self._limits = limits
         self._metrics = metrics
         self._lock = lock
         self._steering = Steering(limits, store, self._tell_error, snapshots)
@@ -209,13 +211,16 @@ class LiveStreams:
         )
 
     def _apply_commands(self, stream: Stream) -> None:
-        """All that has come since the last chunk, in order; the session keeps the last prompt."""
+        """What was planned for the next chunk, then all that has come since the last one, in order;
+        the session keeps the last prompt.
+        """
         with self._lock:
-            commands = list(stream.commands)
+            commands = [*take_planned(stream), *stream.commands]
             stream.commands.clear()
         for message, came in commands:
             try:
-                self._steering.apply(stream, message, came)
+                if not plan(stream, message, self._limits):
+                    self._steering.apply(stream, message, came)
             except ValueError as error:
                 self._tell_error(stream, "bad_request", one_line(error))
 

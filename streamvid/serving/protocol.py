@@ -107,8 +107,15 @@ class SessionStart(Message):
         return self
 
 
-class PromptUpdate(Message):
-    """A new prompt from the next chunk on."""
+class Planned(Message):
+    """What takes effect at a chunk."""
+
+    at: Count | None = None
+    """Number of the first chunk that has it, not one that is made already; None is the next."""
+
+
+class PromptUpdate(Planned):
+    """A new prompt."""
 
     type: Literal["session.prompt_update"] = "session.prompt_update"
     prompt: Prompt
@@ -119,8 +126,8 @@ class PromptUpdate(Message):
     """Whether ``recache`` leaves the first frames of the window as they are."""
 
 
-class SessionUpdate(Message):
-    """Other settings from the next chunk on; None leaves one as it is."""
+class SessionUpdate(Planned):
+    """Other settings; None leaves one as it is."""
 
     type: Literal["session.update"] = "session.update"
     steps: Steps | None = None
@@ -150,10 +157,12 @@ class SessionReset(Message):
     steps: Steps | None = None
 
 
-class SessionBookmark(Message):
-    """Keep this moment, to return to it with ``session.branch``."""
+class SessionBookmark(Planned):
+    """Keep the moment before a chunk, to return to it with ``session.branch``."""
 
     type: Literal["session.bookmark"] = "session.bookmark"
+    automatic: bool = False
+    """It makes room before those that are not."""
 
 
 class SessionBranch(Message):
@@ -306,9 +315,10 @@ class PromptApplied(Message):
 
 
 class SettingsApplied(Message):
-    """Settings in force from the next chunk on."""
+    """Settings in force from a chunk on."""
 
     type: Literal["settings.applied"] = "settings.applied"
+    chunk: int
     seed: int
     steps: int
     fps: float
@@ -345,7 +355,11 @@ class BookmarkMade(Message):
     type: Literal["bookmark.made"] = "bookmark.made"
     bookmark: int
     chunk: int
+    """The chunk that follows it."""
     sequence: int
+    automatic: bool
+    kept: list[int]
+    """All bookmarks that there are now."""
 
 
 class SnapshotMade(Message):

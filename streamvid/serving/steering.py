@@ -102,7 +102,7 @@ class Steering:
             case protocol.SessionReset():
                 self._reset(stream, message)
             case protocol.SessionBookmark():
-                self._bookmark(stream)
+                self._bookmark(stream, message.automatic)
             case protocol.SessionBranch():
                 self._branch(stream, message.bookmark)
             case protocol.SessionSnapshot():
@@ -133,6 +133,7 @@ class Steering:
             stream.session.hold_rate(stream.fps if stream.hold_rate else None)
         stream.outbox.put(
             protocol.SettingsApplied(
+                chunk=stream.session.index,
                 seed=stream.seed,
                 steps=stream.session.steps,
                 fps=stream.fps,
@@ -160,6 +161,7 @@ class Steering:
             self.stop_recording(stream)
         stream.session.close()
         stream.session = session
+        stream.planned.clear()
 
     def _restarted(self, stream: Stream, bookmark: int | None) -> None:
         stream.prompt_id += 1
@@ -178,18 +180,25 @@ class Steering:
             )
         )
 
-    def _bookmark(self, stream: Stream) -> None:
+    def _bookmark(self, stream: Stream, automatic: bool) -> None:
         if len(stream.bookmarks) >= self._limits.bookmarks:
-            oldest = min(stream.bookmarks)
+            oldest = min(stream.automatic_bookmarks or stream.bookmarks)
+            stream.automatic_bookmarks.discard(oldest)
             stream.bookmarks.pop(oldest)[0].close()
         number = max(stream.bookmarks, default=-1) + 1
         settings = {
             name: getattr(stream, name) for name in ("prompt", "seed", "steps", "hold_rate")
         }
         stream.bookmarks[number] = (stream.session.branch(), settings)
+        if automatic:
+            stream.automatic_bookmarks.add(number)
         stream.outbox.put(
             protocol.BookmarkMade(
-                bookmark=number, chunk=stream.session.index, sequence=stream.sequence
+                bookmark=number,
+                chunk=stream.session.index,
+                sequence=stream.sequence,
+                automatic=automatic,
+                kept=sorted(stream.bookmarks),
             )
         )
 

@@ -103,6 +103,7 @@ class Stream:
     dropped: int = 0
     place: int | None = None
     bookmarks: dict[int, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
+    automatic_bookmarks: set[int] = field(default_factory=set)
     start_file: StartFile | None = None
     """The frames that the stream begins from; None is from noise."""
     autosave_id: str | None = None
@@ -111,6 +112,8 @@ class Stream:
     switched_at: float | None = None
     switch_mode: str = "cut"
     commands: deque[tuple[protocol.Message, float]] = field(default_factory=deque)
+    planned: list[protocol.Planned] = field(default_factory=list)
+    """What waits for its chunk, in the order in which it came."""
 
     def __post_init__(self) -> None:
         self.outbox = Outbox(self.wake)

@@ -234,7 +234,8 @@ class Worker:
                 return Turn((stream,)), None
         running = [stream for stream in self._live.active if stream.may_advance]
         dues = {stream: stream.due(now, len(running)) for stream in running}
-        first = min(dues, key=dues.__getitem__, default=None)
+        # who has nothing to play yet first: of streams that are all late it would stay the last one
+        first = min(dues, key=lambda stream: (stream.chunks > 0, dues[stream]), default=None)
         if first is not None and dues[first] <= now:
             if self._clips and self._since_clip >= LIVE_PER_CLIP:
                 return Turn(), None
