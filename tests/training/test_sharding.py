@@ -216,3 +216,24 @@ def test_adapters_are_refused(teacher, tmp_path):
         match="weights that networks share, as the adapters of student do; set lora.rank=0",
     ):
         dmd(tmp_path, teacher, "x", 1, "train.shard=full", "student.lora.rank=2")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_casts_of_sharded_weights_are_not_kept(sharded):
+    """autocast's cache would hold each block whole until the loss is computed."""
+    run = """
+import sys, torch
+from types import SimpleNamespace
+from accelerate import Accelerator
+from streamvid.training.trainer import Trainer
+trainer = SimpleNamespace(
+    accelerator=Accelerator(cpu=True, mixed_precision="bf16"), sharded=sys.argv[1] == "True"
+)
+with Trainer._autocast(trainer):
+    assert torch.is_autocast_enabled("cpu")
+    print(torch.is_autocast_cache_enabled())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", run, str(sharded)], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(not sharded)], done.stderr
