@@ -15,9 +15,9 @@ from streamvid.serving.models import ServedModels
 from streamvid.serving.protocol import LARGEST_SEED, Container, Prompt, describe_errors
 from streamvid.serving.realtime import Defaults
 from streamvid.serving.recording import MEDIA_TYPES, Clip, ClipStore
+from streamvid.serving.starts import START_TYPES
 from streamvid.serving.worker import Worker
 
-START_TYPES = {".png": "image/png", ".mkv": "video/x-matroska"}
 SECONDS = 4  # of a clip whose client says nothing
 
 

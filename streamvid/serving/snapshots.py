@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from streamvid.files import atomic_file
-from streamvid.serving.starts import StartFile, StartStore, link_or_copy
+from streamvid.serving.starts import START_TYPES, StartFile, StartStore, link_or_copy
 
 SUFFIX = ".safetensors"
-START_SUFFIXES = (".png", ".mkv")
 
 
 class Snapshots:
@@ -86,7 +85,7 @@ class Snapshots:
             session = restore(path)
         except ValueError as error:
             raise ValueError(str(error).replace(str(path), snapshot_id)) from None
-        kept = (path.with_suffix(suffix) for suffix in START_SUFFIXES)
+        kept = (path.with_suffix(suffix) for suffix in START_TYPES)
         start = next((self._starts.adopt(file) for file in kept if file.is_file()), None)
         return session, start
 
@@ -97,5 +96,5 @@ class Snapshots:
         paths = self.folder.glob(f"snapshot_*{SUFFIX}")
         newest_first = sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
         for old in newest_first[self._most :]:
-            for suffix in (SUFFIX, *START_SUFFIXES):
+            for suffix in (SUFFIX, *START_TYPES):
                 old.with_suffix(suffix).unlink(missing_ok=True)

@@ -26,8 +26,12 @@ from PIL import Image
 
 import streamvid
 from streamvid.frames import clip_frames
+from streamvid.printing import printable
 from streamvid.serving.decoding import Decoded, Job
 from streamvid.serving.limits import Limits
+
+START_TYPES = {".png": "image/png", ".mkv": "video/x-matroska"}
+"""Suffixes of what was decoded, with their media types."""
 
 
 class StartFile:
@@ -183,12 +187,28 @@ def decode_file(job: Job) -> Decoded:
         raise ValueError(
             f"the file took longer than {job.cpu_seconds:g} seconds to decode; give a smaller one"
         ) from None
-    if done.returncode:  # killed: by a bound, or by a fault in a library
-        raise ValueError("the file can't be decoded with little memory and time; give another one")
-    said: dict[str, Any] = json.loads(done.stdout)
-    if "error" in said:
-        raise ValueError(f"the file can't be used: {said['error']}")
-    return Decoded(**said)
+    return read_answer(done.stdout if done.returncode == 0 else b"", job.max_frames)
+
+
+def read_answer(said: bytes, max_frames: int) -> Decoded:
+    """What the process says, which a hostile file may have taken over.
+
+    Raises:
+        ValueError: one line, if it could not decode the file, or says nothing that makes sense.
+    """
+    useless = ValueError("the file can't be decoded with little memory and time; give another one")
+    try:
+        plain: dict[str, Any] = dict(json.loads(said))
+    except (ValueError, TypeError):  # killed, by a bound or by a fault in a library
+        raise useless from None
+    if "error" in plain:
+        raise ValueError(f"the file can't be used: {printable(plain['error'])}")
+    suffix, num_frames = str(plain.get("suffix")), plain.get("num_frames")
+    if suffix not in START_TYPES or type(num_frames) is not int:
+        raise useless
+    if not 1 <= num_frames <= max_frames:
+        raise useless
+    return Decoded(suffix, num_frames)
 
 
 def child_environment(own: Mapping[str, str]) -> dict[str, str]:

@@ -15,12 +15,19 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from streamvid.serving.clips import START_TYPES, ErrorBody
+from streamvid.serving.clips import ErrorBody
 from streamvid.serving.decoding import MEDIA_TYPES, suffix_of_content
 from streamvid.serving.limits import Limits
 from streamvid.serving.protocol import describe_errors
 from streamvid.serving.realtime import Defaults
-from streamvid.serving.starts import Start, StartStore, decode_file, plan_job, remove_decoded
+from streamvid.serving.starts import (
+    START_TYPES,
+    Start,
+    StartStore,
+    decode_file,
+    plan_job,
+    remove_decoded,
+)
 
 FORM_BYTES = 65_536
 """What a form may have beside the file."""
@@ -67,6 +74,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         413: "The file has too many bytes.",
         415: "Files of this kind are not read.",
         429: "Too many files are being read.",
+        507: "The server has no room for the file.",
     }.items()
 }
 BODY = {
@@ -129,6 +137,9 @@ def start_routes(starts: StartStore, limits: Limits, defaults: Defaults) -> APIR
         except ValueError as error:
             remove_decoded(target)
             raise HTTPException(400, str(error)) from None
+        except OSError:  # of the server's disk
+            remove_decoded(target)
+            raise HTTPException(507, "the server has no room for the file; try later") from None
         return starts.add(start_id, decoded, height, width)
 
     @router.get("/{start_id}", response_model=StartStatus)

@@ -241,7 +241,7 @@ def test_a_full_disk_does_not_end_the_stream(open_server, live, monkeypatch, tmp
         raise OSError(errno.ENOSPC, "no room")
 
     monkeypatch.setattr(Session, "snapshot", full)
-    with open_server(autosave=3) as client, live(client) as viewer:
+    with open_server(autosave=2) as client, live(client) as viewer:
         viewer.send("session.start", prompt=OLD, steps=1, fps=60, num_frames=30)
         viewer.send("session.snapshot")
         error = viewer.until("error")

@@ -20,7 +20,7 @@ from PIL import Image
 
 from streamvid.cli import sample
 from streamvid.frames import Frame
-from streamvid.serving import decoding, protocol, starts
+from streamvid.serving import decoding, protocol, starts, uploads
 from streamvid.serving.decoding import Decoded, Job, decode
 from streamvid.serving.limits import Limits
 from streamvid.serving.server import create_app
@@ -379,6 +379,37 @@ def test_a_process_that_dies_harms_nobody(shared, monkeypatch):
     monkeypatch.setattr(starts.sys, "executable", "/bin/false")
     reply = post(shared, bytes_of(Image.new("RGB", (9, 9))))
     assert reply.status_code == 400 and "can't be decoded" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'{"suffix": ".png"}',
+        b'{"suffix": "/../../x", "num_frames": 1}',
+        b'{"suffix": ".mkv", "num_frames": 10}',
+        b'{"suffix": ".mkv", "num_frames": 0}',
+        b'{"suffix": ".mkv", "num_frames": null}',
+        b'{"error": "two\\nlines"}',
+    ],
+)
+def test_a_process_that_was_taken_over_can_say_nothing_but_no(said):
+    with pytest.raises(ValueError, match="the file can't be") as error:
+        starts.read_answer(said, 9)
+    assert "\n" not in str(error.value)
+    assert starts.read_answer(b'{"suffix": ".mkv", "num_frames": 9}', 9) == Decoded(".mkv", 9)
+
+
+def test_a_disk_without_room_is_told(shared, monkeypatch):
+    def full(*_):
+        raise OSError(28, "no room")
+
+    monkeypatch.setattr(uploads.shutil, "copyfileobj", full)
+    reply = post(shared, bytes_of(Image.new("RGB", (9, 9))))
+    assert reply.status_code == 507 and "no room" in reply.json()["error"]["message"]
 
 
 def test_the_process_knows_no_secrets():
