@@ -1,4 +1,4 @@
-# make quickstart | make test | make test-slow | make test-lowest | make lint | make venv.
+# make quickstart | make test | make test-slow | make test-lowest | make lint | make browser | make venv.
 # PYTHON chooses the interpreter (3.10 to 3.13), TORCH the torch requirement.
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +15,7 @@ endif
 # One process per core, eight at most: each loads torch.
 PYTEST := -m pytest --numprocesses logical --maxprocesses 8
 
-.PHONY: venv quickstart test test-slow test-lowest lint clean
+.PHONY: venv quickstart test test-slow test-lowest lint browser clean
 
 venv: $(VENV)/.installed
 
@@ -54,6 +54,12 @@ lint: $(VENV)/.lint-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# What the tests of the page need to run in a browser; without it they are skipped. Where there is no Chromium, root
+# gets Debian's.
+browser: $(VENV)/.test-installed
+	$(PIP) install --quiet -e ".[browser]"
+	$(BIN)/python -m demos.browser --install
 
 # What `make test` leaves out: above about 8 seconds per test.
 test-slow: $(VENV)/.test-installed

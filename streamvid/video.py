@@ -54,6 +54,11 @@ def to_uint8(frames: Tensor) -> np.ndarray:
     )
 
 
+def from_uint8(images: np.ndarray) -> Tensor:
+    """Bytes ``[T, H, W, 3]`` to frames ``[T, 3, H, W]`` in [0, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+
 def suffix_of(path: str | Path) -> str:
     """The suffix that says what to write, in lower case; "" for a folder."""
     return "" if str(path).endswith("/") else Path(path).suffix.lower()
@@ -259,7 +264,7 @@ def read_video(path: str | Path) -> tuple[Tensor, float]:
         aspect = frame.pixel_aspect
     if not pictures:
         raise ValueError(f"{path} has no frames")
-    frames = _from_uint8(np.stack(pictures))
+    frames = from_uint8(np.stack(pictures))
     if aspect != 1:
         size = frames.shape[2], max(1, round(frames.shape[3] * aspect))
         frames = interpolate(
@@ -274,17 +279,11 @@ def _read_pngs(folder: Path) -> Tensor:
     if not files:
         raise ValueError(f"{folder} holds no PNGs")
     try:
-        return _from_uint8(
-            np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
-        )
+        return from_uint8(np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files]))
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(
             f"{folder} can't be read as a video: {' '.join(str(error).split())[-120:]}"
         ) from error
-
-
-def _from_uint8(frames: np.ndarray) -> Tensor:
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
 
 
 def contact_sheet(

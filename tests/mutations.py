@@ -37,6 +37,7 @@ FAILED = "failed.txt"  # the tests that failed in the last run, a line each, in 
 ROLLOUTS = "streamvid/settings/rollouts.py"
 VIDEO_STEP = "streamvid/settings/video_step.py"
 VIDEO_SETTING = "streamvid/settings/video.py"
+STARTS = "tests/serving/test_starts.py"
 
 
 @dataclass(frozen=True)
@@ -235,9 +236,10 @@ MUTANTS: list[Mutant] = [
         "tests/students/test_batch.py::test_old_and_young_sessions_run_as_one_when_their_windows_are_full",
         "tests/students/test_batch.py::test_a_session_that_is_given_up_in_the_middle_leaves_the_others_alone",
         context_before_the_commit=(
-            "last is not None and all(new is old",
-            "last is not None and all(len(new) == len(old)",
+            "all(new is old for new, old in",
+            "all(len(new) == len(old) for new, old in",
         ),
+        own_frames_among_the_seen=("argsort(stable=True)[:seen]", "argsort(stable=True)[-seen:]"),
         texts_of_other_rows=(
             "zip(self.caches, self.conds, self.split_kv(kv))",
             "zip(self.caches, self.conds, self.split_kv(kv)[::-1])",
@@ -268,6 +270,44 @@ MUTANTS: list[Mutant] = [
         "streamvid/serving/live.py",
         "tests/serving/test_models.py",
         each_pays_for_the_batch=("num_frames, work_s / size)", "num_frames, work_s)"),
+    ),
+    *mutants(
+        "streamvid/serving/fmp4.py",
+        "tests/serving/test_fmp4.py",
+        fragment_refers_to_what_was_dropped=("is_key = not follows or", "is_key = False or"),
+        time_stands_still_for_frames_left_out=(
+            "TICKS_PER_SECOND * lasts / fps",
+            "TICKS_PER_SECOND / fps",
+        ),
+        fragments_all_at_the_beginning=('"make_non_negative"', '"make_zero"'),
+        colours_of_another_matrix=("dst_colorspace=BT709", "dst_colorspace=5"),
+    ),
+    *mutants(
+        "streamvid/serving/decoding.py",
+        f"{STARTS}::test_what_is_transparent_lies_over_black",
+        f"{STARTS}::test_what_is_cut_off_is_cut_off_evenly",
+        f"{STARTS}::test_of_a_long_clip_the_last_frames_are_kept",
+        f"{STARTS}::test_who_needs_too_much_memory_is_refused",
+        f"{STARTS}::test_a_clip_that_is_too_long_is_refused",
+        transparency_ignored=("if not image.has_transparency_data:", "if True:"),
+        cut_off_on_one_side=("(picture.width - cut_width) / 2", "(picture.width - cut_width)"),
+        first_frames_kept=("last_place + 1 - job.max_frames", "last_place + 99"),
+        memory_without_bound=("resource.RLIMIT_AS: memory_bytes", "resource.RLIMIT_AS: 2**40"),
+        too_long_a_clip=("if seconds > most:", "if seconds > 1000 * most:"),
+    ),
+    *mutants(
+        "streamvid/students/contexts.py",
+        f"{STARTS}::test_what_is_shorter_than_the_first_chunk_is_lengthened_in_front",
+        start_lengthened_behind=(
+            "torch.cat([frames[:1].expand(missing, -1, -1, -1), frames])",
+            "torch.cat([frames, frames[:1].expand(missing, -1, -1, -1)])",
+        ),
+    ),
+    *mutants(
+        "streamvid/serving/snapshots.py",
+        "tests/serving/test_snapshots.py::test_the_oldest_snapshots_make_room_with_their_frames",
+        newest_snapshots_make_room=("reverse=True", "reverse=False"),
+        snapshot_takes_the_frames_with_it=("self._starts.adopt(file)", "StartFile(file)"),
     ),
     *mutants(
         ROLLOUTS,
@@ -569,6 +609,17 @@ MUTANTS: list[Mutant] = [
             "self._require_gradients_of([turn])",
             "self._require_gradients_of(self.learners)",
         ),
+    ),
+    *mutants(
+        "streamvid/serving/planning.py",
+        "tests/serving/test_planned.py",
+        planned_change_a_chunk_early=(
+            "if message.at == chunk]",
+            "if message.at == chunk + 1]",
+        ),
+        planned_change_forgotten=("    stream.planned.append(message)\n", ""),
+        planned_bookmark_after_the_change=("message: not isinstance(", "message: isinstance("),
+        change_of_a_chunk_that_is_made=("if message.at < chunk:", "if message.at < chunk - 1:"),
     ),
     *(Mutant(*row) for row in MUTANTS_OF_OBJECTIVES),
 ]

@@ -1,22 +1,23 @@
 """Caches of several streams, read by one pass over all of them.
 
 Each stream keeps its own cache, so that it can leave the batch, be branched and be saved. A pass
-over several streams sees their contexts side by side; the streams may be at different places. What
-a pass commits goes into each stream's own cache, see ``students.batch``.
+over several streams sees their contexts side by side; the streams may be at different places. It
+writes to none of the caches: what it commits goes into each stream's own, see ``students.batch``.
 
-Legend: B batch, L tokens, N heads, D head size.
+Legend: B batch, F frames, S tokens per frame, L tokens, N heads, D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from streamvid.models.kv_cache import StreamKVCache
-from streamvid.models.kv_store import KeyValue, LayerContext, RingContext, index_on
+from streamvid.models.kv_store import KeyValue, LayerContext, Room
 
 
 class JoinedCache:
@@ -31,15 +32,15 @@ class JoinedCache:
             have.
     """
 
-    static = False
-    """Passes write to the joined copies alone."""
+    static = False  # a pass over it gives its keys and values
 
     def __init__(self, caches: Sequence[StreamKVCache], conds: Sequence[Tensor]) -> None:
         self.caches = tuple(caches)
         self.conds = tuple(conds)
         self.cond = torch.cat(self.conds)
-        self._context: tuple[Hashable, tuple[LayerContext, ...]] | None = None
-        self._text: _Joined | None = None
+        # what they are made of, and what is joined
+        self._context: tuple[Sequence[Any], tuple[LayerContext, ...]] | None = None
+        self._text: tuple[Sequence[Any], tuple[KeyValue, ...]] | None = None
 
     def check_pass(self, batch_size: int, num_frames: int, height: int, width: int) -> None:
         """A ValueError unless the pass can follow each context."""
@@ -50,24 +51,30 @@ class JoinedCache:
             cache.check_pass(cache.batch_size, num_frames, height, width)
 
     def visible_frames(self, num_frames: int) -> tuple[int, ...]:
-        """Indices of the context that a pass sees, those of the first stream; the others see as
-        many.
-        """
+        """Those of the first stream; all streams see as many."""
         return self.caches[0].visible_frames(num_frames)
 
     def turns(self, num_frames: int) -> tuple[tuple[int, ...], ...]:
-        """Positions that the next frames of each sample are turned to."""
+        """Positions that the next ``num_frames`` frames of each stream are turned to."""
         return tuple(
             cache.turns(num_frames) for cache in self.caches for _ in range(cache.batch_size)
         )
 
     def context(self, num_frames: int, chunkwise: bool = False) -> tuple[LayerContext, ...]:
-        """What a pass over the next frames of all streams sees, per layer, its own frames last."""
-        place = tuple((c.num_committed_frames, c.visible_frames(num_frames)) for c in self.caches)
-        if self._context is None or self._context[0] != (num_frames, place):
-            parts = [cache.visible_layers(num_frames) for cache in self.caches]
-            layers = tuple(_with_room(rows, num_frames) for rows in zip(*parts, strict=True))
-            self._context = ((num_frames, place), layers)
+        """What a pass over the next ``num_frames`` frames sees, per layer; empty if it sees only
+        itself. See ``StreamKVCache.context``.
+        """
+        parts = [cache.context(num_frames, chunkwise) for cache in self.caches]
+        if not self.visible_frames(num_frames):
+            return ()
+        if self._context is None or not _same(parts, self._context[0]):
+            self._context = (
+                parts,
+                tuple(
+                    _join_rooms([layer.room() for layer in layers], num_frames)
+                    for layers in zip(*parts, strict=True)
+                ),
+            )
         return self._context[1]
 
     def text_kv(self, cond: Tensor) -> tuple[KeyValue, ...]:
@@ -77,8 +84,15 @@ class JoinedCache:
         parts = [cache.text_kv(own) for cache, own in zip(self.caches, self.conds)]
         if not all(parts):
             return ()
-        self._text = _join(parts, self._text)
-        return self._text.whole
+        if self._text is None or not _same(parts, self._text[0]):
+            self._text = (
+                parts,
+                tuple(
+                    (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer]))
+                    for layer in zip(*parts, strict=True)
+                ),
+            )
+        return self._text[1]
 
     def keep_text(self, cond: Tensor, kv: Sequence[KeyValue]) -> None:
         """Keep the prompts' keys and values in the streams' own caches, if ``cond`` is theirs."""
@@ -97,30 +111,35 @@ class JoinedCache:
         ]
 
 
-def _with_room(rows: Sequence[KeyValue], num_frames: int) -> LayerContext:
-    """A layer's keys and values of several streams side by side, and behind them room for the
-    frames of a pass.
+@dataclass(frozen=True)
+class _JoinedRoom:
+    buffers: KeyValue
+    places: Tensor
+
+    def room(self) -> Room:
+        return *self.buffers, self.places
+
+
+def _join_rooms(rooms: Sequence[Room], num_frames: int) -> _JoinedRoom:
+    """Rooms of several streams as one: a pass's own frames, which stand at other places in each,
+    stand last.
     """
-    key, value = (
-        torch.cat([F.pad(x, (0,) * 6 + (0, num_frames)) for x in parts]) for parts in zip(*rows)
-    )
-    seen = key.shape[1] - num_frames
-    return RingContext((key, value), index_on(key.device, range(seen, seen + num_frames)))
+    first = rooms[0][0]
+    used = first.shape[1]
+    seen = used - num_frames
+    orders = [first.new_zeros(used).index_fill_(0, places, 1) for *_, places in rooms]
+    orders = [own.argsort(stable=True)[:seen] for own in orders]  # no host waits for it
+    joined = []
+    for layer in range(2):
+        context = [room[layer].index_select(1, order) for room, order in zip(rooms, orders)]
+        size = (sum(len(x) for x in context), used, *first.shape[2:])
+        whole = first.new_empty(size)
+        whole[:, :seen] = torch.cat(context)
+        joined.append(whole)
+    key, value = joined
+    return _JoinedRoom((key, value), torch.arange(seen, used, device=first.device))
 
 
-class _Joined:
-    """Keys and values side by side, and the parts that they are made of."""
-
-    def __init__(self, parts: Sequence[tuple[KeyValue, ...]]) -> None:
-        self.parts = tuple(parts)
-        self.whole = tuple(
-            (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer]))
-            for layer in zip(*parts, strict=True)
-        )
-
-
-def _join(parts: Sequence[tuple[KeyValue, ...]], last: _Joined | None) -> _Joined:
-    """The parts side by side; ``last`` if it is made of these very parts."""
-    if last is not None and all(new is old for new, old in zip(parts, last.parts, strict=True)):
-        return last
-    return _Joined(parts)
+def _same(parts: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether these are the very same parts."""
+    return all(new is old for new, old in zip(parts, others, strict=True))

@@ -22,15 +22,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from streamvid.models.kv_store import (
-    KeyValue,
-    LayerContext,
-    Layers,
-    Pieces,
-    Ring,
-    Run,
-    turned_by,
-)
+from streamvid.models.kv_store import KeyValue, LayerContext, Layers, Pieces, Ring, Run
 from streamvid.models.rope import rotary_table, rotate
 
 POSITION_POLICIES = ("absolute", "window")
@@ -179,21 +171,6 @@ class StreamKVCache:
         if self._context is None or self._context[0] != (num_frames, chunkwise):
             self._context = ((num_frames, chunkwise), self._shown(num_frames, chunkwise))
         return self._context[1]
-
-    def visible_layers(self, num_frames: int) -> Layers:
-        """Turned keys and values of the context that a pass over the next ``num_frames`` frames
-        sees, per layer [B, F, S, N, D], in the order of the stream; copies. Empty if it sees only
-        itself.
-        """
-        frames = self.visible_frames(num_frames)
-        if not frames:
-            return ()
-        layers, shift = self._store.layers(self._runs(frames)), self._shift(num_frames)
-        sink = min(self.sink_frames, len(frames)) if shift else 0
-        return tuple(
-            (torch.cat([turned_by(k[:, :sink], shift), k[:, sink:]], dim=1) if sink else k, v)
-            for k, v in layers
-        )
 
     def end_static_pass(self, kv: Sequence[KeyValue]) -> None:
         """Say that a pass over a static cache's ``context`` has gone through all layers.

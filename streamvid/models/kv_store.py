@@ -77,17 +77,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class _PieceContext:
-    parts: tuple[KeyValue | int, ...]
-    """Keys and values in the order of their places; a number of frames is room for the pass's."""
+    keys: tuple[Tensor, ...]
+    """In the order of their places; zeros without memory of their own are room for the pass's."""
+    values: tuple[Tensor, ...]
     places: Tensor
 
     def room(self) -> Room:
-        some = next(part for part in self.parts if not isinstance(part, int))
-        shape = some[0].shape
-        empty = some[0].new_zeros(()).expand(shape[0], 1, *shape[2:])
-        fill = lambda part, i: empty.expand(-1, part, -1, -1, -1) if type(part) is int else part[i]
-        key, value = (torch.cat([fill(part, i) for part in self.parts], dim=1) for i in range(2))
-        return key, value, self.places
+        return torch.cat(self.keys, dim=1), torch.cat(self.values, dim=1), self.places
 
 
 class Pieces:
@@ -130,7 +126,7 @@ class Pieces:
             seen, own: of the context and of the pass, in the order in which they are to be shown.
             num_sink, shift: of so many first frames, the keys are turned on by ``shift``.
         """
-        placed: list[tuple[int, Piece | int]] = []
+        placed: list[tuple[int, Piece]] = []
         for run in seen:
             for piece in self._cut([run]):
                 if shift and piece.stop <= num_sink:
@@ -139,12 +135,11 @@ class Pieces:
         if not placed:
             return ()
         layers = placed[0][1].layers
-        placed += [(run.place, len(run)) for run in own]
+        placed += [(run.place, _empty(run, layers)) for run in own]
         placed.sort(key=lambda pair: pair[0])
-        parts = [part for _, part in placed]
         places = index_on(layers[0][0].device, _places(placed, own))
         return tuple(
-            _PieceContext(tuple(p if type(p) is int else p.layers[i] for p in parts), places)
+            _PieceContext(*zip(*(piece.layers[i] for _, piece in placed)), places)
             for i in range(len(layers))
         )
 
@@ -168,9 +163,7 @@ def _freed(piece: Piece) -> Piece:
 
 
 @dataclass(frozen=True)
-class RingContext:
-    """Buffers that passes write their frames to."""
-
+class _RingContext:
     buffers: KeyValue
     places: Tensor
 
@@ -223,7 +216,7 @@ class Ring:
         used = sum(len(run) for run in (*seen, *own))
         numbers = [place for run in own for place in range(run.place, run.place + len(run))]
         places = index_on(self._buffers[0][0].device, numbers)
-        return tuple(RingContext((k[:, :used], v[:, :used]), places) for k, v in self._buffers)
+        return tuple(_RingContext((k[:, :used], v[:, :used]), places) for k, v in self._buffers)
 
     def turn_sink(self, num_sink: int, shift: int) -> None:
         """Turn the sink's keys on by ``shift`` from where they were at first."""
@@ -283,16 +276,23 @@ def turned_on(layers: Layers, shift: int) -> Layers:
 def index_on(device: torch.device, numbers: Sequence[int]) -> Tensor:
     """Whole numbers as a tensor on a device, for which the host doesn't wait."""
     with torch.inference_mode(False):
-        index = torch.tensor(list(numbers))
+        index = torch.tensor(numbers)
         if device.type == "cuda":
             return index.pin_memory().to(device, non_blocking=True)
         return index.to(device)
 
 
-def _places(placed: Sequence[tuple[int, Piece | int]], own: Sequence[Run]) -> list[int]:
+def _empty(run: Run, like: Layers) -> Piece:
+    """Room for frames of the shape and precision of others."""
+    key = like[0][0]
+    zeros = key.new_zeros(()).expand(key.shape[0], len(run), *key.shape[2:])
+    return Piece(run.start, ((zeros, zeros),) * len(like))
+
+
+def _places(placed: Sequence[tuple[int, Piece]], own: Sequence[Run]) -> list[int]:
     """Where a pass's frames are, in their order, in what is ``placed`` one after the other."""
     starts, done = {}, 0
-    for place, part in placed:
+    for place, piece in placed:
         starts[place] = done
-        done += part if type(part) is int else part.stop - part.start
+        done += piece.stop - piece.start
     return [starts[run.place] + i for run in own for i in range(len(run))]

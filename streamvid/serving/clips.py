@@ -15,6 +15,7 @@ from streamvid.serving.models import ServedModels
 from streamvid.serving.protocol import LARGEST_SEED, Container, Prompt, describe_errors
 from streamvid.serving.realtime import Defaults
 from streamvid.serving.recording import MEDIA_TYPES, Clip, ClipStore
+from streamvid.serving.starts import START_TYPES
 from streamvid.serving.worker import Worker
 
 SECONDS = 4  # of a clip whose client says nothing
@@ -181,6 +182,15 @@ def clip_routes(worker: Worker, store: ClipStore, limits: Limits, defaults: Defa
             path, media_type=MEDIA_TYPES[clip.format], filename=f"{clip.id}.{clip.format}"
         )
 
+    @router.get("/{clip_id}/start", response_class=FileResponse)
+    async def start(clip_id: str) -> FileResponse:
+        """The frames that a recorded stream began from, which the recording's command names."""
+        clip = find(clip_id)
+        if clip.start is None or not store.start_path(clip).is_file():
+            raise HTTPException(404, "the clip did not begin from frames")
+        path = store.start_path(clip)
+        return FileResponse(path, media_type=START_TYPES[path.suffix], filename=clip.start)
+
     @router.delete("/{clip_id}", response_model=ClipDeleted)
     async def delete(clip_id: str) -> ClipDeleted:
         """Forget a clip and its file; one under way is given up."""
@@ -206,7 +216,9 @@ async def read_request(request: Request) -> ClipRequest:
     if isinstance(fields, dict) and any(
         field in fields for field in ("input_reference", "image_reference")
     ):
-        raise HTTPException(400, "input_reference: this student starts from a prompt alone")
+        raise HTTPException(
+            400, "input_reference: a clip starts from a prompt alone; a stream takes /v1/starts"
+        )
     try:
         return ClipRequest.model_validate(fields)
     except ValidationError as error:

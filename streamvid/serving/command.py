@@ -102,6 +102,12 @@ def parse_args(argv: list[str] | None, command: str) -> argparse.Namespace:
         help=f"most live streams that the model advances together (default {BATCH}); with 1 a"
         " recording is exact to the bit whoever else watches",
     )
+    parser.add_argument(
+        "--state", metavar="DIR", help="keep snapshots of streams there; by default none are kept"
+    )
+    parser.add_argument(
+        "--autosave", type=int, metavar="N", help="keep each stream every N chunks (with --state)"
+    )
     parser.add_argument("--session-seconds", type=float, help="longest life of a stream")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     return parser.parse_args(argv)
@@ -128,6 +134,7 @@ def serve(args: argparse.Namespace) -> None:
     """
     token = read_token(args.token_file)
     check_address(args.host, token)
+    check_state(args.state, args.autosave)
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: expected at least 1, which is one stream alone")
     try:
@@ -171,6 +178,8 @@ def serve(args: argparse.Namespace) -> None:
         options=options,
         others=served,
         batch=args.batch,
+        state=args.state,
+        autosave=args.autosave,
     )
     config = uvicorn.Config(
         app,
@@ -328,6 +337,14 @@ def check_address(host: str, token: str | None) -> None:
             f"--host {host} can be reached by others, which demands a token; give --token-file, or"
             f" set {TOKEN_VARIABLE} to at least {SHORTEST_TOKEN} characters"
         )
+
+
+def check_state(state: str | None, autosave: int | None) -> None:
+    """Refuse to keep streams nowhere, or every chunk of none."""
+    if autosave is not None and state is None:
+        raise ValueError(f"--autosave {autosave} without --state; name a folder with --state")
+    if autosave is not None and autosave < 1:
+        raise ValueError(f"--autosave {autosave}: expected a number of chunks, at least 1")
 
 
 def read_token(file: str | None) -> str | None:

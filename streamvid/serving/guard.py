@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -41,10 +42,16 @@ class Guard:
         token: demanded of all but ``OPEN_PATHS`` and the page's own files; None demands none.
         hosts: names that ``Host`` may have; None allows any, which only a token makes safe.
         body_bytes: largest body.
+        larger_bodies: paths, without a slash at the end, whose largest body is another.
     """
 
     def __init__(
-        self, app: ASGIApp, token: str | None, hosts: Collection[str] | None, body_bytes: int
+        self,
+        app: ASGIApp,
+        token: str | None,
+        hosts: Collection[str] | None,
+        body_bytes: int,
+        larger_bodies: Mapping[str, int] = MappingProxyType({}),
     ):
         if hosts is None and token is None:
             raise ValueError("any host is allowed but no token is set; set a token")
@@ -52,6 +59,7 @@ class Guard:
         self._token = token
         self._hosts = hosts
         self._body_bytes = body_bytes
+        self._larger_bodies = larger_bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 400, 401, 403 or 413."""
@@ -66,10 +74,11 @@ class Guard:
         if scope["type"] == "websocket":
             await self._app(scope, receive, send)
             return
+        most = self._most_bytes(scope)
         try:
-            await self._app(scope, self._counted(receive), _with_headers(send))
+            await self._app(scope, _counted(receive, most), _with_headers(send))
         except _TooLarge:
-            await _refuse(scope, send, 413, f"the body is larger than {self._body_bytes} bytes")
+            await _refuse(scope, send, 413, f"the body is larger than {most} bytes")
 
     def _refusal(self, scope: Scope, headers: Headers) -> tuple[int, str] | None:
         host = hostname(headers.get("host", ""))
@@ -81,8 +90,9 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdecimal():
             return 400, "content-length is no number"
-        if int(length) > self._body_bytes:
-            return 413, f"the body is larger than {self._body_bytes} bytes"
+        most = self._most_bytes(scope)
+        if int(length) > most:
+            return 413, f"the body is larger than {most} bytes"
         path = scope["path"]
         is_open = path in OPEN_PATHS or path.startswith("/page/")
         if self._token is not None and not is_open and not self._has_token(headers):
@@ -96,23 +106,28 @@ class Guard:
             given = next((p.removeprefix("bearer.") for p in offered if p[:7] == "bearer."), "")
         return hmac.compare_digest(given.encode("utf-8", "replace"), self._token.encode())
 
-    def _counted(self, receive: Receive) -> Receive:
-        """A body without a length is counted as it comes."""
-        got = 0
-
-        async def counted() -> Message:
-            nonlocal got
-            message = await receive()
-            got += len(message.get("body", b""))
-            if got > self._body_bytes:
-                raise _TooLarge
-            return message
-
-        return counted
+    def _most_bytes(self, scope: Scope) -> int:
+        """The largest body of a request."""
+        return self._larger_bodies.get(scope["path"].rstrip("/"), self._body_bytes)
 
 
 class _TooLarge(Exception):
     """A body without a length that goes on for too long."""
+
+
+def _counted(receive: Receive, most: int) -> Receive:
+    """A body without a length is counted as it comes."""
+    got = 0
+
+    async def counted() -> Message:
+        nonlocal got
+        message = await receive()
+        got += len(message.get("body", b""))
+        if got > most:
+            raise _TooLarge
+        return message
+
+    return counted
 
 
 def hostname(host: str) -> str:

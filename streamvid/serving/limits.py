@@ -46,7 +46,31 @@ class Limits:
     clips_kept: int = 64
     """Finished clips and recordings on disk; the oldest goes first."""
     upload_bytes: int = 65_536
-    """Largest body of a request."""
+    """Largest body of a request, uploads of starts apart."""
+    start_bytes: int = 16 * 2**20
+    """Largest image or clip that a stream begins from."""
+    start_pixels: int = 2**25
+    """Largest picture in it, width times height; a camera's 33 million pixels."""
+    start_seconds: float = 60.0
+    """Longest clip that a stream begins from."""
+    start_frames: int = 81
+    """Frames of it that are kept, its last ones."""
+    start_upload_seconds: float = 60.0
+    """Time that it may take to arrive."""
+    start_decode_seconds: float = 20.0
+    """Time after which decoding it is given up."""
+    start_decode_bytes: int = 2 * 2**30
+    """Address space of the process that decodes it."""
+    starts_decoded: int = 2
+    """Files that are decoded at a time."""
+    starts_waiting: int = 8
+    """Files that wait to be decoded."""
+    starts_kept: int = 32
+    """Images and clips that streams may begin from; the oldest goes first."""
+    start_life_seconds: float = 3600.0
+    """Time for which they are kept."""
+    snapshots_kept: int = 64
+    """Snapshots on disk; the oldest goes first."""
 
     def check_prompt(self, prompt: str) -> None:
         """Refuse a prompt that is too long."""

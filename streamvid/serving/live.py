@@ -18,11 +18,14 @@ import torch
 from streamvid.printing import one_line
 from streamvid.serving import protocol
 from streamvid.serving.errors import ViewerGone, explain
+from streamvid.serving.fmp4 import check_h264
 from streamvid.serving.limits import Limits
 from streamvid.serving.metrics import Metrics
 from streamvid.serving.pacing import percentile_ms
+from streamvid.serving.planning import plan, take_planned
 from streamvid.serving.recording import ClipStore
-from streamvid.serving.steering import Steering, open_session
+from streamvid.serving.snapshots import Snapshots
+from streamvid.serving.steering import Steering
 from streamvid.serving.stream import Frames, Stream, say_after
 from streamvid.students.batch import Batch
 
@@ -39,17 +42,24 @@ class LiveStreams:
         metrics: that are kept up to date.
         store: of recordings.
         lock: of what other threads see, the streams and their commands.
+        snapshots: where streams are kept; None keeps none.
     """
 
     def __init__(
-        self, limits: Limits, metrics: Metrics, store: ClipStore, lock: threading.Condition
+        self,
+        limits: Limits,
+        metrics: Metrics,
+        store: ClipStore,
+        lock: threading.Condition,
+        snapshots: Snapshots | None = None,
     ) -> None:
         self.active: list[Stream] = []
         self.stopping = False
         """Whether the server is; ends wait for recordings then."""
+        self._limits = limits
         self._metrics = metrics
         self._lock = lock
-        self._steering = Steering(limits, store, self._tell_error)
+        self._steering = Steering(limits, store, self._tell_error, snapshots)
 
     def prepare(self, stream: Stream) -> bool:
         """Begin a stream that has not begun, and do what its viewer asked for meanwhile; False if
@@ -85,7 +95,9 @@ class LiveStreams:
             self._fail(stream, error)
 
     def _begin(self, stream: Stream) -> None:
-        stream.session = open_session(stream)
+        self._steering.open(stream)
+        if stream.start.format == "h264":
+            check_h264(stream.height, stream.width)
         self._metrics.started.inc()
         stream.outbox.put(
             protocol.VideoStart(
@@ -98,6 +110,7 @@ class LiveStreams:
                 prompt=stream.prompt,
                 seed=stream.seed,
                 steps=stream.session.steps,
+                chunk=stream.session.index,
             )
         )
 
@@ -134,6 +147,7 @@ class LiveStreams:
         stream.chunks += 1
         self._drop(stream, stream.outbox.put(frames))
         self._steering.record(stream, images)
+        self._steering.autosave(stream)
         if now - stream.measured >= METRICS_EVERY_S:
             stream.measured = now
             stream.outbox.put(self._levels(stream))
@@ -197,13 +211,16 @@ class LiveStreams:
         )
 
     def _apply_commands(self, stream: Stream) -> None:
-        """All that has come since the last chunk, in order; the session keeps the last prompt."""
+        """What was planned for the next chunk, then all that has come since the last one, in order;
+        the session keeps the last prompt.
+        """
         with self._lock:
-            commands = list(stream.commands)
+            commands = [*take_planned(stream), *stream.commands]
             stream.commands.clear()
         for message, came in commands:
             try:
-                self._steering.apply(stream, message, came)
+                if not plan(stream, message, self._limits):
+                    self._steering.apply(stream, message, came)
             except ValueError as error:
                 self._tell_error(stream, "bad_request", one_line(error))
 

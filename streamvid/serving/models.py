@@ -46,6 +46,8 @@ class ServedModel:
     """Pixel frames of every clip; None leaves them to the client."""
     options: Sequence[str] = ()
     """Of `streamvid sample`, which open the same model there."""
+    restore: Callable[[Path], Any] | None = None
+    """Makes a session of a snapshot's file; None if there are none."""
     warm_up: Callable[[], None] | None = None
     """Called by the worker before it serves."""
     created: int = field(default_factory=lambda: int(time.time()))

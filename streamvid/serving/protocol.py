@@ -1,9 +1,10 @@
 """What viewer and server say to each other on ``/v1/realtime/video``.
 
 Text messages are JSON objects with a ``type``; binary messages are frames: a header of 32 bytes,
-then a JPEG or WebP picture. The verbs ``session.start``, ``session.prompt_update``,
-``session.stop``, ``video.start``, ``session.done`` and ``error`` are those of vllm-omni's endpoint
-of the same path; the others are ours. An unknown field is an error, not ignored.
+then a JPEG or WebP picture, or a fragment of an H.264 stream. The verbs ``session.start``,
+``session.prompt_update``, ``session.stop``, ``video.start``, ``session.done`` and ``error`` are
+those of vllm-omni's endpoint of the same path; the others are ours. An unknown field is an error,
+not ignored.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import io
 import struct
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -24,11 +25,12 @@ from pydantic import (
     StringConstraints,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
 
 from streamvid.students.script import BLEND_CHUNKS, DEFAULT_MODE, Mode
 
-Encoding = Literal["jpeg", "webp"]
+Encoding = Literal["jpeg", "webp", "h264"]
 Container = Literal["mp4", "webm", "gif"]
 LARGEST_SEED = 2**53 - 1
 """The largest whole number that every JSON reader keeps exactly."""
@@ -52,6 +54,10 @@ Steps = Annotated[int, Field(ge=1, le=1000, strict=True)]
 Rate = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 Side = Annotated[int, Field(ge=1, le=8192, strict=True)]
 Count = Annotated[int, Field(ge=0, le=2**32 - 1, strict=True)]
+StartId = Annotated[str, StringConstraints(pattern=r"^start_[0-9a-f]{32}$")]
+SnapshotId = Annotated[str, StringConstraints(pattern=r"^snapshot_[0-9a-f]{32}$")]
+SAID_BY_SNAPSHOT = ("prompt", "seed", "steps", "height", "width", "start")
+"""Fields of ``session.start`` that contradict a snapshot."""
 
 
 class Message(BaseModel):
@@ -64,10 +70,11 @@ class Message(BaseModel):
 
 
 class SessionStart(Message):
-    """Begin a stream, or wait for a place."""
+    """Begin a stream from noise, from frames or from a snapshot, or wait for a place."""
 
     type: Literal["session.start"] = "session.start"
-    prompt: Prompt
+    prompt: Prompt | None = None
+    """None only with a snapshot, which has one."""
     model: str | None = Field(None, max_length=200)
     """None, or the name that ``/v1/info`` gives."""
     seed: Seed = 0
@@ -85,10 +92,30 @@ class SessionStart(Message):
     """The viewer confirms frames as it shows them, and gets fewer when it falls behind."""
     hold_rate: bool = False
     """Choose the steps per chunk so that ``fps`` is held."""
+    start: StartId | None = None
+    """The frames that the stream goes on from, as ``POST /v1/starts`` named them."""
+    snapshot: SnapshotId | None = None
+    """The stream that goes on, as ``snapshot.made`` named it."""
+
+    @model_validator(mode="after")
+    def _check_beginning(self) -> SessionStart:
+        if self.snapshot is None and self.prompt is None:
+            raise ValueError("prompt: a stream needs one, or a snapshot")
+        for name in SAID_BY_SNAPSHOT if self.snapshot is not None else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: the snapshot says it; leave the field out")
+        return self
 
 
-class PromptUpdate(Message):
-    """A new prompt from the next chunk on."""
+class Planned(Message):
+    """What takes effect at a chunk."""
+
+    at: Count | None = None
+    """Number of the first chunk that has it, not one that is made already; None is the next."""
+
+
+class PromptUpdate(Planned):
+    """A new prompt."""
 
     type: Literal["session.prompt_update"] = "session.prompt_update"
     prompt: Prompt
@@ -99,8 +126,8 @@ class PromptUpdate(Message):
     """Whether ``recache`` leaves the first frames of the window as they are."""
 
 
-class SessionUpdate(Message):
-    """Other settings from the next chunk on; None leaves one as it is."""
+class SessionUpdate(Planned):
+    """Other settings; None leaves one as it is."""
 
     type: Literal["session.update"] = "session.update"
     steps: Steps | None = None
@@ -130,10 +157,12 @@ class SessionReset(Message):
     steps: Steps | None = None
 
 
-class SessionBookmark(Message):
-    """Keep this moment, to return to it with ``session.branch``."""
+class SessionBookmark(Planned):
+    """Keep the moment before a chunk, to return to it with ``session.branch``."""
 
     type: Literal["session.bookmark"] = "session.bookmark"
+    automatic: bool = False
+    """It makes room before those that are not."""
 
 
 class SessionBranch(Message):
@@ -141,6 +170,12 @@ class SessionBranch(Message):
 
     type: Literal["session.branch"] = "session.branch"
     bookmark: Count
+
+
+class SessionSnapshot(Message):
+    """Keep the stream on the server's disk, to go on from here with ``session.start``."""
+
+    type: Literal["session.snapshot"] = "session.snapshot"
 
 
 class RecordStart(Message):
@@ -184,6 +219,7 @@ ViewerMessage = Annotated[
     | SessionReset
     | SessionBookmark
     | SessionBranch
+    | SessionSnapshot
     | RecordStart
     | RecordStop
     | ScriptGet
@@ -239,6 +275,10 @@ class VideoStart(Message):
     prompt: str
     seed: int
     steps: int
+    chunk: int = 0
+    """Of the first frame; those before are of the start or of the snapshot."""
+    codec: str | None = None
+    """Of H.264: the codec of the source buffer, such as ``avc1.64000a``."""
 
 
 class VideoChunk(Message):
@@ -275,9 +315,10 @@ class PromptApplied(Message):
 
 
 class SettingsApplied(Message):
-    """Settings in force from the next chunk on."""
+    """Settings in force from a chunk on."""
 
     type: Literal["settings.applied"] = "settings.applied"
+    chunk: int
     seed: int
     steps: int
     fps: float
@@ -314,7 +355,22 @@ class BookmarkMade(Message):
     type: Literal["bookmark.made"] = "bookmark.made"
     bookmark: int
     chunk: int
+    """The chunk that follows it."""
     sequence: int
+    automatic: bool
+    kept: list[int]
+    """All bookmarks that there are now."""
+
+
+class SnapshotMade(Message):
+    """The stream is kept; ``session.start`` with this id goes on from ``chunk``."""
+
+    type: Literal["snapshot.made"] = "snapshot.made"
+    id: str
+    chunk: int
+    sequence: int
+    autosave: bool
+    """The server made it by itself; the next one replaces it, under the same id."""
 
 
 class RecordStarted(Message):
@@ -336,6 +392,8 @@ class RecordDone(Message):
     script: str
     command: str
     """Makes the same clip from the script: the stream from ``first_chunk`` on."""
+    start_url: str | None = None
+    """The file that the command names with ``--start``, of a stream that began from frames."""
 
 
 class ScriptText(Message):
@@ -399,6 +457,7 @@ ServerMessage = Annotated[
     | SessionResumed
     | SessionRestarted
     | BookmarkMade
+    | SnapshotMade
     | RecordStarted
     | RecordDone
     | ScriptText
@@ -421,9 +480,13 @@ MAGIC = b"SVF1"
 HEADER = struct.Struct("<4sBBHIIIIQ")
 """Magic, version, encoding, flags, sequence, chunk, prompt id, server time, capture time."""
 VERSION = 1
-ENCODINGS = {"jpeg": 1, "webp": 2}
+ENCODINGS = {encoding: number for number, encoding in enumerate(get_args(Encoding), 1)}
 FIRST_OF_CHUNK = 1
 FIRST_OF_PROMPT = 2
+INITIALISATION = 4
+"""Of H.264: no frame, but what a decoder has to read first."""
+KEY_FRAME = 8
+"""Of H.264: the frame needs no earlier one."""
 
 
 @dataclass(frozen=True)
@@ -443,7 +506,7 @@ class FrameHeader:
 
 
 def pack_frame(header: FrameHeader, picture: bytes) -> bytes:
-    """A binary message: the header, then the picture."""
+    """A binary message: the header, then the picture or the fragment."""
     head = HEADER.pack(
         MAGIC,
         VERSION,
@@ -477,7 +540,11 @@ def unpack_frame(message: bytes) -> tuple[FrameHeader, bytes]:
 
 
 def encode_picture(image: np.ndarray, encoding: Encoding, quality: int = QUALITY) -> bytes:
-    """RGB bytes ``[H, W, 3]`` as JPEG (full colour resolution) or WebP."""
+    """RGB bytes ``[H, W, 3]`` as JPEG (full colour resolution) or WebP.
+
+    Args:
+        encoding: "jpeg" or "webp".
+    """
     buffer = io.BytesIO()
     picture = Image.fromarray(image)
     if encoding == "jpeg":

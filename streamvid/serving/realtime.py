@@ -1,14 +1,14 @@
 """One viewer's connection: reads what it asks for, sends what the worker has for it.
 
 The connection runs in the event loop and never touches the model. Frames are encoded in threads,
-just before they are sent, so that frames which a slow viewer misses cost nothing.
+just before they are sent, so that frames which a slow viewer misses cost nothing, and an encoder of
+video never refers to one of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,9 +16,16 @@ from dataclasses import dataclass
 from fastapi import WebSocket, WebSocketDisconnect
 
 from streamvid.serving import protocol
+from streamvid.serving.encoding import (
+    FrameEncoder,
+    encode_frames,
+    open_encoder,
+    pack_initialisation,
+)
 from streamvid.serving.errors import Busy
 from streamvid.serving.limits import Limits, TokenBucket
 from streamvid.serving.metrics import Metrics
+from streamvid.serving.starts import Start, StartStore
 from streamvid.serving.stream import Frames, Stream
 from streamvid.serving.worker import Worker
 
@@ -51,6 +58,7 @@ class Viewer:
         metrics: Metrics,
         defaults: Defaults,
         addresses: Counter[str],
+        starts: StartStore,
     ):
         self._socket = socket
         self._worker = worker
@@ -58,6 +66,7 @@ class Viewer:
         self._metrics = metrics
         self._defaults = defaults
         self._addresses = addresses
+        self._starts = starts
         self._address = socket.client.host if socket.client else "unknown"
         self._control = TokenBucket(limits.messages_per_minute)
         self._acks = TokenBucket(120 * limits.max_fps)
@@ -136,7 +145,9 @@ class Viewer:
             await self._sender  # the end of the stream before
         defaults = self._defaults
         model = self._worker.models.find_live(start.model)
-        height, width = start.height or defaults.height, start.width or defaults.width
+        begins_from = self._find_start(start)
+        of_start = defaults if begins_from is None else begins_from
+        height, width = start.height or of_start.height, start.width or of_start.width
         self._limits.check_size(height, width)
         if self._addresses[self._address] >= self._limits.sessions_per_address:
             most = self._limits.sessions_per_address
@@ -149,6 +160,7 @@ class Viewer:
                 loop.call_soon_threadsafe(awake.set)
 
         new = Stream(start, height, width, start.fps or defaults.fps, wake, model)
+        new.start_file = None if begins_from is None else begins_from.file
         try:
             self._worker.add_stream(new)
         except Busy as error:
@@ -159,14 +171,33 @@ class Viewer:
         self._stream = new
         self._sender = asyncio.create_task(self._send_stream(new, awake))
 
+    def _find_start(self, start: protocol.SessionStart) -> Start | None:
+        """The frames that a stream is to begin from."""
+        if start.start is None:
+            return None
+        found = self._starts.get(start.start)
+        if found is None:
+            raise ValueError("start: there is no such start, or its time is over; upload it again")
+        asked = start.height or found.height, start.width or found.width
+        if asked != (found.height, found.width):
+            raise ValueError(
+                f"start: it is {found.width} x {found.height}, the stream {asked[1]} x {asked[0]};"
+                " leave the size out, or upload it for this size"
+            )
+        return found
+
     async def _send_stream(self, stream: Stream, awake: asyncio.Event) -> None:
         """All of a stream, until it is over or the viewer takes no more."""
+        encoder: FrameEncoder | None = None
         try:
             while True:
                 awake.clear()
                 while (item := stream.outbox.take()) is not None:
                     if isinstance(item, Frames):
-                        await self._send_frames(stream, item)
+                        await self._send_frames(stream, item, encoder)
+                        continue
+                    if isinstance(item, protocol.VideoStart):
+                        encoder = await self._send_start(stream, item)
                         continue
                     await self._send(item)
                     if isinstance(item, protocol.SessionDone):
@@ -182,13 +213,21 @@ class Viewer:
             if not self._addresses[self._address]:
                 del self._addresses[self._address]
 
-    async def _send_frames(self, stream: Stream, frames: Frames) -> None:
+    async def _send_start(self, stream: Stream, start: protocol.VideoStart) -> FrameEncoder:
+        """The beginning of a stream, and what a decoder needs; returns the encoder."""
+        encoder = await asyncio.to_thread(
+            open_encoder, stream.start, start.height, start.width, start.fps
+        )
+        await self._send(start.model_copy(update={"codec": encoder.codec}))
+        if encoder.initialisation:
+            await self._send(pack_initialisation(encoder, start.chunk))
+        return encoder
+
+    async def _send_frames(self, stream: Stream, frames: Frames, encoder: FrameEncoder) -> None:
         num_frames = len(frames.images)
         stride = stream.flow.stride(num_frames)
         picks = range(0, num_frames, stride)
-        messages = await asyncio.to_thread(
-            encode_frames, frames, picks, stream.start.format, stream.start.quality
-        )
+        messages = await asyncio.to_thread(encode_frames, frames, picks, encoder, stream.fps)
         for index, message in zip(picks, messages):
             await self._send(message)
             stream.flow.sent = frames.sequence + index
@@ -219,28 +258,3 @@ class Viewer:
 
 class _Closed(Exception):
     """The connection is over."""
-
-
-def encode_frames(
-    frames: Frames, picks: range, encoding: protocol.Encoding, quality: int
-) -> list[bytes]:
-    """The binary messages of some frames of a chunk."""
-    started = time.perf_counter()
-    pictures = [protocol.encode_picture(frames.images[i], encoding, quality) for i in picks]
-    server_us = frames.server_us + int(1e6 * (time.perf_counter() - started))
-    messages = []
-    for number, (index, picture) in enumerate(zip(picks, pictures)):
-        flags = 0 if number else protocol.FIRST_OF_CHUNK
-        if not number and frames.first_of_prompt:
-            flags |= protocol.FIRST_OF_PROMPT
-        header = protocol.FrameHeader(
-            frames.sequence + index,
-            frames.chunk,
-            frames.prompt_id,
-            server_us,
-            frames.captured_us,
-            encoding,
-            flags,
-        )
-        messages.append(protocol.pack_frame(header, picture))
-    return messages

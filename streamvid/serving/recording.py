@@ -19,6 +19,7 @@ import numpy as np
 
 from streamvid.files import atomic_file, disk_full
 from streamvid.printing import one_line
+from streamvid.serving.starts import StartFile, link_or_copy
 from streamvid.video import VideoWriter
 
 MEDIA_TYPES = {"mp4": "video/mp4", "webm": "video/webm", "gif": "image/gif"}
@@ -52,6 +53,8 @@ class Clip:
     """Makes a recorded stream again, YAML."""
     command: str = ""
     """Makes the same clip again from its script."""
+    start: str | None = None
+    """The file of frames that a recorded stream began from, as the command names it."""
 
 
 class ClipStore:
@@ -73,6 +76,15 @@ class ClipStore:
         """The file of a clip."""
         return self.folder / f"{clip.id}.{clip.format}"
 
+    def start_path(self, clip: Clip) -> Path:
+        """The frames that a recorded stream began from, see ``keep_start``."""
+        return self.folder / f"{clip.id}.{clip.start}"
+
+    def keep_start(self, clip: Clip, file: StartFile) -> None:
+        """Keep the frames that a recorded stream began from, for as long as the recording."""
+        clip.start = file.name
+        link_or_copy(file.path, self.start_path(clip))
+
     def add(self, clip: Clip) -> None:
         """Keep a clip; the oldest finished ones make room."""
         with self._lock:
@@ -82,7 +94,7 @@ class ClipStore:
             for old in surplus:
                 del self._clips[old.id]
         for old in surplus:
-            self.path(old).unlink(missing_ok=True)
+            self._remove_files(old)
 
     def get(self, clip_id: str) -> Clip | None:
         """The clip of an id, or None."""
@@ -94,7 +106,12 @@ class ClipStore:
         clip.cancelled = True
         with self._lock:
             self._clips.pop(clip.id, None)
+        self._remove_files(clip)
+
+    def _remove_files(self, clip: Clip) -> None:
         self.path(clip).unlink(missing_ok=True)
+        if clip.start is not None:
+            self.start_path(clip).unlink(missing_ok=True)
 
     def newest_first(self) -> list[Clip]:
         """All clips."""

@@ -22,16 +22,23 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from streamvid import __version__
 from streamvid.serving import protocol
 from streamvid.serving.clips import clip_routes
+from streamvid.serving.decoding import MEDIA_TYPES
+from streamvid.serving.fmp4 import has_h264
 from streamvid.serving.guard import LOOPBACK, SUBPROTOCOL, Guard, error_body
 from streamvid.serving.limits import Limits
 from streamvid.serving.metrics import Metrics
 from streamvid.serving.models import ServedModel, ServedModels, model_routes
 from streamvid.serving.realtime import Defaults, Viewer
 from streamvid.serving.recording import ClipStore
+from streamvid.serving.snapshots import Snapshots
+from streamvid.serving.starts import StartStore
+from streamvid.serving.uploads import FORM_BYTES, start_routes
 from streamvid.serving.worker import Worker
 from streamvid.students.batch import run_alone
+from streamvid.students.contexts import fill_first_chunk
 from streamvid.students.script import DEFAULT_MODE, MODES
 from streamvid.students.session import Session
+from streamvid.video import from_uint8
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
@@ -54,6 +61,12 @@ class Info(BaseModel):
     modes: list[str]
     default_mode: str
     formats: list[str]
+    start_types: list[str]
+    """Media types of the files that ``/v1/starts`` reads."""
+    start_bytes: int
+    """The largest of them."""
+    snapshots: bool
+    """Whether streams can be kept."""
     examples: list[str]
 
 
@@ -80,6 +93,8 @@ def create_app(
     options: Sequence[str] = (),
     others: Sequence[ServedModel] = (),
     batch: int = 1,
+    state: str | Path | None = None,
+    autosave: int | None = None,
 ) -> FastAPI:
     """An application that serves a student, and other models.
 
@@ -99,10 +114,15 @@ def create_app(
             are shown.
         others: models besides the student, which is the default.
         batch: most live streams that advance together.
+        state: folder of snapshots of streams, which outlives the server; None keeps none.
+        autosave: chunks after which each stream is kept there by itself; None is never.
 
     Raises:
-        ValueError: if two models share an id, or any host is allowed without a token.
+        ValueError: if two models share an id, any host is allowed without a token, or ``autosave``
+            without ``state``.
     """
+    if autosave is not None and state is None:
+        raise ValueError(f"autosave={autosave} without a folder of snapshots; give state")
     limits = limits or Limits()
     own = serve_student(
         name, student, height, width, open_session=open_session, warm_up=warm_up, options=options
@@ -110,25 +130,38 @@ def create_app(
     models = ServedModels([own, *others])
     metrics = Metrics()
     defaults = Defaults(height, width, fps)
-    temporary = tempfile.TemporaryDirectory(prefix="streamvid-") if folder is None else None
-    store = ClipStore(Path(temporary.name if temporary else folder), limits.clips_kept)
-    worker = Worker(models, limits, metrics, store, batch)
+    temporary = tempfile.TemporaryDirectory(prefix="streamvid-")
+    clips = Path(temporary.name, "clips") if folder is None else Path(folder)
+    store = ClipStore(clips, limits.clips_kept)
+    starts = StartStore(
+        Path(temporary.name, "starts"), limits.starts_kept, limits.start_life_seconds
+    )
+    snapshots = None
+    if state is not None:
+        snapshots = Snapshots(Path(state), limits.snapshots_kept, starts, autosave)
+    worker = Worker(models, limits, metrics, store, batch, snapshots)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         worker.start()
         yield
         worker.stop(timeout=60)
-        if temporary is not None:
-            temporary.cleanup()
+        temporary.cleanup()
 
     app = FastAPI(title="streamvid", version=__version__, lifespan=lifespan)
     app.state.worker = worker
     app.state.metrics = metrics
-    app.add_middleware(Guard, token=token, hosts=hosts, body_bytes=limits.upload_bytes)
+    app.add_middleware(
+        Guard,
+        token=token,
+        hosts=hosts,
+        body_bytes=limits.upload_bytes,
+        larger_bodies={"/v1/starts": limits.start_bytes + FORM_BYTES},
+    )
     _add_errors(app)
     app.include_router(clip_routes(worker, store, limits, defaults))
     app.include_router(model_routes(models, height, width, fps))
+    app.include_router(start_routes(starts, limits, defaults))
     info = Info(
         model=name,
         version=__version__,
@@ -142,11 +175,14 @@ def create_app(
         prompt_chars=limits.prompt_chars,
         modes=list(MODES),
         default_mode=DEFAULT_MODE,
-        formats=list(protocol.ENCODINGS),
+        formats=[name for name in protocol.ENCODINGS if name != "h264" or has_h264()],
+        start_types=list(MEDIA_TYPES),
+        start_bytes=limits.start_bytes,
+        snapshots=snapshots is not None,
         examples=list(examples),
     )
     _add_checks(app, worker, metrics, info)
-    _add_live(app, worker, limits, metrics, defaults)
+    _add_live(app, worker, limits, metrics, defaults, starts)
     _add_page(app)
     return app
 
@@ -163,15 +199,27 @@ def serve_student(
 ) -> ServedModel:
     """A student to be served; the arguments of ``create_app``."""
     if open_session is None:
-        open_session = partial(Session, student)
+        open_session = partial(open_stream, student)
     return ServedModel(
         name,
         open_session,
         steps=student.stream.num_steps,
         device=device_of(student),
         options=options,
+        restore=partial(Session.restore, student=student),
         warm_up=partial(fill_window, open_session, student, height, width) if warm_up else None,
     )
+
+
+def open_stream(student: Any, prompt: str, *, start: Any = None, **options: Any) -> Session:
+    """A session of a student; see ``Session``.
+
+    Args:
+        start: bytes ``[T, H, W, 3]`` that the stream goes on from, see ``fill_first_chunk``; None
+            begins from noise.
+    """
+    frames = None if start is None else fill_first_chunk(from_uint8(start), student)
+    return Session(student, prompt, start=frames, **options)
 
 
 def fill_window(open_session: Callable[..., Any], student: Any, height: int, width: int) -> None:
@@ -237,7 +285,12 @@ def _add_checks(app: FastAPI, worker: Worker, metrics: Metrics, info: Info) -> N
 
 
 def _add_live(
-    app: FastAPI, worker: Worker, limits: Limits, metrics: Metrics, defaults: Defaults
+    app: FastAPI,
+    worker: Worker,
+    limits: Limits,
+    metrics: Metrics,
+    defaults: Defaults,
+    starts: StartStore,
 ) -> None:
     addresses: Counter[str] = Counter()
 
@@ -245,7 +298,7 @@ def _add_live(
     async def live(socket: WebSocket) -> None:
         offered = socket.scope.get("subprotocols", [])
         await socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-        await Viewer(socket, worker, limits, metrics, defaults, addresses).run()
+        await Viewer(socket, worker, limits, metrics, defaults, addresses, starts).run()
 
 
 def _add_page(app: FastAPI) -> None:

@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from streamvid.files import disk_full
 from streamvid.serving import protocol
 from streamvid.serving.limits import Limits
 from streamvid.serving.recording import Clip, ClipStore, Recorder
+from streamvid.serving.snapshots import Snapshots
 from streamvid.serving.stream import Stream
+
+NO_SNAPSHOTS = "this server keeps no snapshots; it was started without --state"
 
 TellError = Callable[[Stream, str, str], None]
 
@@ -28,12 +32,40 @@ class Steering:
         limits: of the server.
         store: of recordings.
         tell_error: ``tell_error(stream, code, message)``, also from a recorder's thread.
+        snapshots: where streams are kept; None keeps none.
     """
 
-    def __init__(self, limits: Limits, store: ClipStore, tell_error: TellError) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        store: ClipStore,
+        tell_error: TellError,
+        snapshots: Snapshots | None = None,
+    ) -> None:
         self._limits = limits
         self._store = store
         self._tell_error = tell_error
+        self._snapshots = snapshots
+
+    def open(self, stream: Stream) -> None:
+        """Give a stream its session, a new one or that of a snapshot.
+
+        Raises:
+            ValueError: for what can't be.
+        """
+        if stream.start.snapshot is None:
+            stream.session = open_session(stream)
+            return
+        if self._snapshots is None or stream.model.restore is None:
+            raise ValueError(NO_SNAPSHOTS)
+        session, stream.start_file = self._snapshots.open(
+            stream.start.snapshot, stream.model.restore
+        )
+        stream.session, script = session, session.script
+        self._limits.check_size(script.height, script.width)
+        stream.height, stream.width = script.height, script.width
+        stream.prompt, stream.seed, stream.steps = session.prompt, session.seed, script.last_steps
+        session.hold_rate(stream.fps if stream.hold_rate else None)
 
     def apply(self, stream: Stream, message: protocol.Message, came: float) -> None:
         """Do what a message asks for.
@@ -70,9 +102,11 @@ class Steering:
             case protocol.SessionReset():
                 self._reset(stream, message)
             case protocol.SessionBookmark():
-                self._bookmark(stream)
+                self._bookmark(stream, message.automatic)
             case protocol.SessionBranch():
                 self._branch(stream, message.bookmark)
+            case protocol.SessionSnapshot():
+                self._snapshot(stream, autosave=False)
             case protocol.RecordStart():
                 self._start_recording(stream, message)
             case protocol.RecordStop():
@@ -99,6 +133,7 @@ class Steering:
             stream.session.hold_rate(stream.fps if stream.hold_rate else None)
         stream.outbox.put(
             protocol.SettingsApplied(
+                chunk=stream.session.index,
                 seed=stream.seed,
                 steps=stream.session.steps,
                 fps=stream.fps,
@@ -126,6 +161,7 @@ class Steering:
             self.stop_recording(stream)
         stream.session.close()
         stream.session = session
+        stream.planned.clear()
 
     def _restarted(self, stream: Stream, bookmark: int | None) -> None:
         stream.prompt_id += 1
@@ -144,18 +180,25 @@ class Steering:
             )
         )
 
-    def _bookmark(self, stream: Stream) -> None:
+    def _bookmark(self, stream: Stream, automatic: bool) -> None:
         if len(stream.bookmarks) >= self._limits.bookmarks:
-            oldest = min(stream.bookmarks)
+            oldest = min(stream.automatic_bookmarks or stream.bookmarks)
+            stream.automatic_bookmarks.discard(oldest)
             stream.bookmarks.pop(oldest)[0].close()
         number = max(stream.bookmarks, default=-1) + 1
         settings = {
             name: getattr(stream, name) for name in ("prompt", "seed", "steps", "hold_rate")
         }
         stream.bookmarks[number] = (stream.session.branch(), settings)
+        if automatic:
+            stream.automatic_bookmarks.add(number)
         stream.outbox.put(
             protocol.BookmarkMade(
-                bookmark=number, chunk=stream.session.index, sequence=stream.sequence
+                bookmark=number,
+                chunk=stream.session.index,
+                sequence=stream.sequence,
+                automatic=automatic,
+                kept=sorted(stream.bookmarks),
             )
         )
 
@@ -170,7 +213,39 @@ class Steering:
         self._restarted(stream, number)
 
     def _command(self, stream: Stream, container: str, fps: float, first_chunk: int = 0) -> str:
-        return command_line(container, fps, first_chunk, stream.model.options, stream.model.device)
+        options = [*stream.model.options]
+        if stream.start_file is not None:
+            options += ["--start", stream.start_file.name]
+        return command_line(container, fps, first_chunk, options, stream.model.device)
+
+    # ---- snapshots
+
+    def autosave(self, stream: Stream) -> None:
+        """Keep a stream if that is due."""
+        if self._snapshots is not None and self._snapshots.is_due(stream.chunks):
+            self._snapshot(stream, autosave=True)
+
+    def _snapshot(self, stream: Stream, autosave: bool) -> None:
+        """Keep a stream; a disk that does not take it does not end the stream."""
+        if self._snapshots is None:
+            raise ValueError(NO_SNAPSHOTS)
+        snapshot_id = self._snapshots.new_id()
+        if autosave:
+            stream.autosave_id = snapshot_id = stream.autosave_id or snapshot_id
+        try:
+            self._snapshots.save(snapshot_id, stream.session, stream.start_file)
+        except OSError as error:
+            reason = disk_full(error) or "the disk did not take it"
+            self._tell_error(stream, "snapshot_failed", f"the stream was not kept: {reason}")
+            return
+        stream.outbox.put(
+            protocol.SnapshotMade(
+                id=snapshot_id,
+                chunk=stream.session.index,
+                sequence=stream.sequence,
+                autosave=autosave,
+            )
+        )
 
     # ---- recordings
 
@@ -190,6 +265,12 @@ class Steering:
             status="in_progress",
         )
         first_chunk = stream.session.index
+        if stream.start_file is not None:
+            try:
+                self._store.keep_start(clip, stream.start_file)
+            except OSError as error:
+                reason = disk_full(error) or "the disk does not take it"
+                raise ValueError(f"nothing is recorded: {reason}") from error
         self._store.add(clip)
         stream.recorder = Recorder(
             clip,
@@ -244,18 +325,21 @@ class Steering:
                 first_chunk=first_chunk,
                 script=clip.script,
                 command=clip.command,
+                start_url=None if clip.start is None else f"/v1/videos/{clip.id}/start",
             )
         )
 
 
 def open_session(stream: Stream) -> Any:
     """A new session with the settings of a stream."""
+    start = {} if stream.start_file is None else {"start": stream.start_file.images()}
     session = stream.model.open_session(
         stream.prompt,
         seed=stream.seed,
         height=stream.height,
         width=stream.width,
         steps=stream.steps,
+        **start,
     )
     if stream.hold_rate:
         session.hold_rate(stream.fps)

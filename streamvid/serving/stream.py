@@ -17,6 +17,7 @@ from streamvid.serving import protocol
 from streamvid.serving.models import ServedModel
 from streamvid.serving.pacing import FlowControl, Pacer, ServiceLevel
 from streamvid.serving.recording import Recorder
+from streamvid.serving.starts import StartFile
 
 CHUNKS_WAITING = 2
 """Chunks in an outbox; a third one pushes the oldest out."""
@@ -102,11 +103,17 @@ class Stream:
     dropped: int = 0
     place: int | None = None
     bookmarks: dict[int, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
+    automatic_bookmarks: set[int] = field(default_factory=set)
+    start_file: StartFile | None = None
+    """The frames that the stream begins from; None is from noise."""
+    autosave_id: str | None = None
     recorder: Recorder | None = None
     finishing: list[Recorder] = field(default_factory=list)
     switched_at: float | None = None
     switch_mode: str = "cut"
     commands: deque[tuple[protocol.Message, float]] = field(default_factory=deque)
+    planned: list[protocol.Planned] = field(default_factory=list)
+    """What waits for its chunk, in the order in which it came."""
 
     def __post_init__(self) -> None:
         self.outbox = Outbox(self.wake)
@@ -116,7 +123,7 @@ class Stream:
         self.begun = time.monotonic()
         self.measured = time.monotonic()
         self.chunk_frames = 0
-        self.prompt = self.start.prompt
+        self.prompt = self.start.prompt or ""  # a snapshot says it when it is opened
         self.seed = self.start.seed
         self.steps = self.start.steps
         self.hold_rate = self.start.hold_rate

@@ -22,6 +22,7 @@ from streamvid.serving.live import LiveStreams
 from streamvid.serving.metrics import Metrics
 from streamvid.serving.models import ServedModels
 from streamvid.serving.recording import Clip, ClipStore
+from streamvid.serving.snapshots import Snapshots
 from streamvid.serving.stream import Stream
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Worker:
         metrics: that are kept up to date.
         store: of clips and recordings.
         batch: most streams that advance together.
+        snapshots: where streams are kept; None keeps none.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Worker:
         metrics: Metrics,
         store: ClipStore,
         batch: int = 1,
+        snapshots: Snapshots | None = None,
     ):
         self.models = models
         self.limits = limits
@@ -64,7 +67,7 @@ class Worker:
         self._metrics = metrics
         self._batch = batch
         self._condition = threading.Condition()
-        self._live = LiveStreams(limits, metrics, store, self._condition)
+        self._live = LiveStreams(limits, metrics, store, self._condition, snapshots)
         self._waiting: deque[Stream] = deque()
         self._clips = ClipJobs(models, store, metrics)
         self._since_clip = 0
@@ -231,7 +234,8 @@ class Worker:
                 return Turn((stream,)), None
         running = [stream for stream in self._live.active if stream.may_advance]
         dues = {stream: stream.due(now, len(running)) for stream in running}
-        first = min(dues, key=dues.__getitem__, default=None)
+        # who has nothing to play yet first: of streams that are all late it would stay the last one
+        first = min(dues, key=lambda stream: (stream.chunks > 0, dues[stream]), default=None)
         if first is not None and dues[first] <= now:
             if self._clips and self._since_clip >= LIVE_PER_CLIP:
                 return Turn(), None

@@ -19,7 +19,7 @@ from streamvid.codecs.base import VideoCodec
 from streamvid.printing import one_line, printable
 from streamvid.rollout.sampler import stream
 from streamvid.rollout.schedule import Cost, StreamConfig, build_schedule, cost_of
-from streamvid.students.contexts import digest_frames, first_chunk_frames
+from streamvid.students.contexts import digest_frames, fill_first_chunk
 from streamvid.students.folder import Student
 from streamvid.students.play import play_script
 from streamvid.students.script import Script
@@ -148,8 +148,8 @@ def export_script(
         path, fps, live: as for ``export_clip``.
         num_frames: most frames that are written; None is as many as the script says.
         first_chunk: the first chunk that is written, as the script counts them.
-        start: the frames that the stream goes on from, ``read_start``; an image is repeated to the
-            length of the student's first chunk.
+        start: the frames that the stream goes on from, ``read_start``; fewer than the student's
+            first chunk are lengthened, ``fill_first_chunk``.
 
     Raises:
         ValueError: before anything is written, for what ``play_script`` refuses, or a script that
@@ -160,8 +160,8 @@ def export_script(
             f"first_chunk={first_chunk} of a script of num_chunks={script.num_chunks}; chunks are"
             " counted from 0"
         )
-    if start is not None and len(start) == 1:
-        start = start.expand(first_chunk_frames(student), -1, -1, -1)
+    if start is not None:
+        start = fill_first_chunk(start, student)
     if start is not None and script.start is None:  # written by hand
         script = replace(script, start=digest_frames(start))
 

@@ -118,6 +118,16 @@ def start_chunks(frames: Tensor, student: Student, height: int, width: int) -> i
     return latent_frames // chunk_frames
 
 
+def fill_first_chunk(frames: Tensor, student: Student) -> Tensor:
+    """Frames ``[T, 3, H, W]`` that are at least a student's first chunk: before fewer, such as an
+    image, their first one is repeated.
+    """
+    missing = first_chunk_frames(student) - len(frames)
+    if missing <= 0 or not len(frames):
+        return frames
+    return torch.cat([frames[:1].expand(missing, -1, -1, -1), frames])
+
+
 def first_chunk_frames(student: Student) -> int:
     """Pixel frames of a student's first chunk."""
     return 1 + student.codec.temporal_ratio * (student.stream.chunk_frames - 1)

@@ -190,6 +190,12 @@ class Script:
                     " changes in order, those of one chunk as one"
                 )
 
+    @property
+    def last_steps(self) -> int | None:
+        """Steps per chunk at the end; None is the student's own schedule."""
+        said = (change.steps for change in reversed(self.changes) if change.steps is not None)
+        return next(said, self.steps)
+
     def to_plain(self) -> dict[str, Any]:
         """What JSON and YAML can hold, without what has its default."""
         plain = _without_none(to_plain(self))

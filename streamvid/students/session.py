@@ -181,6 +181,12 @@ class Session:
         return queued or self._open_state().prompt
 
     @property
+    def seed(self) -> int:
+        """The seed that the last change has asked for, in effect or about to be."""
+        queued = self._queued.seed if self._queued else None
+        return self._open_state().seed if queued is None else queued
+
+    @property
     def steps(self) -> int:
         """Steps of the next chunk, as far as is known."""
         return len(next_events(steer_state(self.student, self._open_state(), self._queued)))
