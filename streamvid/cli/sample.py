@@ -269,13 +269,15 @@ def build_runner(
     from streamvid.codecs.base import latent_frames_of
     from streamvid.codecs.load import open_codec
     from streamvid.rollout.runner import student_runner, teacher_runner
-    from streamvid.teachers.load import open_teacher
 
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     if args.teacher:
         for name in ("schedule", "window", "sink"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} is of students; a teacher denoises all frames together")
+        # a second of imports that a student needs not
+        from streamvid.teachers.load import open_teacher
+
         teacher = open_teacher(args.teacher, torch_dtype=dtype, device=device)
         codec = open_codec(args.codec or args.components or args.teacher, device)
         steps = 50 if args.steps is None else args.steps

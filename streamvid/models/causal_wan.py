@@ -21,10 +21,10 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
@@ -43,6 +43,7 @@ from streamvid.models.attention import (
 )
 from streamvid.models.jump_embedding import JumpEmbedding
 from streamvid.models.kv_cache import KeyValue, StreamKVCache
+from streamvid.models.late_adapters import LatePeftAdapters
 from streamvid.models.rope import rotary_table, rotate
 
 EXPORT_CLASS_NAME = "WanTransformer3DModel"
@@ -189,7 +190,7 @@ class CausalWanBlock(nn.Module):
         return self.attn2.output(attention(q, k, v)).view_as(x), (k.detach(), v.detach())
 
 
-class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, LatePeftAdapters):
     """Text-to-video Wan transformer with block-causal, teacher-forced and cached passes.
 
     Args: those of ``diffusers.WanTransformer3DModel``, with its defaults (Wan 14B).
@@ -377,6 +378,14 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         ``cache.append`` them.
         """
         cache.append(self(latents, timestep, encoder_hidden_states, cache=cache, return_kv=True).kv)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **options: Any) -> tuple[dict, dict, dict]:
+        """As diffusers does it, of a configuration that another class wrote too.
+
+        Told of another class, diffusers would import all of its transformers to compare the two.
+        """
+        return super().extract_init_dict({**config_dict, "_class_name": cls.__name__}, **options)
 
     def to_json_string(self) -> str:
         """The configuration, under the class name that diffusers knows."""
