@@ -33,6 +33,7 @@ LEVELS = [
     {"experiment"},
     {"studies"},
     {"gpu_check"},
+    {"bench"},
     {"cli"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
