@@ -17,6 +17,7 @@ LEVELS = [
         "files",
         "seeding",
         "shipped",
+        "threads",
         "weights",
         "printing",
         "command_line",
