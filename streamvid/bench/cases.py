@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamvid.gpu_check.measure import random_network, random_prompt, student_sizes
+from streamvid.gpu_check.measure import random_cond, random_network, student_sizes
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.rollout.loop import rollout
 from streamvid.rollout.noise import KeyedNoise
@@ -39,7 +39,7 @@ class Case:
 
     name: str
     student: Student
-    prompt: Tensor
+    cond: Tensor
     """[1, L, D]."""
     latent_shape: tuple[int, int, int]
     size: tuple[int, int] | None = None
@@ -77,13 +77,13 @@ class Case:
         """An endless stream, decoded where there is a codec."""
         if self.size is None:
             return stream_latents(
-                self.network, self.prompt, self.config, seeds=[0], latent_shape=self.latent_shape
+                self.network, self.cond, self.config, seeds=[0], latent_shape=self.latent_shape
             )
         height, width = self.size
         return stream(
             self.network,
             self.student.codec,
-            self.prompt,
+            self.cond,
             self.config,
             seeds=[0],
             height=height,
@@ -97,14 +97,15 @@ class Case:
             next(chunks)
         return chunks
 
+    @torch.no_grad()
     def full_cache(self, age: int | None = None) -> Any:
         """A cache whose window is full of random latents' keys, of a stream of ``age`` chunks."""
         frames = self.config.chunk_frames
         cache = new_cache(self.student.transformer, self.config, 1, self.latent_shape)
         channels, height, width = self.latent_shape
-        latents = torch.randn(1, channels, frames, height, width, device=self.prompt.device)
+        latents = torch.randn(1, channels, frames, height, width, device=self.cond.device)
         for _ in range(self.filling):
-            self.network.commit(latents, 0.0, self.prompt, cache)
+            self.network.commit(latents, 0.0, self.cond, cache)
         if age is not None:
             cache.load_state(cache.state(), max(age, self.filling) * frames)
         return cache
@@ -116,7 +117,7 @@ class Case:
         events = (replace(each, chunks=(each.chunks[0] + first,)) for each in times)
         chunks = rollout(
             self.network,
-            self.prompt,
+            self.cond,
             events,
             KeyedNoise([0]),
             latent_shape=self.latent_shape,
@@ -168,9 +169,9 @@ def student_case(student: Student, size: tuple[int, int], name: str = STUDENT) -
         ValueError: if the size does not fit its codec.
     """
     weight = student.transformer.patch_embedding.weight
-    prompt = student.prompts.encode([PROMPT]).to(weight.device, weight.dtype)
+    cond = student.prompts.encode([PROMPT]).to(weight.device, weight.dtype)
     shape = latent_shape_of(student.codec, student.transformer, *size)
-    return Case(name, student, prompt, shape, size)
+    return Case(name, student, cond, shape, size)
 
 
 def geometry_case(name: str, device: torch.device) -> Case:
@@ -209,4 +210,4 @@ def random_case(
     )
     parts: dict[str, Any] = {"codec": None, "prompts": None}  # nothing is decoded or encoded
     student = Student(transformer=network, stream=config, **parts)
-    return Case(name, student, random_prompt(sizes, device, dtype), latent_shape)
+    return Case(name, student, random_cond(sizes, device, dtype), latent_shape)

@@ -19,6 +19,7 @@ Legend: B batch, F frames, S tokens per frame, N heads, E head size.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from streamvid.core.process import renoise_step, x0_from_v
 from streamvid.core.times import step_times
+from streamvid.gpu_check.measure import in_precision
 from streamvid.models.attention import attention
 from streamvid.models.causal_wan import CausalWanTransformer3DModel
 from streamvid.models.rope import THETA, axis_sizes
@@ -43,18 +45,18 @@ class Stream:
     """What the comparators share: noise, times, and steps that renoise the data prediction."""
 
     def __init__(
-        self, prompt: Tensor, config: StreamConfig, latent_shape: tuple[int, int, int]
+        self, cond: Tensor, config: StreamConfig, latent_shape: tuple[int, int, int]
     ) -> None:
         if config.window_frames is None:
             raise ValueError("a comparison needs a window; set window_frames")
-        self.prompt, self.config = prompt, config
+        self.cond, self.config = cond, config
         channels, height, width = latent_shape
         self.shape = (channels, config.chunk_frames, height, width)
         self.times = step_times(config.num_steps, config.shift)
         self.noise = KeyedNoise([0])
 
     def draw(self, chunk: int, event: int) -> Tensor:
-        return self.noise.draw(chunk, event, self.shape, self.prompt.device, torch.float32)
+        return self.noise.draw(chunk, event, self.shape, self.cond.device, torch.float32)
 
     def denoise(self, chunk: int) -> Tensor:
         """A chunk from noise to data, by ``velocity``."""
@@ -73,13 +75,11 @@ class Stream:
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Tensor]:
-        chunk = 0
-        with torch.no_grad():
-            while True:
+        for chunk in itertools.count():
+            with torch.no_grad():  # which ends before the yield, so that the consumer's mode stays
                 x0 = self.denoise(chunk)
                 self.commit(x0, chunk)
-                yield x0
-                chunk += 1
+            yield x0
 
 
 class Recompute(Stream):
@@ -88,14 +88,14 @@ class Recompute(Stream):
     def __init__(self, network: CausalWanTransformer3DModel, *stream: Any) -> None:
         super().__init__(*stream)
         self.network = network
-        self.context = torch.zeros(1, self.shape[0], 0, *self.shape[2:], device=self.prompt.device)
+        self.context = torch.zeros(1, self.shape[0], 0, *self.shape[2:], device=self.cond.device)
 
     def velocity(self, x: Tensor, t: float, chunk: int) -> Tensor:
         frames = self.shape[1]
         level = torch.zeros(1, self.context.shape[2] + frames, device=x.device)
         level[:, -frames:] = 1000 * t
         both = torch.cat([self.context, x], dim=2)
-        out = self.network(both, level, self.prompt, chunk_frames=frames).sample
+        out = self.network(both, level, self.cond, chunk_frames=frames).sample
         return out[:, :, -frames:]
 
     def commit(self, x0: Tensor, chunk: int) -> None:
@@ -143,7 +143,7 @@ class SelfForcingStyle(Stream):
         dtype = net.patch_embedding.weight.dtype
         hidden = rearrange(net.patch_embedding(latents.to(dtype)), "b d f h w -> b f (h w) d")
         level = torch.full((1, frames), 1000 * t, device=latents.device)
-        temb, modulation, text = net.condition_embedder(level, None, self.prompt, dtype)
+        temb, modulation, text = net.condition_embedder(level, None, self.cond, dtype)
         for layer, block in enumerate(net.blocks):
             hidden = self.run_block(layer, block, hidden, modulation, text, start)
         return net._head(hidden, temb, self.grid)
@@ -218,7 +218,7 @@ class DiffusersFAR(Stream):
         chunks = self.config.window_frames // self.config.chunk_frames
         whole = min(WHOLE_CHUNKS, chunks)
         self.partition = [self.config.chunk_frames] * chunks
-        self.network = _far(network, whole, self.partition).to(weight.device, weight.dtype).eval()
+        self.network = _far(network, whole, self.partition).to(weight.device)
         height, width = self.shape[2:]
         heads = network.config.num_attention_heads
         size = network.config.attention_head_dim
@@ -243,7 +243,7 @@ class DiffusersFAR(Stream):
             x.transpose(1, 2).to(self.clip),
             timestep=now,
             r_timestep=later,
-            encoder_hidden_states=self.prompt,
+            encoder_hidden_states=self.cond,
             chunk_partition=self.partition,
             kv_cache=self.cache,
             kv_cache_flag={"num_cached_chunks": len(self.partition) - 1, "is_cache_step": False},
@@ -258,7 +258,7 @@ class DiffusersFAR(Stream):
             self.clip,
             timestep=zero,
             r_timestep=zero,
-            encoder_hidden_states=self.prompt,
+            encoder_hidden_states=self.cond,
             chunk_partition=self.partition,
             attention_mask=self.mask,
             kv_cache=self.cache,
@@ -305,7 +305,7 @@ def _far(network: CausalWanTransformer3DModel, whole: int, partition: list[int])
     )
     for block in far.blocks:
         block.attn1.set_processor(FusedAttention())
-    return far
+    return in_precision(far, network.patch_embedding.weight.dtype).eval()
 
 
 COMPARATORS: dict[str, type[Any]] = {

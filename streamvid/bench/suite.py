@@ -24,6 +24,7 @@ from streamvid.bench.counting import count, forwards_per_chunk
 from streamvid.bench.timing import clock, in_turns, percentile
 from streamvid.gpu_check.measure import allocated_mib
 from streamvid.metering import MIB
+from streamvid.rollout.schedule import StreamConfig
 from streamvid.students.engine import EngineOptions, engine_options, prepare
 
 Row = dict[str, Any]
@@ -44,7 +45,7 @@ def pace(case: Case, ceiling: dict[str, float], rounds: int) -> Row:
         ceiling: of ``matrix_ceiling``.
         rounds: chunks that are measured.
     """
-    device = case.prompt.device
+    device = case.cond.device
     next(case.stream())  # to warm up
     firsts = [_seconds_of_next(case.stream(), device) for _ in range(min(rounds, FIRST_FRAMES))]
     chunks = case.steady_stream()
@@ -54,7 +55,7 @@ def pace(case: Case, ceiling: dict[str, float], rounds: int) -> Row:
     forwards = forwards_per_chunk(case.config)
     dtype = case.network.patch_embedding.weight.dtype
     return {
-        "": f"{case.name}, {case.config.num_steps} steps",
+        "": f"{case.name}, {_steps_of(case.config)}",
         "first frame ms": 1000 * statistics.median(firsts),
         "chunk ms": 1000 * median,
         "p95 ms": 1000 * percentile(seconds, 0.95),
@@ -66,6 +67,12 @@ def pace(case: Case, ceiling: dict[str, float], rounds: int) -> Row:
         "GB moved": counted.bytes / GIGA,
         "cache MiB": _cache_mib(case),
     }
+
+
+def _steps_of(config: StreamConfig) -> str:
+    if config.step_table:
+        return "a table of steps"
+    return "1 step" if config.num_steps == 1 else f"{config.num_steps} steps"
 
 
 def _seconds_of_next(chunks: Iterator[Any], device: torch.device) -> float:
@@ -103,7 +110,7 @@ def aging(case: Case, ages: Sequence[int]) -> list[Row]:
 
 
 def _streamed(case: Case, ages: Sequence[int]) -> Iterator[Row]:
-    device, chunks, made = case.prompt.device, case.stream(), 0
+    device, chunks, made = case.cond.device, case.stream(), 0
     for age in sorted(ages):
         for _ in range(max(0, age - made)):
             next(chunks)
@@ -112,9 +119,8 @@ def _streamed(case: Case, ages: Sequence[int]) -> Iterator[Row]:
         yield _age_row(case, age, "streamed", seconds)
 
 
-@torch.no_grad()
 def _set(case: Case, ages: Sequence[int]) -> Iterator[Row]:
-    device = case.prompt.device
+    device = case.cond.device
     for age in sorted(ages):
         chunks = case.latents_over(case.full_cache(age))
         next(chunks)  # the first one commits nothing
@@ -128,7 +134,7 @@ def _age_row(case: Case, age: int, how: str, seconds: list[float]) -> Row:
         "age, chunks": age,
         "reached by": how,
         "chunk ms": 1000 * statistics.median(seconds),
-        "process MiB": allocated_mib(case.prompt.device),
+        "process MiB": allocated_mib(case.cond.device),
     }
 
 
@@ -144,7 +150,7 @@ def compare(
         works: by name; the first is what the others are compared with.
         refused: names that cannot be had here, and why.
     """
-    seconds = in_turns(works, case.prompt.device, rounds)
+    seconds = in_turns(works, case.cond.device, rounds)
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     reference = next(iter(medians.values()))
     rows: list[Row] = [
@@ -208,7 +214,7 @@ def against(case: Case, names: Sequence[str], rounds: int) -> list[Row]:
         chunks = plain.steady_stream()
         works[name] = lambda chunks=chunks: next(chunks)
     for name in names:
-        other = iter(COMPARATORS[name](case.network, case.prompt, case.config, case.latent_shape))
+        other = iter(COMPARATORS[name](case.network, case.cond, case.config, case.latent_shape))
         # diffusers' always stands at the last chunk of its window
         for _ in range(1 if name == "diffusers" else case.filling):
             next(other)

@@ -10,7 +10,7 @@ from tests.bench.tiny import case_of
 
 
 def chunks(kind, case, count):
-    stream = iter(kind(case.network, case.prompt, case.config, case.latent_shape))
+    stream = iter(kind(case.network, case.cond, case.config, case.latent_shape))
     return [next(stream) for _ in range(count)]
 
 
@@ -39,7 +39,7 @@ def test_rolling_buffers_are_our_window(sink):
 def test_without_a_cache_the_window_is_as_long_as_ours():
     """What it computes then differs: its context has forgotten what ours once saw."""
     case = case_of(window=(9, 3))
-    stream = Recompute(case.network, case.prompt, case.config, case.latent_shape)
+    stream = Recompute(case.network, case.cond, case.config, case.latent_shape)
     made = [chunk for _, chunk in zip(range(6), stream)]
     assert stream.context.shape[2] == 6
     first, last = made[0], made[5]
@@ -53,9 +53,16 @@ def test_diffusers_streams_chunks_that_are_finite_and_change():
     assert a.isfinite().all() and not torch.equal(a, b)
 
 
+@pytest.mark.parametrize("kind", COMPARATORS.values())
+def test_the_consumer_keeps_its_grad_mode(kind):
+    case = case_of(window=(9, 0), steps=1)
+    for _, chunk in zip(range(2), kind(case.network, case.cond, case.config, case.latent_shape)):
+        assert torch.is_grad_enabled() and not chunk.requires_grad
+
+
 def test_a_comparison_needs_a_window():
     case = case_of()
     config = replace(case.config, window_frames=None, sink_frames=0)
     for kind in COMPARATORS.values():
         with pytest.raises(ValueError, match="needs a window"):
-            kind(case.network, case.prompt, config, case.latent_shape)
+            kind(case.network, case.cond, config, case.latent_shape)
