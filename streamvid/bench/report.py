@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from streamvid import reports
+from streamvid.printing import markdown_text
 
 TITLES = {
     "pace": "Pace: a chunk over a full window, decoding included where there is a codec",
@@ -28,8 +29,11 @@ def text_of(ceiling: dict[str, float], tables: dict[str, Sequence[dict[str, Any]
     parts = [ceiling_line(ceiling)]
     for name, rows in tables.items():
         if rows:
-            cells = [[_cell(value) for value in row.values()] for row in rows]
-            parts += [f"## {TITLES[name]}", reports.markdown([list(rows[0]), *cells])]
+            columns = list(rows[0])
+            cells = [[_cell(row[column]) for column in columns] for row in rows]
+            parts += [f"## {TITLES[name]}", reports.markdown([columns, *cells])]
+            told = [f"{row['what']}: {row['why']}" for row in rows if "why" in row]
+            parts += ["\n".join(f"- {markdown_text(line)}" for line in told)] if told else []
     return "\n\n".join(parts)
 
 

@@ -163,10 +163,9 @@ def compare(
         }
         for name, median in medians.items()
     ]
-    empty = {"chunk ms": "-", "p95 ms": "-"}
+    absent = {"chunk ms": "-", "p95 ms": "-", "time / ours": "-"}
     return rows + [
-        {"": case.name, "what": name, **empty, "time / ours": reason}
-        for name, reason in refused.items()
+        {"": case.name, "what": name, **absent, "why": reason} for name, reason in refused.items()
     ]
 
 
@@ -190,16 +189,14 @@ def engine(case: Case, rounds: int, texts: Sequence[str] | None = None) -> list[
 
 
 def each_option() -> list[str]:
-    """Every engine option by itself, then all but compilation, then all.
-
-    Of an option that is a name, "auto" is taken.
+    """Every engine option by itself, then all but compilation; of an option that is a name, "auto"
+    is taken.
     """
     names = [
         each.name if isinstance(each.default, bool) else f"{each.name}=auto"
         for each in fields(EngineOptions)
     ]
-    eager = ",".join(name for name in names if name != "compile")
-    return [*names, eager, ",".join(names)]
+    return [*names, ",".join(name for name in names if name != "compile")]
 
 
 def against(case: Case, names: Sequence[str], rounds: int) -> list[Row]:

@@ -131,7 +131,9 @@ def test_others_and_options_are_rows_beside_ours():
         assert row["time / ours"] == pytest.approx(row["chunk ms"] / rows[0]["chunk ms"])
     rows = suite.engine(case, 1, texts=["nonsense"])
     assert [row["what"] for row in rows] == ["ours", "ours, again", "nonsense"]
-    assert rows[-1]["chunk ms"] == "-" and "nonsense" in rows[-1]["time / ours"]
+    assert rows[-1]["chunk ms"] == "-" and "nonsense" in rows[-1]["why"]
+    text = report.text_of(CEILING, {"engine": rows})
+    assert "- nonsense: engine option" in text and "oneDNN prepacked float32 200 GFLOP/s" in text
     assert "attention=auto" in suite.each_option()
 
 
