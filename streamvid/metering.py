@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,8 @@ class Meter(TorchDispatchMode):
         peak: the most bytes that were alive at once.
     """
 
+    _shapes: ClassVar[dict[Any, tuple]] = {}  # of results on the meta device, by what gave them
+
     def __init__(self) -> None:
         super().__init__()
         self.flops = self.now = self.peak = 0
@@ -67,15 +69,32 @@ class Meter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage(), made_here=False)
-        out = func(*args, **kwargs)
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        for tensor in given:
+            self._see(tensor.untyped_storage(), made_here=False)
+        out = self._run(func, args, kwargs, given)
         if func._overloadpacket in FLOPS:
             self.flops += FLOPS[func._overloadpacket](*args, **kwargs, out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage())
+        return out
+
+    def _run(self, func: Any, args: tuple, kwargs: dict, given: list[Tensor]) -> Any:
+        """What an operator gives.
+
+        On the meta device results are shapes only, and what gave them once is made without asking
+        again: most of torch's kernels for it are Python, and take ten times as long.
+        """
+        if not given or not all(x.is_meta for x in given):
+            return func(*args, **kwargs)
+        key = (func, _signature(args), _signature(kwargs))
+        if key in self._shapes:
+            size, stride, dtype = self._shapes[key]
+            return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        out = func(*args, **kwargs)
+        if _is_new(out, given):
+            self._shapes[key] = (out.shape, out.stride(), out.dtype)
         return out
 
     def _see(self, storage: torch.UntypedStorage, made_here: bool = True) -> None:
@@ -90,6 +109,28 @@ class Meter(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         del self._alive[key]
         self.now -= size
+
+
+def _signature(x: Any) -> Any:
+    """What the shape of a result depends on: shapes of tensors, and numbers as they are."""
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype
+    if isinstance(x, (tuple, list)):
+        return tuple(map(_signature, x))
+    if isinstance(x, dict):
+        return tuple((name, _signature(value)) for name, value in x.items())
+    return type(x), x  # 1 and 1.0 are equal, and give different results
+
+
+def _is_new(out: Any, given: list[Tensor]) -> bool:
+    """Whether a result is one tensor with a storage of its own, no larger than its shape asks."""
+    if type(out) is not Tensor or not out.is_meta:
+        return False
+    storage = out.untyped_storage()
+    shared = any(storage._cdata == x.untyped_storage()._cdata for x in given)
+    extent = 1 + sum((n - 1) * step for n, step in zip(out.shape, out.stride()))
+    needed = extent * out.itemsize if out.numel() else 0
+    return not shared and storage.nbytes() == needed
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:

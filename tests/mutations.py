@@ -621,6 +621,29 @@ MUTANTS: list[Mutant] = [
         planned_bookmark_after_the_change=("message: not isinstance(", "message: isinstance("),
         change_of_a_chunk_that_is_made=("if message.at < chunk:", "if message.at < chunk - 1:"),
     ),
+    *mutants(
+        "streamvid/bench/comparators.py",
+        "tests/bench/test_comparators.py",
+        buffers_roll_by_too_little=(
+            "out = in_buffer + tokens - self.capacity",
+            "out = in_buffer + tokens - self.capacity - 1",
+        ),
+        context_as_noisy_as_the_chunk=("level[:, -frames:] = 1000 * t", "level[:] = 1000 * t"),
+        keys_at_the_start_of_the_stream=(
+            "self.turn(k, start).flatten(1, 2)",
+            "self.turn(k, 0).flatten(1, 2)",
+        ),
+    ),
+    *mutants(
+        "streamvid/bench/suite.py",
+        "tests/bench/test_suite.py",
+        ratio_inverted=("median / reference,", "reference / median,"),
+    ),
+    *mutants(
+        "streamvid/metering.py",
+        "tests/test_metering.py",
+        results_of_other_numbers=("return type(x), x  #", "return x  #"),
+    ),
     *(Mutant(*row) for row in MUTANTS_OF_OBJECTIVES),
 ]
 

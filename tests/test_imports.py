@@ -17,6 +17,7 @@ LEVELS = [
         "files",
         "seeding",
         "shipped",
+        "threads",
         "weights",
         "printing",
         "command_line",
@@ -33,6 +34,7 @@ LEVELS = [
     {"experiment"},
     {"studies"},
     {"gpu_check"},
+    {"bench"},
     {"cli"},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

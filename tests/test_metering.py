@@ -48,6 +48,37 @@ def test_peak_bytes_see_what_autograd_keeps():
         assert peak_bytes(lambda: x.exp().exp().exp(), CPU) == 2 * MEGA
 
 
+def test_a_result_made_again_on_meta_is_as_the_first_one():
+    """Of the same shapes and numbers; a view, and what writes into what it is given, stay so."""
+    x, y = torch.empty(3, 4, device="meta"), torch.empty(3, 4, 2, device="meta")
+    works = {
+        "sum of integers": lambda: torch.add(x.long(), 1),
+        "sum of floats": lambda: torch.add(x.long(), 1.0),
+        "transposed": lambda: x.t() @ x,
+        "strides": lambda: (y.permute(2, 0, 1) * 2).clone(),
+        "half": lambda: x.to(torch.bfloat16),
+        "columns": lambda: x.sum(0),
+        "rows": lambda: x.sum(1),
+        "normed": lambda: torch.nn.functional.layer_norm(x, (4,)),
+    }
+    for name, work in works.items():
+        plain = work()
+        for _ in range(2):
+            with Meter():
+                again = work()
+            told = [(r.shape, r.stride(), r.dtype) for r in (plain, again)]
+            assert told[0] == told[1], name
+    for _ in range(2):
+        with Meter() as meter:
+            written = x.mul_(2)
+            view = x[1:]
+            assert written is x and view._is_view() and meter.now == 0
+            kept = x + 1
+            flat = kept.reshape(12)
+            assert meter.now == 48
+            del kept, flat
+
+
 def test_measuring_needs_a_repeat():
     assert measure({"nothing": lambda: None}, CPU, 1)["nothing"].peak_bytes == 0
     with pytest.raises(ValueError, match="repeats=0"):

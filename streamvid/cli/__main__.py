@@ -15,6 +15,7 @@ import sys
 
 from streamvid import __version__
 from streamvid.command_line import say, tell
+from streamvid.threads import set_thread_defaults
 
 COMMANDS = {
     "quickstart": "quickstart",
@@ -36,6 +37,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command that the first word names; returns the exit code."""
+    set_thread_defaults()
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         say_help()

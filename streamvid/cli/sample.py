@@ -270,7 +270,6 @@ def build_runner(
     from streamvid.codecs.base import latent_frames_of
     from streamvid.codecs.load import open_codec
     from streamvid.rollout.runner import student_runner, teacher_runner
-    from streamvid.teachers.load import open_teacher
 
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     if args.teacher:
@@ -279,6 +278,9 @@ def build_runner(
                 raise ValueError(f"--{name} is of students; a teacher denoises all frames together")
         if args.engine:
             raise ValueError("--engine is of students; leave it out for a teacher")
+        # a second of imports that a student needs not
+        from streamvid.teachers.load import open_teacher
+
         teacher = open_teacher(args.teacher, torch_dtype=dtype, device=device)
         codec = open_codec(args.codec or args.components or args.teacher, device)
         steps = 50 if args.steps is None else args.steps

@@ -1,12 +1,8 @@
-"""What ``streamvid bench`` measures: how a student streams, and what each term of the loss core
-costs.
-"""
+"""What ``streamvid bench --suite losses`` measures: what each term of the loss core costs."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,125 +36,8 @@ from streamvid.core.moments import RandomFeatures, mmd2, relational_kl, spectral
 from streamvid.core.policy import nft_loss, pairwise, step_logp
 from streamvid.core.process import add_noise, eta_step, gamma_step
 from streamvid.metering import MIB, measure
-from streamvid.rollout.loop import rollout
-from streamvid.rollout.noise import KeyedNoise
-from streamvid.rollout.sampler import StreamChunk, new_cache, stream
-from streamvid.rollout.schedule import StreamConfig, autoregressive
 
 Row = dict[str, Any]
-
-
-# ---- streaming -----------------------------------------------------------------------------------
-
-
-def streams(
-    student: Any,
-    steps: Sequence[int],
-    num_frames: int,
-    size: tuple[int, int],
-    device: torch.device,
-    repeats: int,
-) -> list[Row]:
-    """A row for each number of steps per chunk: latencies, frames per second, and the cache's
-    bytes.
-
-    Args:
-        student: of ``students.folder.load_student``.
-        num_frames: of a stream; it should have some chunks after the window is full.
-        size: height and width of the frames.
-    """
-    cond = student.prompts.encode(["a red circle moves to the right"]).to(device, _dtype(student))
-    return [
-        _stream_row(student, _with_steps(student.stream, n), n, num_frames, size, cond, repeats)
-        for n in steps
-    ]
-
-
-def _dtype(student: Any) -> torch.dtype:
-    return next(student.transformer.parameters()).dtype
-
-
-def _with_steps(config: StreamConfig, num_steps: int) -> StreamConfig:
-    if num_steps == config.num_steps:
-        return config
-    return replace(config, num_steps=num_steps, step_table=())
-
-
-def _stream_row(
-    student: Any,
-    config: StreamConfig,
-    num_steps: int,
-    num_frames: int,
-    size: tuple[int, int],
-    cond: Tensor,
-    repeats: int,
-) -> Row:
-    _stream_once(student, config, num_frames, size, cond)  # to warm up
-    runs = [_stream_once(student, config, num_frames, size, cond) for _ in range(repeats)]
-    chunks = [chunk for run in runs for chunk in run[1:]]  # the first is reported apart
-    if not chunks:
-        raise ValueError(
-            f"{num_frames} frames are one chunk; a stream to measure has at least two, use"
-            " --num-frames 129"
-        )
-    denoise_s = statistics.median(chunk.denoise_s for chunk in chunks)
-    decode_s = statistics.median(chunk.decode_s for chunk in chunks)
-    return {
-        "": f"{num_steps} steps per chunk",
-        "first frame ms": (
-            1000 * statistics.median(run[0].denoise_s + run[0].decode_s for run in runs)
-        ),
-        "chunk ms": 1000 * (denoise_s + decode_s),
-        "denoise ms": 1000 * denoise_s,
-        "decode ms": 1000 * decode_s,
-        "frames/s": chunks[0].frames.shape[1] / (denoise_s + decode_s),
-        "cache MiB": _cache_bytes(student, config, size, cond) / MIB,
-    }
-
-
-def _stream_once(
-    student: Any, config: StreamConfig, num_frames: int, size: tuple[int, int], cond: Tensor
-) -> list[StreamChunk]:
-    height, width = size
-    return list(
-        stream(
-            student.transformer,
-            student.codec,
-            cond,
-            config,
-            seeds=[0],
-            height=height,
-            width=width,
-            num_frames=num_frames,
-        )
-    )
-
-
-def _cache_bytes(student: Any, config: StreamConfig, size: tuple[int, int], cond: Tensor) -> int:
-    """Bytes of a cache whose window is full, after as many chunks at one step each."""
-    shape = (student.codec.latent_channels, *(side // student.codec.spatial_ratio for side in size))
-    cache = new_cache(student.transformer, config, 1, shape, static=True)
-    if cache is None:
-        return 0
-    num_chunks = -(-(config.window_frames or 7 * config.chunk_frames) // config.chunk_frames)
-    events = autoregressive((1.0,), num_chunks)
-    with torch.no_grad():
-        for _ in rollout(
-            student.transformer,
-            cond,
-            events,
-            KeyedNoise([0]),
-            latent_shape=shape,
-            chunk_frames=config.chunk_frames,
-            cache=cache,
-            commit=config.commit,
-            commit_last=True,
-        ):
-            pass
-    return cache.memory_bytes()
-
-
-# ---- terms of the loss core ----------------------------------------------------------------------
 
 
 def losses(shape: tuple[int, ...], device: torch.device, repeats: int) -> list[Row]:

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
@@ -49,6 +48,7 @@ from streamvid.models.joined_cache import JoinedCache
 from streamvid.models.jump_embedding import JumpEmbedding
 from streamvid.models.kv_cache import StreamKVCache
 from streamvid.models.kv_store import KeyValue, LayerContext, Room
+from streamvid.models.late_adapters import LatePeftAdapters
 from streamvid.models.rope import rotary_table, rotate
 
 EXPORT_CLASS_NAME = "WanTransformer3DModel"
@@ -221,7 +221,7 @@ class CausalWanBlock(nn.Module):
         return self.attn2.output(attended).view_as(x), (k.detach(), v.detach())
 
 
-class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
+class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, LatePeftAdapters, AttentionMixin):
     """Text-to-video Wan transformer with block-causal, teacher-forced and cached passes.
 
     Args: those of ``diffusers.WanTransformer3DModel``, with its defaults (Wan 14B).
@@ -448,6 +448,14 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Att
         ``cache.append`` them.
         """
         cache.append(self(latents, timestep, cond, cache=cache, return_kv=True).kv)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict, **options: Any) -> tuple[dict, dict, dict]:
+        """As diffusers does it, of a configuration that another class wrote too.
+
+        Told of another class, diffusers would import all of its transformers to compare the two.
+        """
+        return super().extract_init_dict({**config_dict, "_class_name": cls.__name__}, **options)
 
     def to_json_string(self) -> str:
         """The configuration, under the class name that diffusers knows."""

@@ -121,7 +121,8 @@ def load_student(
             f" the codec of {vae_home} has {codec.latent_channels}; name the right one with"
             " --components or --codec"
         )
-    return Student(transformer.to(device).eval(), stream, codec, prompts)
+    torch.nn.Module.to(transformer, device)  # diffusers' own `to` would import peft
+    return Student(transformer.eval(), stream, codec, prompts)
 
 
 def _home(path: Path, components: Path, parts: tuple[str, ...]) -> Path:
@@ -368,10 +369,7 @@ def model_index(folder: Path) -> dict[str, object]:
         )
     ]
     codec, encoder, tokenizer = (read_json(file) if file.is_file() else {} for file in files)
-    codec_class, recipe = (
-        CODECS.get(codec.get("_class_name")),
-        RECIPES.get(encoder.get("model_type")),
-    )
+    recipe = RECIPES.get(encoder.get("model_type"))
     tokenizer_class = tokenizer.get("tokenizer_class")
     return {
         "_class_name": "StreamVidPipeline",
@@ -382,5 +380,5 @@ def model_index(folder: Path) -> dict[str, object]:
             CausalWanTransformer3DModel.__module__,
             CausalWanTransformer3DModel.__name__,
         ],
-        "vae": [codec_class.__module__, codec_class.__name__] if codec_class else [None, None],
+        "vae": list(CODECS.get(codec.get("_class_name"), (None, None))),
     }

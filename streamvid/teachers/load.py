@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from pathlib import Path
 from typing import Any
 
 from streamvid.hub import resolve_checkpoint
 from streamvid.teachers.base import ModelTeacher, transformer_class
-from streamvid.teachers.cogvideox import CogVideoXTeacher
-from streamvid.teachers.wan import WanTeacher
 
-FAMILIES: dict[str, type[Any]] = {
-    "WanTransformer3DModel": WanTeacher,
-    "CogVideoXTransformer3DModel": CogVideoXTeacher,
+FAMILIES: dict[str, tuple[str, str]] = {
+    "WanTransformer3DModel": ("streamvid.teachers.wan", "WanTeacher"),
+    "CogVideoXTransformer3DModel": ("streamvid.teachers.cogvideox", "CogVideoXTeacher"),
 }
-"""By the class name in ``transformer/config.json``."""
+"""Module and class, by the class name in ``transformer/config.json``. A family is imported when it
+is opened: CogVideoX's brings its pipeline along."""
 
 
 def open_teacher(path: str | Path, **options: Any) -> ModelTeacher:
@@ -36,10 +36,9 @@ def open_teacher(path: str | Path, **options: Any) -> ModelTeacher:
             f"{path} is of another family: its transformer is a {name}, with scores here are"
             f" {', '.join(FAMILIES)}; its clips can still teach, see teachers/pipeline.py"
         )
-    open_folder = FAMILIES[name].from_pretrained
+    module, cls = FAMILIES[name]
+    open_folder = getattr(importlib.import_module(module), cls).from_pretrained
     unknown = sorted(options.keys() - inspect.signature(open_folder).parameters.keys())
     if unknown:
-        raise ValueError(
-            f"{FAMILIES[name].__name__} has no option {unknown[0]}; leave it out for {path}"
-        )
+        raise ValueError(f"{cls} has no option {unknown[0]}; leave it out for {path}")
     return open_folder(folder, **options)

@@ -44,6 +44,19 @@ def refused(tool, capsys, tmp_path, monkeypatch, argv, message):
             ("--suite", "stream", "--out", "b.json", "--steps", "100000000"),
             "num_steps=100000000, expected at most 1,000",
         ),
+        (
+            ("--suite", "stream", "--out", "b.json", "--cases", "wide"),
+            "--cases wide: expected some of student, narrow, 1.3b",
+        ),
+        (
+            ("--suite", "stream", "--out", "b.json", "--against", "fast"),
+            "--against fast: expected some of diffusers, self-forcing-style, recompute",
+        ),
+        (("--suite", "stream", "--out", "b.json", "--ages", "0"), "expected numbers such as 1,2,4"),
+        (
+            ("--suite", "stream", "--out", "b.json", "--num-frames", "9"),
+            "--num-frames is called --repeats",
+        ),
     ],
 )
 def test_bench(capsys, tmp_path, monkeypatch, argv, message):

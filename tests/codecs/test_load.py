@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from streamvid.codecs.load import CODECS, open_codec
+from streamvid.codecs.load import codec_class, open_codec
 from streamvid.codecs.taehv import AutoencoderTAEHV
 from streamvid.codecs.tiny_vae import AutoencoderTinyVideo
 from streamvid.codecs.wan_vae import StreamingAutoencoderKLWan
@@ -37,7 +37,7 @@ def test_every_codec_opens_by_its_configuration_and_is_frozen(tmp_path, name, ca
     assert (
         type(codec)
         is type(made)
-        is CODECS[json.loads((tmp_path / "vae/config.json").read_text())["_class_name"]]
+        is codec_class(json.loads((tmp_path / "vae/config.json").read_text())["_class_name"])
     )
     assert not codec.training and not any(p.requires_grad for p in codec.parameters())
     latents = torch.randn(1, codec.latent_channels, 2, 2, 2)
