@@ -117,7 +117,7 @@ def test_a_stream_of_an_age_is_the_stream():
     cache.load_state(cache.state(), cache.num_committed_frames)
     assert torch.equal(next(case.latents_over(cache)).latents, expected)
     old = case.full_cache(age=1000)
-    assert old.num_committed_frames == 3000 and old.num_frames == cache.num_frames
+    assert old.num_committed_frames == 3000 and old.num_frames == case.full_cache().num_frames
     chunk = next(case.latents_over(old))
     assert chunk.index == 1000
 
