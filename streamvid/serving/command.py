@@ -63,6 +63,13 @@ def parse_args(argv: list[str] | None, command: str) -> argparse.Namespace:
     parser.add_argument("--folder", help="of clips and recordings; by default a temporary one")
     parser.add_argument("--sessions", type=int, help="live streams that advance together")
     parser.add_argument("--session-seconds", type=float, help="longest life of a stream")
+    parser.add_argument(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another bound of streamvid.serving.limits, such as sessions_per_address=32",
+    )
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     return parser.parse_args(argv)
 
@@ -98,6 +105,7 @@ def serve(args: argparse.Namespace) -> None:
         ) from error
     import torch
 
+    from streamvid.config import load_config
     from streamvid.serving.guard import LOOPBACK
     from streamvid.serving.limits import Limits
     from streamvid.students.folder import TINY_STUDENT, choose_device, load_student
@@ -111,6 +119,7 @@ def serve(args: argparse.Namespace) -> None:
     limits = replace(Limits(), **{name: x for name, x in given.items() if x is not None})
     height, width = args.size
     limits = replace(limits, max_pixels=max(limits.max_pixels, height * width))
+    limits = load_config(Limits, None, args.limit, default=limits)
     public = not is_loopback(args.host)
     hosts = {*LOOPBACK, *args.allow_host} if args.allow_host or not public else None
     app = create_app(

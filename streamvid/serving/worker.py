@@ -256,18 +256,28 @@ class Worker:
         commanded = [s for s in self._active if s.commands]
         if commanded:
             return commanded[0], None
-        running = [s for s in self._active if s.may_advance]
-        dues = {s: s.due(now, len(running)) for s in running}
-        first = min(dues, key=dues.get, default=None)
+        first = self._most_urgent(now)
         clip = bool(self._clips or self._job)
-        if first is not None and dues[first] <= now:
-            if clip and self._since_clip >= LIVE_PER_CLIP:
-                return "clip", None
-            return first, None
-        if clip:
+        if clip and (first is None or self._since_clip >= LIVE_PER_CLIP):
             return "clip", None
+        if first is not None:
+            return first, None
+        dues = self._dues(now).values()
         wait_s = 1.0 if self._active else None
-        return None, wait_s if first is None else min(1.0, dues[first] - now)
+        return None, wait_s if not dues else min(1.0, min(dues) - now)
+
+    def _dues(self, now: float) -> dict[Stream, float]:
+        """When the next chunk of each stream that goes on should be begun."""
+        running = [s for s in self._active if s.may_advance]
+        return {s: s.due(now, len(running)) for s in running}
+
+    def _most_urgent(self, now: float) -> Stream | None:
+        """Of the streams whose next chunk is due, the one whose viewer has the least left to play.
+
+        Under too much work that is the one that has waited longest, so nobody starves.
+        """
+        due = [stream for stream, when in self._dues(now).items() if when <= now]
+        return min(due, key=lambda stream: stream.deadline(now), default=None)
 
     def _check_current(self, *_: Any) -> None:
         """Before each forward of the student: does anyone still wait for it?"""
@@ -284,9 +294,9 @@ class Worker:
             if stream.session is None:
                 self._begin(stream)
             self._apply_commands(stream)
-            now = time.monotonic()
-            if stream.may_advance and stream.due(now, len(self._active)) <= now:
+            if self._most_urgent(time.monotonic()) is stream:  # who asks much is not served first
                 self._make_chunk(stream)
+                self._count_caches()
         except ViewerGone:
             self._end(stream, "stopped")
         except Exception as error:
@@ -389,6 +399,9 @@ class Worker:
                 dropped=stream.dropped,
             )
         )
+
+    def _count_caches(self) -> None:
+        self._metrics.cache_bytes.set(sum(stream.cache_bytes for stream in self._active))
 
     def _drop(self, stream: Stream, num_frames: int) -> None:
         stream.dropped += num_frames
@@ -657,6 +670,7 @@ class Worker:
             if stream in self._active:
                 self._active.remove(stream)
         self._metrics.sessions.set(len(self._active))
+        self._count_caches()
         self._metrics.ended.labels("gone" if stream.gone else reason).inc()
         done = protocol.SessionDone(
             session_id=stream.id,

@@ -185,6 +185,12 @@ class Session:
     def closed(self) -> bool:
         return self._closed
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the cache, of which a branch may share some; 0 when the session is closed."""
+        cache = self._cache
+        return 0 if cache is None else cache.memory_bytes()
+
     def next_chunk(self) -> SessionChunk:
         """Make the next chunk.
 

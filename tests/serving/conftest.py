@@ -108,6 +108,10 @@ class FakeSession:
     def close(self):
         self.closed = True
 
+    @property
+    def memory_bytes(self):
+        return 0 if self.closed else 1000
+
     def _note(self, **change):
         changes = tuple(c for c in self.script.changes if c.at != self.index)
         self.script = Script(
