@@ -124,7 +124,12 @@ def check(args: argparse.Namespace) -> None:
 def server_options(args: argparse.Namespace) -> list[str]:
     """Of ``streamvid serve``, with room for all viewers at once."""
     places = max([*args.viewers, 8])
-    limits = {"sessions": places, "sessions_per_address": places + 8, "max_fps": MOST_FPS}
+    limits = {
+        "sessions": places,
+        "sessions_per_address": places + 8,  # of which some are still leaving
+        "connections_per_address": places + 8,
+        "max_fps": MOST_FPS,
+    }
     options = ["--port", str(args.port), "--device", args.device, "--fps", str(args.fps)]
     options += ["--student", args.student] if args.student else []
     for name, value in limits.items():

@@ -145,6 +145,7 @@ def serve(args: argparse.Namespace) -> None:
         ws_ping_interval=10,
         ws_ping_timeout=20,
         ws_per_message_deflate=False,
+        proxy_headers=bool(args.allow_host),  # without a proxy nobody may name another address
         timeout_graceful_shutdown=10,
         server_header=False,
     )
@@ -171,6 +172,7 @@ def sample_options(args: argparse.Namespace, public: bool) -> list[str]:
 
 def announce(uvicorn: Any, config: Any, args: argparse.Namespace, token: str | None) -> None:
     """Run the server; say where it is as soon as it listens."""
+    from streamvid.serving.server import drain as drain_app
 
     class Server(uvicorn.Server):
         """Ends streams before it closes connections. One signal is no error: the exit code is 0."""
@@ -196,7 +198,7 @@ def announce(uvicorn: Any, config: Any, args: argparse.Namespace, token: str | N
             self.draining = True  # uvicorn would raise a signal of its own list again
 
             def drain() -> None:
-                config.app.state.worker.stop(timeout=30)
+                drain_app(config.app, timeout=30)
                 self.should_exit = True
 
             threading.Thread(target=drain, daemon=True).start()
@@ -255,7 +257,9 @@ def read_token(file: str | None) -> str | None:
     token = (
         Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get(TOKEN_VARIABLE)
     )
-    if token is not None and (len(token) < SHORTEST_TOKEN or not token.isalnum()):
+    if token is not None and (
+        len(token) < SHORTEST_TOKEN or not (token.isascii() and token.isalnum())
+    ):
         raise ValueError(
             f"the token has {len(token)} characters, expected at least {SHORTEST_TOKEN} letters and"
             " digits; make one with: python -c 'import secrets; print(secrets.token_hex(24))'"

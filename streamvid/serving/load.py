@@ -124,10 +124,11 @@ class Visit:
 
     @property
     def first_chunk_s(self) -> float | None:
-        """From asking to the last frame of the first chunk; None if it did not come whole."""
-        if len(self.chunk_starts) < 2:
+        """From asking to the last frame of the first chunk that came; None if none came."""
+        if not self.arrivals_s:
             return None
-        return self.arrivals_s[self.chunk_starts[1] - 1] - self.asked_s
+        end = self.chunk_starts[1] if len(self.chunk_starts) > 1 else len(self.arrivals_s)
+        return self.arrivals_s[end - 1] - self.asked_s
 
     @property
     def dropped(self) -> int:

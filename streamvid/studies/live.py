@@ -118,10 +118,7 @@ def service_levels(visits: Sequence[Visit], buffer_s: float, samples: Samples) -
     """Figures of viewers who watched together; those of frames are over all of them."""
     plays = [play(visit, buffer_s) for visit in visits]
     shares = [p.in_time / max(1, p.due) for p in plays]
-    rates = [
-        len(visit.sequences) / max(1e-9, visit.ended_s - (visit.arrivals_s or [visit.asked_s])[0])
-        for visit in visits
-    ]
+    rates = [len(visit.sequences) / max(1e-9, visit.ended_s - visit.asked_s) for visit in visits]
     seen = [s for visit in visits for s in visit.switches if s.seen_s is not None]
     errors = sum((visit.errors for visit in visits), Counter())
     watched_s = sum(p.watched_s for p in plays)
@@ -137,8 +134,8 @@ def service_levels(visits: Sequence[Visit], buffer_s: float, samples: Samples) -
         "stalled": sum(p.stall_s for p in plays) / max(1e-9, watched_s),
         "fps_least": min(rates),
         "fps_most": max(rates),
-        "switches": len(seen),
-        "switches_unseen": count_unseen(visits),
+        "switches_asked": sum(len(visit.switches) for visit in visits),
+        "switches_seen": len(seen),
         "switch_s": spread(s.seen_s - s.asked_s for s in seen),
         "switch_chunks": spread(s.chunks for s in seen),
         "dropped": sum(visit.dropped for visit in visits),
@@ -148,18 +145,6 @@ def service_levels(visits: Sequence[Visit], buffer_s: float, samples: Samples) -
         "memory_growth_mb": samples.growth_mb,
         "errors": dict(errors),
     }
-
-
-def count_unseen(visits: Sequence[Visit]) -> int:
-    """Prompts that were never shown, besides the last of each viewer, which the end may have
-    overtaken, and those that a later one replaced.
-    """
-    unseen = 0
-    for visit in visits:
-        answered = [s.seen_s is not None for s in visit.switches]
-        if len(answered) > 1 and not any(answered[-2:]):
-            unseen += 1
-    return unseen
 
 
 def spread(values: Any) -> dict[str, float] | None:
@@ -405,7 +390,10 @@ Each has its own prompt and seed, and asks for another prompt {every}.
 - *age*: from when a chunk was finished to when its first frame came; *late age* is of each stream's
   last quarter, so a growing queue would show as a difference;
 - *switch*: from sending a prompt to its first frame, and the chunks of the old one that came
-  meanwhile."""
+  meanwhile. One that a later one overtakes is not seen before that one, and may be counted with
+  it.
+- *frames per second*: from asking for the stream to the end, of the viewer with the fewest and the
+  one with the most."""
 
 
 def switch_words(every_s: float | None) -> str:
@@ -432,7 +420,7 @@ def viewer_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         "late age, ms (p50 / p95)": lambda r: ms(r, "late_age_s", "median", "p95"),
         "switch, ms (p50 / p95)": lambda r: ms(r, "switch_s", "median", "p95"),
         "switch, chunks (p50 / most)": lambda r: points(r["switch_chunks"], "median", "most"),
-        "switches seen / lost": lambda r: f"{r['switches']} / {r['switches_unseen']}",
+        "switches, asked / seen": lambda r: f"{r['switches_asked']} / {r['switches_seen']}",
         "frames left out": lambda r: str(r["dropped"]),
         "memory of the server, MB": lambda r: number(r["memory_mb"], 0),
         "its growth, MB per minute": lambda r: number(r["memory_growth_mb"], 2),
