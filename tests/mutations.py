@@ -494,6 +494,24 @@ MUTANTS: list[Mutant] = [
             "self._require_gradients_of(self.learners)",
         ),
     ),
+    *mutants(
+        "streamvid/serving/worker.py",
+        "tests/serving/test_fairness.py",
+        first_viewer_first=(
+            "min(due, key=lambda stream: stream.deadline(now), default=None)",
+            "due[0] if due else None",
+        ),
+        who_asks_is_served=(
+            "self._most_urgent(time.monotonic()) is stream",
+            "stream in self._dues(time.monotonic())",
+        ),
+        commands_before_all=("and not (self._heard_last and first is not None)", ""),
+    ),
+    *mutants(
+        "streamvid/serving/pacing.py",
+        "tests/serving/test_fairness.py",
+        newcomer_waits_for_ever=("return self._waits_since", "return now"),
+    ),
     *(Mutant(*row) for row in MUTANTS_OF_OBJECTIVES),
 ]
 

@@ -91,6 +91,7 @@ class Worker:
         self._job: tuple[Clip, Any, Recorder] | None = None
         self._current: Stream | Clip | None = None
         self._since_clip = 0
+        self._heard_last = False
         self._stopping = False
         self._hook = watched.register_forward_pre_hook(self._check_current) if watched else None
         self._thread = threading.Thread(target=self._run, name="streamvid-worker", daemon=True)
@@ -123,9 +124,9 @@ class Worker:
         with self._condition:
             if not self.alive:
                 raise Busy("the server is stopping; try again later")
-            if len(self._active) >= self.limits.sessions:
-                if len(self._waiting) >= self.limits.waiting:
-                    raise Busy("all places are taken, and so is the queue; try again later")
+            # streams that came within one chunk wait here too, until there is time to admit them
+            if len(self._active) + len(self._waiting) >= self.limits.sessions + self.limits.waiting:
+                raise Busy("all places are taken, and so is the queue; try again later")
             self._waiting.append(stream)
             self._condition.notify()
 
@@ -253,10 +254,11 @@ class Worker:
 
     def _choose(self, now: float) -> tuple[Stream | str | None, float | None]:
         """What to do now, or how long to wait for the next thing to do."""
-        commanded = [s for s in self._active if s.commands]
-        if commanded:
-            return commanded[0], None
         first = self._most_urgent(now)
+        asking = [s for s in self._active if s.commands]
+        self._heard_last = bool(asking) and not (self._heard_last and first is not None)
+        if self._heard_last:  # one viewer between two chunks, so that none is held up by many
+            return min(asking, key=lambda stream: stream.commands[0][1]), None
         clip = bool(self._clips or self._job)
         if clip and (first is None or self._since_clip >= LIVE_PER_CLIP):
             return "clip", None

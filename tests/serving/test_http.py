@@ -4,11 +4,9 @@ import errno
 import json
 import threading
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -383,24 +381,8 @@ def fuzzed(make_client):
 # ---------------------------------------------------------------- a client that nobody here wrote
 
 
-@contextmanager
-def running(app):
-    """The address of the application on a real socket."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_openais_client_makes_and_fetches_a_clip(make_app, tmp_path):
+def test_openais_client_makes_and_fetches_a_clip(make_app, running, tmp_path):
     openai = pytest.importorskip("openai")
     with running(make_app(token=TOKEN, hosts=None, fps=10.0)) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key=TOKEN, max_retries=0)
