@@ -81,11 +81,13 @@ class Samples:
 
     @property
     def growth_mb(self) -> float:
-        """Memory of the process per minute: the slope of a line through all samples."""
-        known = np.isfinite(self.memory_mb)
-        if known.sum() < 3:
+        """Memory of the process per minute: the slope of a line through the later half of the
+        samples, because caches fill up at first.
+        """
+        half = len(self.times_s) // 2
+        times_s, memory = np.array(self.times_s[half:]), np.array(self.memory_mb[half:])
+        if len(times_s) < 3 or not np.isfinite(memory).all():
             return math.nan
-        times_s, memory = np.array(self.times_s)[known], np.array(self.memory_mb)[known]
         return 60 * float(np.polyfit(times_s - times_s[0], memory, 1)[0])
 
 
@@ -423,7 +425,7 @@ def viewer_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         "switches, asked / seen": lambda r: f"{r['switches_asked']} / {r['switches_seen']}",
         "frames left out": lambda r: str(r["dropped"]),
         "memory of the server, MB": lambda r: number(r["memory_mb"], 0),
-        "its growth, MB per minute": lambda r: number(r["memory_growth_mb"], 2),
+        "its growth in the later half, MB per minute": lambda r: number(r["memory_growth_mb"], 2),
         "errors": lambda r: error_words(r["errors"]),
     }
     head = ["", *(plural(row["viewers"], "viewer") for row in rows)]
@@ -468,7 +470,7 @@ def endurance_text(long: dict[str, Any]) -> list[str]:
     lines.append(row("caches, MB", long["cache_mb"], 2))
     return [
         f"{long['seconds']:.0f} s, {long['chunks']} chunks, {long['fps']:.1f} frames per second;"
-        f" memory grew by {number(long['memory_growth_mb'], 2)} MB per minute,"
+        f" in its later half memory grew by {number(long['memory_growth_mb'], 2)} MB per minute,"
         f" {long['dropped']} frames were left out. Errors: {error_words(long['errors'])}.",
         markdown(lines),
     ]

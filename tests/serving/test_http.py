@@ -270,6 +270,12 @@ def test_a_wrong_request_is_told_in_openais_shape(make_client, fields):
         ({"host": "localhost:8000", "origin": "http://localhost:9999"}, 403),
         ({"host": "localhost:8000", "origin": "https://evil.example"}, 403),
         ({"host": "localhost:8000", "origin": "null"}, 403),
+        ({"host": "localhost:8000", "origin": ""}, 403),
+        ({"host": "localhost:8000", "origin": "http://localhost:8000.evil.example"}, 403),
+        ({"host": "localhost:8000", "origin": "http://evil.example@localhost:8000"}, 403),
+        ({"host": "localhost:8000@evil.example"}, 403),
+        ({"host": "[::1"}, 403),
+        ({"host": ""}, 403),
         ({"host": "localhost", "content-length": "70000"}, 413),
     ],
 )
@@ -307,6 +313,30 @@ def test_a_token_is_demanded_of_all_but_the_page_and_the_checks(make_client, liv
         viewer.send("session.start", prompt="one")
         viewer.next_frame()
         assert viewer.socket.accepted_subprotocol == "streamvid"
+
+
+def test_a_token_does_not_open_the_server_to_pages_of_other_sites(make_client):
+    """A program sends no Origin; a browser that has the token in a page of its own does."""
+    client = make_client(token=TOKEN, hosts=None)
+    bearer = {"authorization": f"Bearer {TOKEN}", "host": "live.example.org"}
+    for origin, status in (
+        ({}, 200),
+        ({"origin": "https://live.example.org"}, 200),
+        ({"origin": "https://evil.example"}, 403),
+    ):
+        assert client.get("/v1/info", headers={**bearer, **origin}).status_code == status
+
+
+@pytest.mark.parametrize("given", ["", " ", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "\xe9" * 20])
+def test_what_is_not_the_token_is_refused(make_client, live, given):
+    client = make_client(token=TOKEN, hosts=None)
+    bearer = {"authorization": f"Bearer {given}".encode("latin-1")}
+    assert client.get("/v1/info", headers=bearer).status_code == 401
+    if given.isascii():  # the client sends no other
+        offered = ["streamvid", f"bearer.{given}"]
+        with pytest.raises(Exception) as closed, live(client, subprotocols=offered):
+            pass
+        assert closed.value.code == 1008
 
 
 def test_any_host_needs_a_token():

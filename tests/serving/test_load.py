@@ -114,9 +114,9 @@ def test_a_switch_lasts_until_the_first_frame_of_its_prompt():
 
 
 def test_memory_that_grows_is_seen():
-    samples = live.Samples(
-        [0.0, 30.0, 60.0, 90.0], [{"memory_bytes": 5e8 + k * 1e6} for k in range(4)]
-    )
+    """Not what caches take at first."""
+    memory = [1e8, 3e8, 5e8, 5e8, 5.01e8, 5.02e8, 5.03e8, 5.04e8]
+    samples = live.Samples([30.0 * k for k in range(8)], [{"memory_bytes": m} for m in memory])
     assert samples.growth_mb == pytest.approx(2.0)
     assert math.isnan(live.Samples([0.0], [{"memory_bytes": 5e8}]).growth_mb)
 
