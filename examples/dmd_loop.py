@@ -107,7 +107,7 @@ def distil(num_steps=60, out="runs/dmd_loop", num_scored=32):
     start = load_student(TINY_START)
     student = start.transformer
     average = load_student(TINY_START).transformer  # of the student's weights, steadier than they
-    prompts = start.prompts.encode(world_prompts(500))
+    embeddings = start.prompts.encode(world_prompts(500))
     student_adam = torch.optim.Adam(student.parameters(), lr=1.5e-4, betas=(0.0, 0.99))
     fake_adam = torch.optim.Adam(fake_score.parameters(), lr=5e-4, betas=(0.0, 0.99))
 
@@ -115,7 +115,7 @@ def distil(num_steps=60, out="runs/dmd_loop", num_scored=32):
     print(f"world score before: {numbers['before']:.3f}")
     for step in range(1, num_steps + 1):
         for _ in range(FAKE_UPDATES):
-            cond = prompts[torch.randint(len(prompts), (BATCH,))]
+            cond = embeddings[torch.randint(len(embeddings), (BATCH,))]
             with torch.no_grad():
                 x = roll_out(student, cond, start.stream)
             numbers["fake_score"] = update(fake_adam, fake_score_loss(fake_score, x, cond))

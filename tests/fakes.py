@@ -44,7 +44,7 @@ class Ar1Student(nn.Module):
             nn.Parameter(torch.tensor(float(p))) for p in (a, b, s, mean)
         )
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, cache):
+    def forward(self, hidden_states, timestep, cond, cache):
         x0 = self.mean + self.s * hidden_states
         if cache:
             x0 = self.mean + self.a * (cache[-1] - self.mean) + self.b * hidden_states
@@ -55,7 +55,7 @@ class Ar1Student(nn.Module):
     def new_cache(self, batch_size, height, width, **policy):
         return []
 
-    def commit(self, latents, timestep, encoder_hidden_states, cache):
+    def commit(self, latents, timestep, cond, cache):
         cache.append(latents)
 
 
@@ -67,7 +67,7 @@ class ClipStudent(nn.Module):
         self.clip = nn.Parameter(clip)
         self.calls = []  # (chunk, whether gradient flows)
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, cache):
+    def forward(self, hidden_states, timestep, cond, cache):
         frames = hidden_states.shape[2]
         self.calls.append((len(cache), torch.is_grad_enabled()))
         x0 = self.clip[:, :, len(cache) * frames : (len(cache) + 1) * frames]
@@ -86,13 +86,10 @@ class ScoreOf(nn.Module):
         self.teacher, self.weight = teacher, nn.Parameter(torch.tensor(1.0))
         self.inputs, self.grad_modes = [], []
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict=False):
+    def forward(self, hidden_states, timestep, cond, return_dict=False):
         self.inputs.append((hidden_states, timestep / 1000))
         self.grad_modes.append(torch.is_grad_enabled())
-        return (
-            self.weight
-            * self.teacher.predict(hidden_states, timestep / 1000, encoder_hidden_states),
-        )
+        return (self.weight * self.teacher.predict(hidden_states, timestep / 1000, cond),)
 
 
 def ar1_covariance(rho, frames):

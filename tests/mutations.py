@@ -432,6 +432,12 @@ MUTANTS: list[Mutant] = [
         sees_its_own_clean_chunk=("((0, start), own)", "((0, start + chunk_tokens), own)"),
     ),
     *mutants(
+        "streamvid/codecs/text.py",
+        "tests/codecs/test_text.py",
+        embeddings_exchanged=("self._pass(texts)):", "self._pass(texts[::-1])):"),
+        last_prompts_left_out=("        if missing:\n", "        if not missing:\n"),
+    ),
+    *mutants(
         "streamvid/models/rope.py",
         "tests/models/test_rope.py",
         rope_turns_too_slowly=("THETA ** -(", "THETA ** -2 ** ("),

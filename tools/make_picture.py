@@ -66,7 +66,7 @@ def make_columns() -> list[tuple[str, str, list]]:
         student_runner("student", student.transformer, student.stream),
         student_runner("student", student.transformer, one_step),
     ]
-    embeddings = student.prompts.encode(list(SCENES))
+    cond = student.prompts.encode(list(SCENES))
     columns = []
     for runner, steps in zip(runners, ("50 steps", "4 steps", "4 steps", "1 step")):
         chunks = LATENT_FRAMES // runner.stream.chunk_frames
@@ -75,7 +75,7 @@ def make_columns() -> list[tuple[str, str, list]]:
         )
         forwards = cost.nfe * runner.passes + cost.commits
         clips = [
-            make_clips(runner, student.codec, embeddings[i : i + 1], [seed], NUM_FRAMES)[0]
+            make_clips(runner, student.codec, cond[i : i + 1], [seed], NUM_FRAMES)[0]
             for i, seed in enumerate(SCENES.values())
         ]
         columns.append((runner.label, f"{steps}, {forwards} forwards", clips))

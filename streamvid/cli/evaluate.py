@@ -119,7 +119,7 @@ class Job:
 
     runner: Runner
     codec: VideoCodec
-    embeddings: Tensor  # [B, L, D], one per prompt
+    cond: Tensor  # [B, L, D], one per prompt
     seeds: list[int]
 
 
@@ -149,8 +149,7 @@ def evaluate(args: argparse.Namespace) -> None:
     ]
     # also finds what can't run
     costs = [
-        runs.measure_cost(job.runner, job.codec, job.embeddings[:1], args.num_frames)
-        for job in jobs
+        runs.measure_cost(job.runner, job.codec, job.cond[:1], args.num_frames) for job in jobs
     ]
     long = score_long_streams(args, jobs, prompts) if args.long else []
     true_clips = runs.reconstructed_clips(jobs[0].codec, args.num_prompts, args.num_frames)
@@ -209,13 +208,13 @@ def teachers_of(args: argparse.Namespace, prompts: list[str], device: torch.devi
     home = args.teacher or TINY_TEACHER
     teacher = open_teacher(home, device=device)
     codec = open_codec(home, device)
-    embeddings = teacher.encode_prompt(prompts).to(device)
+    cond = teacher.encode_prompt(prompts).to(device)
     frames = latent_frames_of(args.num_frames, codec.temporal_ratio)
     runners = [
         teacher_runner(f"teacher, {steps} steps", teacher, steps, args.guidance, frames)
         for steps in args.teacher_steps
     ]
-    return [Job(runner, codec, embeddings, [0]) for runner in runners]
+    return [Job(runner, codec, cond, [0]) for runner in runners]
 
 
 def mean_scores_of(clips: Tensor, prompts: list[str]) -> dict[str, float]:
@@ -231,7 +230,7 @@ def score(job: Job, prompts: list[str], num_frames: int) -> tuple[list[dict[str,
     from streamvid.evaluation.runs import clips_by_seed
 
     scores: list[dict[str, float]] = []
-    for clips in clips_by_seed(job.runner, job.codec, job.embeddings, job.seeds, num_frames):
+    for clips in clips_by_seed(job.runner, job.codec, job.cond, job.seeds, num_frames):
         if not scores:
             first = clips[:NUM_SHOWN]
         scores.append(mean_scores_of(clips, prompts))
@@ -247,7 +246,7 @@ def score_long_streams(
     num = args.num_long_prompts
     window = args.num_frames - 1
     return [
-        score_long(job.runner, job.codec, job.embeddings[:num], prompts[:num], args.long, window)
+        score_long(job.runner, job.codec, job.cond[:num], prompts[:num], args.long, window)
         for job in jobs
         if job.runner.stream.commit != "none"
     ]

@@ -1,6 +1,7 @@
 """Train every objective on the world from one start, and compare them.
 
     streamvid objectives --updates 60 --out benchmarks/objectives.json
+    streamvid objectives --updates 40 --longer 200
     streamvid objectives --only sid,cd --updates 200 --jobs 1
     streamvid objectives --report
 
@@ -15,9 +16,14 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from streamvid.command_line import Parser, names_of, run_tool, tell
+
+if TYPE_CHECKING:
+    from streamvid.studies.objectives import Job
 
 RUN_FILE = Path(__file__).parents[2] / "configs" / "run" / "tiny_objective.yaml"
 NUM_PAIRS = 128
@@ -29,6 +35,11 @@ def parser() -> Parser:
     options.add_argument("--only", help="objectives, comma-separated; by default all")
     options.add_argument(
         "--updates", type=int, default=60, help="of the student, in each run (default 60)"
+    )
+    options.add_argument(
+        "--longer",
+        type=int,
+        help="updates in a second run of the objectives that do not improve the start",
     )
     options.add_argument(
         "--num-prompts", type=int, default=32, help="held-out prompts of a score (default 32)"
@@ -59,17 +70,17 @@ def compare(args: argparse.Namespace) -> None:
     from streamvid.shipped import TINY_START
     from streamvid.studies.objectives import (
         Job,
+        finished,
+        improved,
         read_plane,
-        remove_checkpoints,
-        run_job,
         score_start,
         video_objectives,
         write_report,
     )
     from streamvid.video import ensure_place
 
-    for name in ("updates", "num_prompts", "jobs"):
-        if getattr(args, name) < 1:
+    for name in ("updates", "longer", "num_prompts", "jobs"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} {getattr(args, name)}, expected at least 1")
     if Path(args.out).suffix != ".json":
@@ -85,12 +96,27 @@ def compare(args: argparse.Namespace) -> None:
     ensure_place(args.out)
     if not args.report:
         make_pairs(folder / "trajectories")
-        with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-            for index, line in enumerate(pool.imap_unordered(run_job, jobs), 1):
-                tell(f"[{index}/{len(jobs)}] {line}")
-        remove_checkpoints(jobs)
+        run_jobs(jobs, args.jobs)
     start = score_start(jobs, TINY_START)
-    print(write_report(Path(args.out), jobs, start, read_plane(Path(args.plane))))
+    longer = []
+    if args.longer:
+        better = improved(finished(jobs), start)
+        left = [job for job in jobs if job.name not in better and job.kind.role == "complete"]
+        longer = [replace(job, updates=args.longer) for job in left]
+        if not args.report:
+            run_jobs(longer, args.jobs)
+    plane = read_plane(Path(args.plane))
+    print(write_report(Path(args.out), jobs, start, plane, longer))
+
+
+def run_jobs(jobs: list[Job], processes: int) -> None:
+    """Train and score what is not finished, so many at once."""
+    from streamvid.studies.objectives import remove_checkpoints, run_job
+
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for index, line in enumerate(pool.imap_unordered(run_job, jobs), 1):
+            tell(f"[{index}/{len(jobs)}] {line}")
+    remove_checkpoints(jobs)
 
 
 def make_pairs(folder: Path) -> None:

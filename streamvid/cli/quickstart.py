@@ -115,7 +115,7 @@ def compare(run_dir: Path, num_prompts: int) -> None:
     before, after = load_student(TINY_START), load_student(run_dir / "student")
     teacher = WanTeacher.from_pretrained(TINY_TEACHER)
     prompts = held_out_prompts(num_prompts)
-    embeddings = teacher.encode_prompt(prompts)
+    cond = teacher.encode_prompt(prompts)
     runners = [
         teacher_runner("teacher", teacher, TEACHER_STEPS, GUIDANCE, LATENT_FRAMES),
         student_runner("student before", before.transformer, before.stream),
@@ -123,10 +123,8 @@ def compare(run_dir: Path, num_prompts: int) -> None:
     ]
     clips, rows, reference = {}, [], None
     for runner in runners:
-        clips[runner.label] = make_clips(
-            runner, before.codec, embeddings, range(num_prompts), NUM_FRAMES
-        )
-        cost = measure_cost(runner, before.codec, embeddings[:1], NUM_FRAMES)
+        clips[runner.label] = make_clips(runner, before.codec, cond, range(num_prompts), NUM_FRAMES)
+        cost = measure_cost(runner, before.codec, cond[:1], NUM_FRAMES)
         reference = reference or cost
         rows.append(
             result_row(

@@ -16,6 +16,7 @@ import hashlib
 import html
 import logging
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ from streamvid.weights import check_weights, load_strictly, read_json
 
 log = logging.getLogger(__name__)
 SAMPLED_BLOCKS, BLOCK_BYTES = 64, 4096  # of a weight file, for its fingerprint
+TOKENS_PER_PASS = 384
+"""At most, or one prompt. Prompts of a published encoder, 226 or 512 tokens, have a pass each, as
+in its pipeline. The short ones of a small encoder share one: its passes cost their calls."""
 
 
 @dataclass(frozen=True)
@@ -210,32 +214,44 @@ class PromptEncoder:
         """Embeddings ``[B, max_length, D]`` in float32 on the CPU; the same prompt always gives the
         same bits.
         """
-        padded = [F.pad(e, (0, 0, 0, self.max_length - len(e))) for e in map(self._load, prompts)]
-        return torch.stack(padded)
+        each = dict(self._load(dict.fromkeys(prompts)))
+        return torch.stack(
+            [F.pad(each[p], (0, 0, 0, self.max_length - len(each[p]))) for p in prompts]
+        )
 
     def prepare(self, prompts: list[str]) -> None:
         """Encode what is not encoded yet, and hold no more of it in memory than ``encode`` will."""
-        for prompt in tqdm(dict.fromkeys(prompts), desc="encoding prompts", unit="prompt", delay=2):
-            self._load(prompt)
+        unique = dict.fromkeys(prompts)
+        bar = dict(total=len(unique), desc="encoding prompts", unit="prompt", delay=2)
+        for _ in tqdm(self._load(unique), **bar):
+            pass
 
-    def _load(self, prompt: str) -> Tensor:
-        """``[L, D]`` without the zeros behind it, mostly a tenth of the padded size; from memory or
-        the disk if it is there.
+    def _load(self, prompts: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Each prompt with its embedding ``[L, D]`` without the zeros behind it, mostly a tenth of
+        the padded size; from memory or the disk if it is there, the others in passes of several.
         """
+        missing: list[str] = []
+        for prompt in prompts:
+            kept = self._kept(prompt)
+            if kept is not None:
+                yield prompt, kept
+                continue
+            missing.append(prompt)
+            if len(missing) == max(1, TOKENS_PER_PASS // self.max_length):
+                yield from self._compute(missing)
+                missing = []
+        if missing:
+            yield from self._compute(missing)
+
+    def _kept(self, prompt: str) -> Tensor | None:
+        """The embedding in memory or on the disk; None if it is in neither."""
         if prompt in self._memory:
             return self._memory[prompt]
-        path = self._cache_path(prompt)
-        embedding, cut = self._read(path) or self._compute(prompt)
-        if cut:
-            self._tell_once(
-                f"a prompt has at most {self.max_length} tokens: {cut[:200]!r} is cut off"
-                f" {prompt[:60]!r}..."
-            )
-        if path is None:
-            self._memory[prompt] = embedding
-        elif not path.exists():
-            write_cached(path, embedding, cut)
-        return embedding
+        read = self._read(self._cache_path(prompt))
+        if read is None:
+            return None
+        self._tell_cut(prompt, read[1])
+        return read[0]
 
     def _read(self, path: Path | None) -> tuple[Tensor, str] | None:
         """What ``_compute`` gave, from the disk; None if it is not there. What is there but is no
@@ -257,14 +273,32 @@ class PromptEncoder:
             self._told.add(message)
             log.warning("%s", message)
 
+    def _tell_cut(self, prompt: str, cut: str) -> None:
+        if cut:
+            self._tell_once(
+                f"a prompt has at most {self.max_length} tokens: {cut[:200]!r} is cut off"
+                f" {prompt[:60]!r}..."
+            )
+
+    def _compute(self, prompts: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Embed prompts in one pass, and keep what comes."""
+        texts = [clean_prompt(prompt) if self.recipe.cleaned else prompt for prompt in prompts]
+        for prompt, text, embedding in zip(prompts, texts, self._pass(texts)):
+            cut, path = self._cut_off(text), self._cache_path(prompt)
+            self._tell_cut(prompt, cut)
+            if path is None:
+                self._memory[prompt] = embedding
+            elif not path.exists():
+                write_cached(path, embedding, cut)
+            yield prompt, embedding
+
     @torch.no_grad()
-    def _compute(self, prompt: str) -> tuple[Tensor, str]:
-        """The embedding and what of the prompt was cut off; one at a time, so that not even
-        rounding depends on a batch.
+    def _pass(self, texts: list[str]) -> list[Tensor]:
+        """Embeddings ``[L, D]`` of texts that are clean; all are padded to one length, so that none
+        depends on the others.
         """
-        text = clean_prompt(prompt) if self.recipe.cleaned else prompt
         tokens = self.tokenizer(
-            [text],
+            texts,
             padding="max_length",
             max_length=self.max_length,
             truncation=True,
@@ -273,11 +307,12 @@ class PromptEncoder:
         )
         device = device_of(self.text_encoder)
         ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-        if self.recipe.masked:
-            hidden = self.text_encoder(ids, mask).last_hidden_state[0, : int(mask.sum())]
-        else:
-            hidden = self.text_encoder(ids).last_hidden_state[0]
-        return hidden.float().cpu().contiguous(), self._cut_off(text)
+        if not self.recipe.masked:
+            return list(self.text_encoder(ids).last_hidden_state.float().cpu())
+        hidden = self.text_encoder(ids, mask).last_hidden_state.float().cpu()
+        lengths = tokens.attention_mask.sum(1).tolist()
+        # copies: a view would hold the padding
+        return [each[:length].clone() for each, length in zip(hidden, lengths)]
 
     def _cut_off(self, text: str) -> str:
         """The end of a prompt that is past the token limit, before the end mark; mostly empty."""

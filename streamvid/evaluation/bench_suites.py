@@ -67,13 +67,9 @@ def streams(
         num_frames: of a stream; it should have some chunks after the window is full.
         size: height and width of the frames.
     """
-    embedding = student.prompts.encode(["a red circle moves to the right"]).to(
-        device, _dtype(student)
-    )
+    cond = student.prompts.encode(["a red circle moves to the right"]).to(device, _dtype(student))
     return [
-        _stream_row(
-            student, _with_steps(student.stream, n), n, num_frames, size, embedding, repeats
-        )
+        _stream_row(student, _with_steps(student.stream, n), n, num_frames, size, cond, repeats)
         for n in steps
     ]
 
@@ -94,11 +90,11 @@ def _stream_row(
     num_steps: int,
     num_frames: int,
     size: tuple[int, int],
-    embedding: Tensor,
+    cond: Tensor,
     repeats: int,
 ) -> Row:
-    _stream_once(student, config, num_frames, size, embedding)  # to warm up
-    runs = [_stream_once(student, config, num_frames, size, embedding) for _ in range(repeats)]
+    _stream_once(student, config, num_frames, size, cond)  # to warm up
+    runs = [_stream_once(student, config, num_frames, size, cond) for _ in range(repeats)]
     chunks = [chunk for run in runs for chunk in run[1:]]  # the first is reported apart
     if not chunks:
         raise ValueError(
@@ -116,19 +112,19 @@ def _stream_row(
         "denoise ms": 1000 * denoise_s,
         "decode ms": 1000 * decode_s,
         "frames/s": chunks[0].frames.shape[1] / (denoise_s + decode_s),
-        "cache MiB": _cache_bytes(student, config, size, embedding) / MIB,
+        "cache MiB": _cache_bytes(student, config, size, cond) / MIB,
     }
 
 
 def _stream_once(
-    student: Any, config: StreamConfig, num_frames: int, size: tuple[int, int], embedding: Tensor
+    student: Any, config: StreamConfig, num_frames: int, size: tuple[int, int], cond: Tensor
 ) -> list[StreamChunk]:
     height, width = size
     return list(
         stream(
             student.transformer,
             student.codec,
-            embedding,
+            cond,
             config,
             seeds=[0],
             height=height,
@@ -138,9 +134,7 @@ def _stream_once(
     )
 
 
-def _cache_bytes(
-    student: Any, config: StreamConfig, size: tuple[int, int], embedding: Tensor
-) -> int:
+def _cache_bytes(student: Any, config: StreamConfig, size: tuple[int, int], cond: Tensor) -> int:
     """Bytes of a cache whose window is full, after as many chunks at one step each."""
     shape = (student.codec.latent_channels, *(side // student.codec.spatial_ratio for side in size))
     cache = new_cache(student.transformer, config, 1, shape)
@@ -151,7 +145,7 @@ def _cache_bytes(
     with torch.no_grad():
         for _ in rollout(
             student.transformer,
-            embedding,
+            cond,
             events,
             KeyedNoise([0]),
             latent_shape=shape,

@@ -8,6 +8,7 @@ from typing import Any
 
 from streamvid import reports
 from streamvid.evaluation.runs import ClipCost
+from streamvid.evaluation.world_score import FIDELITY
 
 SHOWN = (
     "overall",
@@ -20,6 +21,8 @@ SHOWN = (
     "physics",
     "permanence",
     "order",
+    "fidelity",
+    *FIDELITY,
 )
 
 
@@ -62,22 +65,18 @@ def result_row(
 
 
 def window_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Overall scores of ``runs.score_long`` as a Markdown table."""
-    lines = [
-        [
-            "",
-            "frames",
-            "prompts",
-            "first",
-            "last",
-            "least",
-            f"overall by window of {rows[0]['window']} frames",
-        ]
-    ]
+    """Overall scores and fidelity of ``runs.score_long`` as a Markdown table."""
+    unit = f"by window of {rows[0]['window']} frames"
+    head = ["", "frames", "prompts", "first", "last", "least"]
+    lines = [[*head, f"overall {unit}", f"fidelity {unit}"]]
     for row in rows:
-        each = " ".join(f"{window['overall']:.3f}" for window in row["windows"])
         numbers = [f"{row[name]:.3f}" for name in ("first", "last", "least")]
-        lines.append([row["label"], str(row["num_frames"]), str(row["prompts"]), *numbers, each])
+        courses = [
+            " ".join(f"{window[name]:.3f}" if name in window else "-" for window in row["windows"])
+            for name in ("overall", "fidelity")
+        ]
+        label = [row["label"], str(row["num_frames"]), str(row["prompts"])]
+        lines.append([*label, *numbers, *courses])
     return reports.markdown(lines)
 
 

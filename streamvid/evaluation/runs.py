@@ -80,7 +80,7 @@ def reconstructed_clips(
 def make_clips(
     runner: Runner,
     codec: VideoCodec,
-    embeddings: Tensor,
+    cond: Tensor,
     seeds: Sequence[int],
     num_frames: int,
     batch_size: int = 16,
@@ -97,7 +97,7 @@ def make_clips(
             generate(
                 runner.model,
                 codec,
-                embeddings[rows],
+                cond[rows],
                 runner.stream,
                 seeds=list(seeds[rows]),
                 height=SIZE,
@@ -118,7 +118,7 @@ def score_clips(
 def clips_by_seed(
     runner: Runner,
     codec: VideoCodec,
-    embeddings: Tensor,
+    cond: Tensor,
     seeds: Sequence[int],
     num_frames: int,
     batch_size: int = 16,
@@ -130,8 +130,8 @@ def clips_by_seed(
         yield make_clips(
             runner,
             codec,
-            embeddings,
-            evaluation_keys(seed, len(embeddings)),
+            cond,
+            evaluation_keys(seed, len(cond)),
             num_frames,
             batch_size,
         )
@@ -147,24 +147,24 @@ def evaluation_keys(seed: int, num: int) -> list[int]:
 def score_by_seed(
     runner: Runner,
     codec: VideoCodec,
-    embeddings: Tensor,
+    cond: Tensor,
     prompts: Sequence[str],
     seeds: Sequence[int],
     num_frames: int,
     batch_size: int = 16,
 ) -> list[dict[str, float]]:
     """Mean scores of all prompts, one dictionary per seed."""
-    clips = clips_by_seed(runner, codec, embeddings, seeds, num_frames, batch_size)
+    clips = clips_by_seed(runner, codec, cond, seeds, num_frames, batch_size)
     return [mean_scores(score_clips(each, prompts)) for each in clips]
 
 
 def make_long_clips(
-    runner: Runner, codec: VideoCodec, embeddings: Tensor, num_times: int, window: int
+    runner: Runner, codec: VideoCodec, cond: Tensor, num_times: int, window: int
 ) -> Tensor:
     """Clips ``[B, T, 3, H, W]`` of the prompts, ``num_times`` windows long, on the CPU."""
     num_frames = long_frames(num_times, window, runner.stream.chunk_frames, codec.temporal_ratio)
-    keys = evaluation_keys(0, len(embeddings))
-    return make_clips(runner, codec, embeddings, keys, num_frames, batch_size=8)
+    keys = evaluation_keys(0, len(cond))
+    return make_clips(runner, codec, cond, keys, num_frames, batch_size=8)
 
 
 def score_windows(clips: Tensor, prompts: Sequence[str], window: int) -> list[dict[str, float]]:
@@ -176,13 +176,13 @@ def score_windows(clips: Tensor, prompts: Sequence[str], window: int) -> list[di
 def score_long(
     runner: Runner,
     codec: VideoCodec,
-    embeddings: Tensor,
+    cond: Tensor,
     prompts: Sequence[str],
     num_times: int,
     window: int,
 ) -> dict[str, Any]:
     """Scores of streams ``num_times`` windows long, window by window, as a row of a report."""
-    clips = make_long_clips(runner, codec, embeddings, num_times, window)
+    clips = make_long_clips(runner, codec, cond, num_times, window)
     windows = score_windows(clips, prompts, window)
     overall = [each["overall"] for each in windows]
     return {
@@ -206,19 +206,19 @@ def long_frames(num_times: int, window: int, chunk_frames: int, temporal_ratio: 
 
 
 def measure_cost(
-    runner: Runner, codec: VideoCodec, embedding: Tensor, num_frames: int, repeats: int = 3
+    runner: Runner, codec: VideoCodec, cond: Tensor, num_frames: int, repeats: int = 3
 ) -> ClipCost:
     """Count a clip's forwards and time it at batch 1, the median of ``repeats`` after one to warm
     up.
 
     Args:
-        embedding: of one prompt ``[1, L, D]``.
+        cond: of one prompt ``[1, L, D]``.
     """
     chunks = latent_frames_of(num_frames, codec.temporal_ratio) // runner.stream.chunk_frames
     count = cost_of(
         build_schedule(runner.stream, chunks), runner.stream.chunk_frames, runner.stream.commit
     )
-    times = [_time_clip(runner, codec, embedding, num_frames) for _ in range(repeats + 1)][1:]
+    times = [_time_clip(runner, codec, cond, num_frames) for _ in range(repeats + 1)][1:]
     denoise_s, decode_s, first_frame_s = (statistics.median(column) for column in zip(*times))
     return ClipCost(
         count.nfe * runner.passes,
@@ -231,14 +231,14 @@ def measure_cost(
 
 
 def _time_clip(
-    runner: Runner, codec: VideoCodec, embedding: Tensor, num_frames: int
+    runner: Runner, codec: VideoCodec, cond: Tensor, num_frames: int
 ) -> tuple[float, float, float]:
     first_frame_s = denoise_s = decode_s = 0.0
     started = time.perf_counter()
     chunks = stream(
         runner.model,
         codec,
-        embedding,
+        cond,
         runner.stream,
         seeds=[0],
         height=SIZE,

@@ -16,6 +16,18 @@ physics      residual of the tracks against the law of motion with walls and gra
 permanence   share of frames in which every body is there, alone, and looks as it did
 ===========  =======================================================================================
 
+Their mean is ``overall``: does the clip show what was asked for? How truly it is drawn is told
+apart, because a bent square is a square; the mean of these is ``fidelity``:
+
+===========  =======================================================================================
+outline      area that is on the wrong side of the outlines, over their length
+background   error beyond the bodies: trails, halos, noise
+tint         distance of each body's colour from the palette's nearest
+rhythm       unevenness of the motion: how its error changes from frame to frame
+===========  =======================================================================================
+
+True clips after a codec have 1 in all of them.
+
 An attribute that the prompt leaves open, or that too few frames show, is None. A clip is scored in
 windows, each with its own fit of the law, so that a long stream is not judged by the phase of its
 hundredth bounce.
@@ -48,9 +60,18 @@ from streamvid.data.world import (
     fold,
     read_caption,
 )
-from streamvid.evaluation.tracking import FLOOR, ParsedClip, TrackedBody, colour_angles, parse
+from streamvid.evaluation.outline import Fidelity, measure_fidelity
+from streamvid.evaluation.tracking import (
+    FLOOR,
+    PAINT_NORMS,
+    PAINTS,
+    ParsedClip,
+    TrackedBody,
+    colour_angles,
+    parse,
+)
 
-__all__ = ["ATTRIBUTES", "WorldScore", "mean_scores", "parse", "score", "score_parsed"]
+__all__ = ["ATTRIBUTES", "FIDELITY", "WorldScore", "mean_scores", "parse", "score", "score_parsed"]
 
 WINDOW = 32  # frames of a window where the caller names none
 # frame pairs that show the initial direction; every scene flies freely for as long
@@ -77,6 +98,10 @@ HUE_BAND = (8.0, 30.0)  # degrees from what the body looked like
 BRIGHTNESS_BAND = (0.06, 0.25)  # |log ratio| to what it was
 GROWTH_BAND = (0.08, 0.35)  # |log ratio| of the radius
 FLOOR_BAND = (0.03, 0.15)  # distance of the floor colour to its own
+OUTLINE_BAND = (0.36, 0.66)  # pixels; clips after the shipped codec have .21 to .36
+BACKGROUND_BAND = (0.003, 0.012)  # root mean square; after the codec .0017 to .0029
+TINT_BAND = (0.02, 0.10)  # share of the colour's distance from the floor; after the codec to .018
+RHYTHM_BAND = (0.28, 1.0)  # pixels per frame, root mean square; after the codec to .28
 
 
 @dataclass(frozen=True)
@@ -94,6 +119,10 @@ class WorldScore:
     order: float | None = None
     physics: float | None = None
     permanence: float | None = None
+    outline: float | None = None
+    background: float | None = None
+    tint: float | None = None
+    rhythm: float | None = None
     windows: tuple[WorldScore, ...] = ()
 
     def attributes(self) -> dict[str, float]:
@@ -105,8 +134,18 @@ class WorldScore:
         """Mean of the attributes that apply."""
         return float(np.mean(list(self.attributes().values())))
 
+    @property
+    def fidelity(self) -> float | None:
+        """Mean of how truly it is drawn; None where only the parsed clip was scored."""
+        return _mean(getattr(self, name) for name in FIDELITY)
 
-ATTRIBUTES = tuple(name for name in WorldScore.__dataclass_fields__ if name != "windows")
+
+FIDELITY = ("outline", "background", "tint", "rhythm")
+"""How truly a clip is drawn."""
+ATTRIBUTES = tuple(
+    name for name in WorldScore.__dataclass_fields__ if name not in (*FIDELITY, "windows")
+)
+"""What a clip shows."""
 
 
 def _ramp(value: ArrayLike, band: tuple[float, float]) -> np.ndarray:
@@ -117,6 +156,12 @@ def _ramp(value: ArrayLike, band: tuple[float, float]) -> np.ndarray:
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [float(value) for value in values if value is not None and not np.isnan(value)]
     return float(np.mean(known)) if known else None
+
+
+def _ramp_mean(values: np.ndarray, band: tuple[float, float]) -> float | None:
+    """Of the mean over the frames that were measured."""
+    mean = _mean(values)
+    return None if mean is None else float(_ramp(mean, band))
 
 
 # ---- looks ---------------------------------------------------------------------------------------
@@ -287,22 +332,45 @@ def _law_score(track: np.ndarray, law: np.ndarray, whole: np.ndarray) -> float:
     return float(_ramp(residual, RESIDUAL_BAND)) * max(0.0, 1.0 - STALL_WEIGHT * stalled)
 
 
-def _physics_score(body: TrackedBody, said: Caption) -> float | None:
+def _fit_laws(body: TrackedBody, said: Caption) -> list[np.ndarray]:
+    """The motions ``[T, 2]`` that the caption allows, fitted to a track; none to a short one."""
     if (~np.isnan(body.track[:, 0])).sum() < FEWEST_FRAMES:
-        return None
+        return []
     across = _fit_free(body.track[:, 0], body.radius)
-    pace = 1.0
     if said.family != "fall":
         down = [_fit_free(body.track[:, 1], body.radius)]
-        law = np.stack([across, down[0]], axis=1)
-        pace = min(1.0, float(np.median(np.linalg.norm(np.diff(law, axis=0), axis=1))) / CREEP)
     else:
         values = [ELASTICITY[said.elasticity]] if said.elasticity else list(ELASTICITY.values())
         down = [_fit_fall(body.track[:, 1], body.radius, value) for value in values]
+    return [np.stack([across, heights], axis=1) for heights in down]
+
+
+def _physics_score(body: TrackedBody, said: Caption, laws: list[np.ndarray]) -> float | None:
+    if not laws:
+        return None
+    pace = 1.0
+    if said.family != "fall":
+        steps = np.linalg.norm(np.diff(laws[0], axis=0), axis=1)
+        pace = min(1.0, float(np.median(steps)) / CREEP)
     whole = ~np.isnan(body.radii)
-    return pace * max(
-        _law_score(body.track, np.stack([across, heights], axis=1), whole) for heights in down
-    )
+    return pace * max(_law_score(body.track, law, whole) for law in laws)
+
+
+def _rhythm_score(body: TrackedBody, laws: list[np.ndarray]) -> float | None:
+    """From the change of the distance to the law from frame to frame: a slow wander is physics'."""
+    unevenness = []
+    for law in laws:
+        changes = np.diff(body.track - law, axis=0)
+        unevenness.append(np.sqrt(np.nanmean((changes**2).sum(axis=1))))
+    return float(_ramp(min(unevenness), RHYTHM_BAND)) if unevenness else None
+
+
+def _tint_score(body: TrackedBody, floors: np.ndarray) -> float | None:
+    """How near its colour is to that of the palette which it is nearest to."""
+    index = list(COLOURS).index(body.colour)
+    colours = body.paints + floors - FLOOR
+    away = np.linalg.norm(colours - PAINTS[index], axis=1) / PAINT_NORMS[index]
+    return _mean(_ramp(away, TINT_BAND))
 
 
 # ---- permanence ----------------------------------------------------------------------------------
@@ -411,11 +479,16 @@ def _scene(parsed: ParsedClip) -> list[int]:
 
 
 def _score_window(
-    parsed: ParsedClip, sameness: list[np.ndarray], said: Caption, initial: bool
+    parsed: ParsedClip,
+    sameness: list[np.ndarray],
+    said: Caption,
+    initial: bool,
+    fidelity: Fidelity | None,
 ) -> WorldScore:
     main = _scene(parsed)
     if not main:
-        nothing: dict[str, Any] = dict.fromkeys(_find_stated(said), 0.0)
+        names = _find_stated(said) | (set() if fidelity is None else set(FIDELITY))
+        nothing: dict[str, Any] = dict.fromkeys(names, 0.0)
         return WorldScore(**nothing)
     scene = [parsed.bodies[i] for i in main]
     looks = [
@@ -424,7 +497,8 @@ def _score_window(
     match = _match(said, looks, len(scene))
     found = [(i, j) for i, j in enumerate(match) if j is not None]
     count = np.median(sum((body.present | body.hidden).astype(int) for body in parsed.bodies))
-    physics = [_physics_score(scene[j], said) for _, j in found]
+    laws = {j: _fit_laws(scene[j], said) for _, j in found}
+    physics = [_physics_score(scene[j], said, laws[j]) for j in laws]
     order = None
     if said.ordered and len(found) == 2:
         order = _order_score(parsed, main[found[0][1]], main[found[1][1]])
@@ -445,6 +519,14 @@ def _score_window(
             parsed.floors,
         ),
     )
+    if fidelity is not None:
+        result = replace(
+            result,
+            outline=_ramp_mean(fidelity.boundary, OUTLINE_BAND),
+            background=_ramp_mean(fidelity.background, BACKGROUND_BAND),
+            tint=_mean(_tint_score(scene[j], parsed.floors) for j in laws),
+            rhythm=_mean(_rhythm_score(scene[j], laws[j]) for j in laws),
+        )
     if len(parsed.floors) < FEWEST_FRAMES:
         return result
     unmeasured = [name for name in _find_stated(said) if getattr(result, name) is None]
@@ -481,8 +563,16 @@ def _between(parsed: ParsedClip, start: int, stop: int) -> ParsedClip:
     )
 
 
-def score_parsed(parsed: ParsedClip, prompt: str, window: int | None = None) -> WorldScore:
+def score_parsed(
+    parsed: ParsedClip,
+    prompt: str,
+    window: int | None = None,
+    fidelity: Fidelity | None = None,
+) -> WorldScore:
     """``score`` of a clip that is already parsed; one parse serves several prompts.
+
+    Args:
+        fidelity: of ``measure_fidelity``; None leaves open how truly the clip is drawn.
 
     Raises:
         ValueError: if ``window`` is under 4 frames or the prompt names no shape of this world.
@@ -500,10 +590,12 @@ def score_parsed(parsed: ParsedClip, prompt: str, window: int | None = None) -> 
             [same[start:stop] for same in sameness],
             said,
             start == 0,
+            None if fidelity is None else fidelity.between(start, stop),
         )
         for start, stop in bounds
     )
-    means = {name: _mean(getattr(each, name) for each in windows) for name in ATTRIBUTES}
+    names = (*ATTRIBUTES, *FIDELITY)
+    means = {name: _mean(getattr(each, name) for each in windows) for name in names}
     return WorldScore(**means, windows=windows if window else ())
 
 
@@ -518,14 +610,15 @@ def score(frames: Tensor, prompt: str, window: int | None = None) -> WorldScore:
         ValueError: if the frames have another shape, ``window`` is under 4, or the prompt names no
             shape.
     """
-    return score_parsed(parse(frames), prompt, window)
+    parsed = parse(frames)
+    return score_parsed(parsed, prompt, window, measure_fidelity(frames, parsed))
 
 
 def mean_scores(scores: Iterable[WorldScore]) -> dict[str, float]:
-    """Mean of each attribute over the clips in which it applies, and of ``overall`` over all of
-    them.
+    """Mean of each attribute over the clips in which it applies, and of ``overall`` and
+    ``fidelity`` over all of them.
     """
     scores = list(scores)
-    means = {name: _mean(getattr(each, name) for each in scores) for name in ATTRIBUTES}
-    means["overall"] = _mean(each.overall for each in scores)
+    names = (*ATTRIBUTES, "overall", *FIDELITY, "fidelity")
+    means = {name: _mean(getattr(each, name) for each in scores) for name in names}
     return {name: value for name, value in means.items() if value is not None}

@@ -22,8 +22,8 @@ from streamvid.gpu_check.measure import (
     in_precision,
     median_ms,
     psnr,
+    random_cond,
     random_network,
-    random_prompt,
     student_sizes,
 )
 from streamvid.models.attention import attention, flash_attn_func
@@ -222,13 +222,13 @@ def _large_chunk(device: torch.device, tiny: bool) -> dict[str, float]:
 def _velocity_behind_context(
     network: nn.Module, sizes: dict[str, Any], height: int, width: int, device: torch.device
 ) -> Tensor:
-    prompt = random_prompt(sizes, device, torch.float32)
+    cond = random_cond(sizes, device, torch.float32)
     before, x = (
         keyed_normal((1, 16, 3, height, width), "gpu check", i).to(device) for i in range(2)
     )
     cache = network.new_cache(1, height, width)
-    network.commit(before, 0.0, prompt, cache)
-    return network(x, 500.0, prompt, cache=cache).sample
+    network.commit(before, 0.0, cond, cache)
+    return network(x, 500.0, cond, cache=cache).sample
 
 
 # ---- attention -----------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def student_sizes(tiny: bool) -> dict[str, Any]:
     return {**sizes, **small} if tiny else dict(sizes)
 
 
-def random_prompt(
+def random_cond(
     sizes: dict[str, Any], device: torch.device, dtype: torch.dtype, batch: int = 1
 ) -> Tensor:
     """An embedding of as many tokens as a published text encoder gives."""

@@ -26,8 +26,8 @@ from streamvid.gpu_check.measure import (
     difference,
     median_ms,
     peak_gib,
+    random_cond,
     random_network,
-    random_prompt,
     reset_peak,
     student_sizes,
 )
@@ -57,7 +57,7 @@ class Setting:
 
     student: nn.Module
     codec: Any
-    prompt: Tensor
+    cond: Tensor
     height: int
     """In pixels."""
     width: int
@@ -72,7 +72,7 @@ class Setting:
         return stream(
             self.student,
             self.codec,
-            self.prompt,
+            self.cond,
             config,
             seeds=[0],
             height=self.height,
@@ -99,8 +99,8 @@ def setting(
         .requires_grad_(False)
         .eval()
     )
-    prompt = random_prompt(sizes, report.device, torch.bfloat16)
-    return Setting(network, codec, prompt, height, width, report.device)
+    cond = random_cond(sizes, report.device, torch.bfloat16)
+    return Setting(network, codec, cond, height, width, report.device)
 
 
 # ---- the part stream_1.3b ------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def steady_cache(here: Setting, config: StreamConfig) -> Any:
     """A cache whose window is full."""
     cache = new_cache(here.student, config, 1, here.latent_shape)
     for _ in range(FILLING + 1):
-        here.student.commit(latents_of(here), 0.0, here.prompt, cache)
+        here.student.commit(latents_of(here), 0.0, here.cond, cache)
     return cache
 
 
@@ -177,8 +177,8 @@ def breakdown(here: Setting) -> dict[str, float]:
         cache.context(CHUNK_FRAMES)
 
     works: dict[str, Callable[[], Any]] = {
-        "denoise_pass": lambda: here.student(x, time, here.prompt, cache=cache),
-        "commit": lambda: here.student.commit(x, time, here.prompt, cache),
+        "denoise_pass": lambda: here.student(x, time, here.cond, cache=cache),
+        "commit": lambda: here.student.commit(x, time, here.cond, cache),
         "context_turn": draw_context,
         "noise_on_host_and_copy": lambda: noise.draw(0, 1, shape, here.device, torch.float32),
         "decode": decode,
@@ -192,7 +192,7 @@ def breakdown(here: Setting) -> dict[str, float]:
 def _flops(report: Report, here: Setting) -> dict[str, float]:
     """Of one denoising pass over a full window, against the matrix units' own pace."""
     cache, x = steady_cache(here, config_of()), latents_of(here)
-    run = lambda: here.student(x, 500.0, here.prompt, cache=cache)
+    run = lambda: here.student(x, 500.0, here.cond, cache=cache)
     with Meter() as meter:
         run()
     ms = median_ms(run, here.device, repeats=8, warm_up=2)
@@ -217,8 +217,8 @@ def _kernels(here: Setting) -> dict[str, Any]:
     state = here.codec.decode_chunk(x, here.codec.new_decoder_state())[1]
 
     def chunk() -> None:
-        here.student(x, time, here.prompt, cache=cache)
-        here.student.commit(x, time, here.prompt, cache)
+        here.student(x, time, here.cond, cache=cache)
+        here.student.commit(x, time, here.cond, cache)
         here.codec.decode_chunk(x, state)
 
     chunk()
@@ -290,7 +290,7 @@ def _compiled(here: Setting, options: dict[str, Any], expected: Tensor) -> dict[
     here.student.compile_repeated_blocks(**options)
     graphs: list[int] = []
     endless = stream_latents(
-        here.student, here.prompt, config_of(num_steps=1), seeds=[0], latent_shape=here.latent_shape
+        here.student, here.cond, config_of(num_steps=1), seeds=[0], latent_shape=here.latent_shape
     )
 
     def eight() -> None:
@@ -320,7 +320,7 @@ def _pass_and_stream(here: Setting, count: int) -> tuple[dict[str, Any], Tensor]
     cache, x = steady_cache(here, config_of()), latents_of(here)
     time = torch.full((1,), 500.0, device=here.device)
     with torch.no_grad():
-        run = lambda: here.student(x, time, here.prompt, cache=cache).sample
+        run = lambda: here.student(x, time, here.cond, cache=cache).sample
         ms = median_ms(run, here.device)
         velocity = run()
     chunks = _chunks(here, config_of(num_steps=1), FILLING + 1 + count)

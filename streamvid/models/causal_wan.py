@@ -72,10 +72,10 @@ class ConditionEmbedder(nn.Module):
         self.jump_embedder = JumpEmbedding(freq_dim, dim) if jump_embedding else None
 
     def forward(
-        self, timestep: Tensor, span: Tensor | None, text: Tensor | None, dtype: torch.dtype
+        self, timestep: Tensor, span: Tensor | None, cond: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Timesteps [B, F], spans of jumps [B, F] and text [B, L, text_dim] to [B, F, D], [B, F, 6,
-        D] and [B, L, D]; a text of None stays None.
+        """Timesteps [B, F], spans of jumps [B, F] and cond [B, L, text_dim] to [B, F, D], [B, F, 6,
+        D] and [B, L, D]; a cond of None stays None.
         """
         waves = self.timesteps_proj(timestep.flatten()).unflatten(0, timestep.shape)
         temb = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype))
@@ -83,7 +83,7 @@ class ConditionEmbedder(nn.Module):
             temb = temb + self.jump_embedder(span)
         temb = temb.to(dtype)
         modulation = self.time_proj(self.act_fn(temb)).unflatten(-1, (6, -1))
-        return temb, modulation, None if text is None else self.text_embedder(text.to(dtype))
+        return temb, modulation, None if cond is None else self.text_embedder(cond.to(dtype))
 
 
 class HeadAttention(nn.Module):
@@ -137,7 +137,7 @@ class CausalWanBlock(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        text: Tensor | KeyValue,
+        cond: Tensor | KeyValue,
         modulation: Tensor,
         rotary: Tensor,
         spans: tuple[Span, ...],
@@ -147,7 +147,7 @@ class CausalWanBlock(nn.Module):
 
         Args:
             hidden: [B, F, S, D].
-            text: embedding [B, L, D], or the keys and values that an earlier call made of it.
+            cond: of the prompts [B, L, D], or the keys and values that an earlier call made of it.
             modulation: [B, F, 6, D] or [B, 1, 6, D].
             rotary: table [F, S, 1, E / 2] of the frames in ``hidden``.
             spans: who attends to whom; keys are ``[context | hidden]``.
@@ -165,7 +165,7 @@ class CausalWanBlock(nn.Module):
         hidden = (hidden.float() + attended * gate).type_as(hidden)
 
         x = self.norm2(hidden.float()).type_as(hidden)
-        attended, text_kv = self._attend_text(x, text)
+        attended, text_kv = self._attend_cond(x, cond)
         hidden = hidden + attended
 
         x = _modulate(self.norm3(hidden.float()), ffn_shift, ffn_scale).type_as(hidden)
@@ -183,9 +183,9 @@ class CausalWanBlock(nn.Module):
             k, v = torch.cat([context[0], k], dim=1), torch.cat([context[1], v], dim=1)
         return self.attn1.output(attend_spans(q, k, v, spans)).view_as(x), kv
 
-    def _attend_text(self, x: Tensor, text: Tensor | KeyValue) -> tuple[Tensor, KeyValue]:
+    def _attend_cond(self, x: Tensor, cond: Tensor | KeyValue) -> tuple[Tensor, KeyValue]:
         q = self.attn2.query(x).flatten(1, 2)
-        k, v = self.attn2.key_value(text) if isinstance(text, Tensor) else text
+        k, v = self.attn2.key_value(cond) if isinstance(cond, Tensor) else cond
         return self.attn2.output(attention(q, k, v)).view_as(x), (k.detach(), v.detach())
 
 
@@ -368,7 +368,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self,
         latents: Tensor,
         timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
+        cond: Tensor,
         cache: StreamKVCache,
     ) -> None:
         """Append finished frames [B, C, T, H, W] to the cache, by a pass at the context timestep.
@@ -376,7 +376,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         To keep the keys of a denoising pass instead, ask that pass for ``return_kv`` and
         ``cache.append`` them.
         """
-        cache.append(self(latents, timestep, encoder_hidden_states, cache=cache, return_kv=True).kv)
+        cache.append(self(latents, timestep, cond, cache=cache, return_kv=True).kv)
 
     def to_json_string(self) -> str:
         """The configuration, under the class name that diffusers knows."""
@@ -391,7 +391,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         latents: Tensor,
         timestep: Tensor,
         span: Tensor | None,
-        prompt: Tensor,
+        cond: Tensor,
         rotary: Tensor,
         spans: tuple[Span, ...],
         context: tuple[KeyValue, ...],
@@ -405,20 +405,20 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.patch_embedding(latents.to(dtype)), "b d f h w -> b f (h w) d"
         ).contiguous()
         keeps_text = cache is not None and not torch.is_grad_enabled()
-        text_kv = cache.text_kv(prompt) if keeps_text else ()
-        temb, modulation, text = self.condition_embedder(
-            timestep, span, None if text_kv else prompt, dtype
+        text_kv = cache.text_kv(cond) if keeps_text else ()
+        temb, modulation, projected = self.condition_embedder(
+            timestep, span, None if text_kv else cond, dtype
         )
-        texts = text_kv or (text,) * len(self.blocks)
+        conds = text_kv or (projected,) * len(self.blocks)
         contexts = context or (None,) * len(self.blocks)
         kv, new_text_kv = [], []
-        for block, block_text, block_context in zip(self.blocks, texts, contexts, strict=True):
-            args = (hidden, block_text, modulation, rotary, spans, block_context)
+        for block, block_cond, block_context in zip(self.blocks, conds, contexts, strict=True):
+            args = (hidden, block_cond, modulation, rotary, spans, block_context)
             hidden, block_kv, block_text_kv = self._run_block(block, args)
             kv.append(block_kv)
             new_text_kv.append(block_text_kv)
         if keeps_text and not text_kv:
-            cache.keep_text(prompt, new_text_kv)
+            cache.keep_text(cond, new_text_kv)
         return hidden, temb.expand(-1, hidden.shape[1], -1), tuple(kv)
 
     def _run_block(self, block: nn.Module, args: tuple) -> tuple[Tensor, KeyValue, KeyValue]:
@@ -451,7 +451,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return timestep - _frame_timesteps(target, latents)
 
     def _check_inputs(
-        self, latents: Tensor, prompt: Tensor, cache: StreamKVCache | None, chunk_frames: int | None
+        self, latents: Tensor, cond: Tensor, cache: StreamKVCache | None, chunk_frames: int | None
     ) -> None:
         if latents.ndim != 5 or latents.shape[1] != self.config.in_channels:
             raise ValueError(
@@ -459,9 +459,9 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f" {list(latents.shape)}"
             )
         batch_size, _, frames, height, width = latents.shape
-        if prompt.ndim != 3 or prompt.shape[0] != batch_size:
+        if cond.ndim != 3 or cond.shape[0] != batch_size:
             raise ValueError(
-                f"expected a text embedding [{batch_size}, L, D], got {list(prompt.shape)}"
+                f"expected a text embedding [{batch_size}, L, D], got {list(cond.shape)}"
             )
         if height % self.config.patch_size[1] or width % self.config.patch_size[2]:
             raise ValueError(

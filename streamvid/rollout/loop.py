@@ -51,7 +51,7 @@ class ChunkResult:
 
 def rollout(
     student: Any,
-    encoder_hidden_states: Tensor,
+    cond: Tensor,
     schedule: Iterable[Denoise],
     noise: Noise,
     *,
@@ -69,7 +69,7 @@ def rollout(
 
     Args:
         student: ``models.causal_wan`` or anything with its call and its ``commit``.
-        encoder_hidden_states: the prompts ``[B, L, D]``, on the student's device.
+        cond: the prompts ``[B, L, D]``, on the student's device.
         schedule: from ``rollout.schedule``; may be endless.
         noise: one sample per prompt.
         latent_shape: (C, h, w).
@@ -107,13 +107,13 @@ def rollout(
             f"context_t={context_t} is the level of clean commits; with commit={commit!r} set it"
             " to 0"
         )
-    batch = encoder_hidden_states.shape[0]
+    batch = cond.shape[0]
     if len(noise) != batch:
         raise ValueError(f"{len(noise)} noise seeds for {batch} prompts; give one a prompt")
     channels, height, width = latent_shape
     run = _Run(
         student=student,
-        prompts=encoder_hidden_states,
+        cond=cond,
         noise=noise,
         chunk_shape=(channels, chunk_frames, height, width),
         cache=cache,
@@ -160,7 +160,7 @@ class _Run:
     """All that stays the same during a rollout, and the parts of a step."""
 
     student: Any
-    prompts: Tensor
+    cond: Tensor
     noise: Noise
     chunk_shape: tuple[int, int, int, int]
     cache: Any
@@ -249,8 +249,8 @@ class _Run:
         if self.target is not None:
             options["target_timestep"] = self.timestep(self.target(event))
         if self.commit != "reuse":
-            return self.student(x_t, timestep, self.prompts, **options).sample, None
-        output = self.student(x_t, timestep, self.prompts, return_kv=True, **options)
+            return self.student(x_t, timestep, self.cond, **options).sample, None
+        output = self.student(x_t, timestep, self.cond, return_kv=True, **options)
         return output.sample, _detached(output.kv)  # sg
 
     def advance(
@@ -279,21 +279,21 @@ class _Run:
             return
         for result in finished:
             latents = context_input(result.latents, result.index, self.noise, self.context_t)
-            self.student.commit(latents, self.timestep((self.context_t,)), self.prompts, self.cache)
+            self.student.commit(latents, self.timestep((self.context_t,)), self.cond, self.cache)
 
     def draw(self, chunk: int, event: int) -> Tensor:
         """Noise ``[B, C, f, h, w]``, in the precision of the states."""
-        dtype = torch.promote_types(self.prompts.dtype, torch.float32)
-        return self.noise.draw(chunk, event, self.chunk_shape, self.prompts.device, dtype)
+        dtype = torch.promote_types(self.cond.dtype, torch.float32)
+        return self.noise.draw(chunk, event, self.chunk_shape, self.cond.device, dtype)
 
     def timestep(self, t: tuple[float, ...]) -> Tensor:
         """The backbone's native time, 0 to 1000: ``[B]`` where all chunks share it, else ``[B,
         T]``.
         """
-        dtype = torch.promote_types(self.prompts.dtype, torch.float32)
-        batch, frames = self.prompts.shape[0], self.chunk_shape[1]
+        dtype = torch.promote_types(self.cond.dtype, torch.float32)
+        batch, frames = self.cond.shape[0], self.chunk_shape[1]
         fill = lambda level, *shape: (
-            1000 * torch.full(shape, level, dtype=dtype, device=self.prompts.device)
+            1000 * torch.full(shape, level, dtype=dtype, device=self.cond.device)
         )
         if len(set(t)) == 1:
             # filled where it is used: a copy from the host would wait for the device

@@ -41,7 +41,7 @@ class StreamChunk:
 def stream(
     student: Any,
     codec: VideoCodec,
-    encoder_hidden_states: Tensor,
+    cond: Tensor,
     config: StreamConfig,
     *,
     seeds: Sequence[int],
@@ -56,7 +56,7 @@ def stream(
     Args:
         student: as ``rollout`` takes it.
         codec: decodes chunk by chunk.
-        encoder_hidden_states: the prompts ``[B, L, D]``.
+        cond: the prompts ``[B, L, D]``.
         config: how the student wants to be streamed.
         seeds: one per prompt; a sample depends on its prompt and its seed, up to rounding of the
             batch's matrix products.
@@ -71,7 +71,7 @@ def stream(
     """
     results = stream_latents(
         student,
-        encoder_hidden_states,
+        cond,
         config,
         seeds=seeds,
         latent_shape=latent_shape_of(codec, student, height, width),
@@ -81,13 +81,13 @@ def stream(
         before_step=before_step,
         after_x0=after_x0,
     )
-    return _decoded(results, codec, encoder_hidden_states)
+    return _decoded(results, codec, cond)
 
 
 def generate(
     student: Any,
     codec: VideoCodec,
-    encoder_hidden_states: Tensor,
+    cond: Tensor,
     config: StreamConfig,
     *,
     seeds: Sequence[int],
@@ -101,7 +101,7 @@ def generate(
     chunks = stream(
         student,
         codec,
-        encoder_hidden_states,
+        cond,
         config,
         seeds=seeds,
         height=height,
@@ -113,7 +113,7 @@ def generate(
 
 def stream_latents(
     student: Any,
-    encoder_hidden_states: Tensor,
+    cond: Tensor,
     config: StreamConfig,
     *,
     seeds: Sequence[int],
@@ -130,12 +130,12 @@ def stream_latents(
     """
     results = rollout(
         student,
-        encoder_hidden_states,
+        cond,
         build_schedule(config, num_chunks),
         KeyedNoise(seeds),
         latent_shape=latent_shape,
         chunk_frames=config.chunk_frames,
-        cache=new_cache(student, config, encoder_hidden_states.shape[0], latent_shape),
+        cache=new_cache(student, config, cond.shape[0], latent_shape),
         commit=config.commit,
         context_t=config.context_t,
         stepper=config.stepper,
@@ -147,7 +147,7 @@ def stream_latents(
 
 def generate_latents(
     model: Any,
-    encoder_hidden_states: Tensor,
+    cond: Tensor,
     config: StreamConfig,
     *,
     seeds: Sequence[int],
@@ -157,7 +157,7 @@ def generate_latents(
     """The latents ``[B, C, num_chunks * chunk_frames, h, w]`` of a whole stream."""
     results = stream_latents(
         model,
-        encoder_hidden_states,
+        cond,
         config,
         seeds=seeds,
         latent_shape=latent_shape,
@@ -215,17 +215,19 @@ class GuidedModel:
         self,
         hidden_states: Tensor,
         timestep: Tensor,
-        encoder_hidden_states: Tensor,
+        cond: Tensor,
         cache: None = None,
     ) -> Velocity:
         """The velocity at ``timestep`` 0 to 1000, ``[B]`` or ``[B, T]``."""
         t = timestep / 1000
-        cond = self.predict(hidden_states, t, encoder_hidden_states)
+        velocity = self.predict(hidden_states, t, cond)
         if self.guidance_scale == 1:
-            return Velocity(cond)
+            return Velocity(velocity)
         assert self.uncond is not None  # __post_init__
-        uncond = self.uncond.to(encoder_hidden_states).expand(len(hidden_states), -1, -1)
-        return Velocity(guide(cond, self.predict(hidden_states, t, uncond), self.guidance_scale))
+        uncond = self.uncond.to(cond).expand(len(hidden_states), -1, -1)
+        return Velocity(
+            guide(velocity, self.predict(hidden_states, t, uncond), self.guidance_scale)
+        )
 
 
 def _without_gradient(results: Iterator[ChunkResult]) -> Iterator[ChunkResult]:
@@ -239,16 +241,16 @@ def _without_gradient(results: Iterator[ChunkResult]) -> Iterator[ChunkResult]:
 
 
 def _decoded(
-    results: Iterator[ChunkResult], codec: VideoCodec, encoder_hidden_states: Tensor
+    results: Iterator[ChunkResult], codec: VideoCodec, cond: Tensor
 ) -> Iterator[StreamChunk]:
-    state, device = codec.new_decoder_state(), encoder_hidden_states.device
+    state, device = codec.new_decoder_state(), cond.device
     start_s, first = now_s(device), True
     for result in results:
         denoised_s = now_s(device)
         with torch.no_grad():
             frames, state = codec.decode_chunk(result.latents, state)
         if first:
-            check_finite(encoder_hidden_states, result.latents, frames)
+            check_finite(cond, result.latents, frames)
             first = False
         decoded_s = now_s(device)
         yield StreamChunk(
@@ -257,14 +259,14 @@ def _decoded(
         start_s = now_s(device)  # the viewer's time is not ours
 
 
-def check_finite(encoder_hidden_states: Tensor, latents: Tensor, frames: Tensor) -> None:
+def check_finite(cond: Tensor, latents: Tensor, frames: Tensor) -> None:
     """Refuse a stream that would be black; which part is damaged shows in what it made of finite
     inputs.
 
     The first chunk is enough: damaged weights are damaged from the start, and a check makes the
     device wait.
     """
-    made = {"text encoder": encoder_hidden_states, "transformer": latents, "codec": frames}
+    made = {"text encoder": cond, "transformer": latents, "codec": frames}
     for part, tensor in made.items():
         if not tensor.isfinite().all():
             raise ValueError(

@@ -91,7 +91,7 @@ def _read_image(path: str | Path) -> Tensor:
 def export_clip(
     model: Any,
     codec: VideoCodec,
-    embedding: Tensor,
+    cond: Tensor,
     config: StreamConfig,
     path: str,
     *,
@@ -104,7 +104,7 @@ def export_clip(
     """Stream one clip into its file, frames as they come.
 
     Args:
-        embedding: of one prompt ``[1, L, D]``.
+        cond: of one prompt ``[1, L, D]``.
         path: see ``video.VideoWriter``.
         size: height and width in pixels.
         num_frames: None streams until Ctrl-C.
@@ -119,7 +119,7 @@ def export_clip(
     chunks = stream(
         model,
         codec,
-        embedding,
+        cond,
         config,
         seeds=[seed],
         height=height,

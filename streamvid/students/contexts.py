@@ -26,16 +26,16 @@ from streamvid.students.stream_state import (
 )
 
 
-def commit_context(transformer: Any, context: Context, embedding: Tensor, cache: Any) -> None:
+def commit_context(transformer: Any, context: Context, cond: Tensor, cache: Any) -> None:
     """Write a chunk's keys and values into a cache, under an embedding ``[1, L, D]``."""
-    dtype = torch.promote_types(embedding.dtype, torch.float32)
-    timestep = 1000 * torch.full((1,), context.t, dtype=dtype, device=embedding.device)
-    transformer.commit(context.latents, timestep, embedding, cache)
+    dtype = torch.promote_types(cond.dtype, torch.float32)
+    timestep = 1000 * torch.full((1,), context.t, dtype=dtype, device=cond.device)
+    transformer.commit(context.latents, timestep, cond, cache)
 
 
 @torch.no_grad()
 def recommit_window(
-    transformer: Any, state: StreamState, cache: Any, embedding: Tensor, keep_sink: bool
+    transformer: Any, state: StreamState, cache: Any, cond: Tensor, keep_sink: bool
 ) -> Any:
     """A copy of a cache, its last window committed again under an embedding ``[1, L, D]``, at its
     old positions.
@@ -52,12 +52,12 @@ def recommit_window(
     else:
         cache.rewind(0)
         for context in under_sink:
-            commit_context(transformer, context, embedding, cache)
+            commit_context(transformer, context, cond, cache)
         first = cache.num_frames
     # a long stream has left all but the sink of its first chunks
     cache.rewind(resume_at, first if first == resume_at else cache.sink_frames)
     for context in recent:
-        commit_context(transformer, context, embedding, cache)
+        commit_context(transformer, context, cond, cache)
     return cache
 
 
@@ -75,7 +75,7 @@ def commit_start(
     num_chunks = start_chunks(frames, student, height, width)
     chunk_frames = state.config.chunk_frames
     num_frames = 1 + codec.temporal_ratio * (num_chunks * chunk_frames - 1)
-    clip = frames[-num_frames:].to(state.embedding.device, torch.float32)[None]
+    clip = frames[-num_frames:].to(state.cond.device, torch.float32)[None]
     latents = codec.encode_frames(clip).to(torch.float32)
     if not latents.isfinite().all():
         raise ValueError("start gives latents that are not finite; give frames in [0, 1]")
@@ -85,7 +85,7 @@ def commit_start(
         reused = state.config.commit == "reuse"
         t = next_events(state)[-1].t[0] if reused else state.config.context_t
         context = Context(context_input(chunk.contiguous(), index, noise, t), t)
-        commit_context(student.transformer, context, state.embedding, cache)
+        commit_context(student.transformer, context, state.cond, cache)
         _, decoder = codec.decode_chunk(chunk.contiguous(), state.decoder)
         contexts = keep_contexts((*state.contexts, context), state.config)
         state = replace(state, index=index + 1, contexts=contexts, decoder=decoder)

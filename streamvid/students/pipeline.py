@@ -457,15 +457,15 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         _check_output_type(output_type)
         call = _Call(self, self._num_stops)
         hook = self._hook(call, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        embeddings = self._embeddings(prompt, prompt_embeds).repeat_interleave(
+        cond = self._make_cond(prompt, prompt_embeds).repeat_interleave(
             num_videos_per_prompt, dim=0
         )
         chunks = sampler.stream(
             self.transformer,
             _Undecoded(self.vae) if output_type == "latent" else self.vae,
-            embeddings,
+            cond,
             deployed(self.stream_config, steps=num_inference_steps),
-            seeds=_seeds(generator, len(embeddings)),
+            seeds=_seeds(generator, len(cond)),
             height=height,
             width=width,
             num_frames=num_frames,
@@ -517,19 +517,17 @@ class StreamVidPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         finally:
             self.maybe_free_model_hooks()
 
-    def _embeddings(
+    def _make_cond(
         self, prompt: str | Sequence[str] | None, prompt_embeds: Tensor | None
     ) -> Tensor:
         """``[B, L, D]`` in float32, where the transformer computes."""
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("pass either prompt or prompt_embeds, one of the two")
-        embeddings = self._encode(prompt) if prompt_embeds is None else prompt_embeds
+        cond = self._encode(prompt) if prompt_embeds is None else prompt_embeds
         width = self.transformer.config.text_dim
-        if embeddings.ndim != 3 or not len(embeddings) or embeddings.shape[-1] != width:
-            raise ValueError(
-                f"expected prompt embeddings [B, L, {width}], got {list(embeddings.shape)}"
-            )
-        return embeddings.to(self._execution_device, torch.float32)
+        if cond.ndim != 3 or not len(cond) or cond.shape[-1] != width:
+            raise ValueError(f"expected prompt embeddings [B, L, {width}], got {list(cond.shape)}")
+        return cond.to(self._execution_device, torch.float32)
 
     def _encode(self, prompt: str | Sequence[str]) -> Tensor:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)

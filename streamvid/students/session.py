@@ -139,7 +139,7 @@ class Session:
             scene=0,
             seed=seed,
             prompt=prompt,
-            embedding=self._encode(prompt),
+            cond=self._encode(prompt),
             blend=None,
             config=config,
             contexts=(),
@@ -207,16 +207,16 @@ class Session:
         self._choose_steps()
         change = None if self._queued is None else self._queued.with_defaults()
         state, cache = self._changed(self._open_state(), change)
-        embedding = state.blend.at(state.embedding) if state.blend else state.embedding
+        cond = state.blend.at(state.cond) if state.blend else state.cond
         events = next_events(state)
         last_input: list[Context] = []
-        results = self._rollout(state, cache, events, embedding, last_input)
+        results = self._rollout(state, cache, events, cond, last_input)
         with torch.no_grad():
             result = next(results)
             denoised_s = now_s(self._device)
             frames, decoder = self.student.codec.decode_chunk(result.latents, state.decoder)
         if state.index == 0:
-            check_finite(embedding, result.latents, frames)
+            check_finite(cond, result.latents, frames)
         decoded_s = now_s(self._device)
         context = context_of(state, result, last_input[0])
         self._queued, self._cache, self._uncommitted = None, cache, results
@@ -417,7 +417,7 @@ class Session:
         state: StreamState,
         cache: Any,
         events: Sequence[Denoise],
-        embedding: Tensor,
+        cond: Tensor,
         last_input: list[Context],
     ) -> Iterator[ChunkResult]:
         """The rollout of one chunk; its next step after the chunk is the commit.
@@ -434,7 +434,7 @@ class Session:
 
         return rollout(
             self.student.transformer,
-            embedding,
+            cond,
             events,
             KeyedNoise([state.seed]),
             latent_shape=self._latent_shape,
@@ -489,13 +489,13 @@ class Session:
         )
         if change.prompt is None:
             return state, self._cache
-        embedding, blend, cache = self._encode(change.prompt), None, self._cache
+        cond, blend, cache = self._encode(change.prompt), None, self._cache
         if change.mode == "blend":
-            origin = state.blend.at(state.embedding) if state.blend else state.embedding
+            origin = state.blend.at(state.cond) if state.blend else state.cond
             blend = Blend(origin, change.blend_chunks, 0, change.interpolation)
         if change.mode == "recache":
-            cache = recommit_window(self._transformer, state, cache, embedding, change.keep_sink)
-        state = replace(state, prompt=change.prompt, embedding=embedding, blend=blend)
+            cache = recommit_window(self._transformer, state, cache, cond, change.keep_sink)
+        state = replace(state, prompt=change.prompt, cond=cond, blend=blend)
         if change.mode == "hard":
             decoder = self.student.codec.new_decoder_state()
             state = replace(state, scene=state.index, contexts=(), decoder=decoder)

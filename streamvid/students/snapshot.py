@@ -75,7 +75,7 @@ def pack_state(state: StreamState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A state as tensors and facts, for ``write_snapshot``."""
     layout, decoder = flatten_state(state.decoder)
     tensors = {
-        "embedding": state.embedding,
+        "embedding": state.cond,
         **({"blend": state.blend.origin} if state.blend else {}),
         **{f"context.{i}": context.latents for i, context in enumerate(state.contexts)},
         **{f"decoder.{i}": tensor for i, tensor in enumerate(decoder)},
@@ -105,7 +105,7 @@ def unpack_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Str
         scene=facts["scene"],
         seed=facts["seed"],
         prompt=facts["prompt"],
-        embedding=tensors["embedding"],
+        cond=tensors["embedding"],
         blend=facts["blend"] and Blend(tensors["blend"], **facts["blend"]),
         config=StreamConfig.from_json(facts["stream"]),
         contexts=tuple(Context(contexts[str(i)], t) for i, t in enumerate(facts["context_t"])),

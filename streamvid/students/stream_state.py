@@ -53,7 +53,7 @@ class StreamState:
     scene: int  # index of the scene's first chunk
     seed: int
     prompt: str
-    embedding: Tensor  # [1, L, D] of the prompt
+    cond: Tensor  # [1, L, D] of the prompt
     blend: Blend | None
     config: StreamConfig  # as it is steered
     # of the scene's chunks under the sink, and of those of the last window

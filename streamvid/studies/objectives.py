@@ -72,7 +72,11 @@ class Job:
 
     @property
     def result_file(self) -> Path:
-        return result_file(self.folder, self.name, self.seed)
+        return result_file(self.folder, self.name, self.updates, self.seed)
+
+    @property
+    def run_name(self) -> str:
+        return f"{self.name}-{self.updates}-{self.seed}"
 
 
 def video_objectives() -> dict[str, type[Objective]]:
@@ -90,7 +94,7 @@ def configure(job: Job) -> RunConfig:
     objective = kind()
     overrides = [
         f"objective={job.name}",
-        f"train.name={job.name}-{job.seed}",
+        f"train.name={job.run_name}",
         f"train.output_dir={job.folder / 'runs'}",
         f"train.seed={job.seed}",
         f"stream.num_steps={kind.num_steps}",
@@ -130,7 +134,7 @@ def run_job(job: Job) -> str:
 
 def student_of(job: Job) -> Path:
     """The folder of the student that a job trains."""
-    return job.folder / "runs" / f"{job.name}-{job.seed}" / "student"
+    return job.folder / "runs" / job.run_name / "student"
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -170,8 +174,8 @@ def score(job: Job, student: Student) -> dict[str, float]:
     """The world score by attribute, on prompts that no training has."""
     prompts = held_out_prompts(job.num_prompts)
     runner = student_runner(job.name, student.transformer, student.stream)
-    embeddings = student.prompts.encode(prompts)
-    (scores,) = score_by_seed(runner, student.codec, embeddings, prompts, [0], NUM_FRAMES)
+    cond = student.prompts.encode(prompts)
+    (scores,) = score_by_seed(runner, student.codec, cond, prompts, [0], NUM_FRAMES)
     return scores
 
 
@@ -218,18 +222,19 @@ def write_report(
     jobs: Sequence[Job],
     start: dict[str, dict[str, float]],
     plane: dict[str, dict[str, float]],
+    longer: Sequence[Job] = (),
 ) -> str:
     """The table of all finished jobs, as JSON, and as Markdown beside it; returns the text.
 
     Args:
         start: of ``score_start``.
         plane: of ``read_plane``.
+        longer: jobs with more updates, in a table of their own.
     """
-    results = [read_result(job.result_file) for job in jobs if job.result_file.exists()]
+    results = finished(jobs)
+    more = finished(longer)
     complete = [job.name for job in jobs if job.kind.role == "complete"]
-    done = [r for r in results if "scores" in r]
-    better = [r["objective"] for r in done if gain_of(r, start) > SPREAD]
-    count = sum(name in complete for name in better)
+    count = count_complete(improved(results, start))
     missing = [job.name for job in jobs if not job.result_file.exists()]
     not_run = f" (not run: {', '.join(missing)})" if missing else ""
     head = (
@@ -238,7 +243,8 @@ def write_report(
         " seed of the noise, so that scores differ by about"
         f" {SPREAD} by chance. Each student is streamed in the steps, and from step to step in the"
         " way, that its objective is published for; the start beside it is streamed in the same"
-        f" way. {count} of {len(complete)} complete objectives improve the start{not_run}."
+        f" way. {count} of {len(complete)} complete objectives improve the start{not_run}"
+        f"{say_longer(results, more, start)}."
         " Seconds are one core's for the whole training; forwards and TFLOP are per update of the"
         " student; memory is the peak of a step on an accelerator, by the dry run. The"
         " steps are few, so this"
@@ -247,9 +253,44 @@ def write_report(
         " sets of the teacher's own (toy2d.md).\n\n"
     )
     text = head + table(results, start, plane)
-    content = {"rows": results, "start": start}
+    if more:
+        text += f"\nWith {longer[0].updates} updates:\n\n" + table(more, start, plane)
+    content = {"rows": results, "longer": more, "start": start}
     reports.write_report(path, text, content, reports.environment())
     return text
+
+
+def finished(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """The results that there are."""
+    return [read_result(job.result_file) for job in jobs if job.result_file.exists()]
+
+
+def improved(results: Sequence[dict[str, Any]], start: dict[str, dict[str, float]]) -> set[str]:
+    """The objectives whose students score above the start by more than ``SPREAD``."""
+    done = [result for result in results if "scores" in result]
+    return {result["objective"] for result in done if gain_of(result, start) > SPREAD}
+
+
+def count_complete(names: set[str]) -> int:
+    """How many of them are complete objectives, not baselines."""
+    return sum(all_objectives()[name].role == "complete" for name in names)
+
+
+def say_longer(
+    results: Sequence[dict[str, Any]],
+    more: Sequence[dict[str, Any]],
+    start: dict[str, dict[str, float]],
+) -> str:
+    """What more updates change, for the sentence that counts."""
+    if not more:
+        return ""
+    count = count_complete(improved([*results, *more], start))
+    left = sorted({r["objective"] for r in more} - improved(more, start))
+    names = f", all but {', '.join(left)}" if left else ""
+    return (
+        f"; the others were given {more[0]['updates']} updates (the second table), with which"
+        f" {count} do{names}"
+    )
 
 
 def gain_of(result: dict[str, Any], start: dict[str, dict[str, float]]) -> float:
@@ -295,4 +336,4 @@ def remove_checkpoints(jobs: Sequence[Job]) -> None:
     for job in jobs:
         if job.result_file.exists():
             with suppress(OSError):
-                shutil.rmtree(job.folder / "runs" / f"{job.name}-{job.seed}" / "checkpoints")
+                shutil.rmtree(job.folder / "runs" / job.run_name / "checkpoints")

@@ -296,7 +296,7 @@ def evaluate(job: Job, path: str) -> list[dict[str, Any]]:
     """A row for each way to stream the student."""
     study, student = job.study, load_student(path)
     prompts = runs.held_out_prompts(study.prompts)
-    embeddings = student.prompts.encode(prompts)
+    cond = student.prompts.encode(prompts)
     noise_seeds = range(job.variant.noise_seeds) if job.variant.run is not None else [job.seed]
     rows = []
     for label, fields in job.variant.deploy.items():
@@ -306,7 +306,7 @@ def evaluate(job: Job, path: str) -> list[dict[str, Any]]:
         stream = replace(student.stream, **changed)
         runner = student_runner(label, student.transformer, stream)
         by_seed = runs.score_by_seed(
-            runner, student.codec, embeddings, prompts, noise_seeds, study.num_frames
+            runner, student.codec, cond, prompts, noise_seeds, study.num_frames
         )
         row = {
             "label": label,
@@ -314,7 +314,7 @@ def evaluate(job: Job, path: str) -> list[dict[str, Any]]:
             **cost_row(stream, study.num_frames, student.codec.temporal_ratio),
         }
         if label in job.variant.long:
-            row["long"] = long_row(runner, student.codec, embeddings, prompts, study)
+            row["long"] = long_row(runner, student.codec, cond, prompts, study)
         if job.variant.judge:
             row["judge"] = judge(runner, student, job.variant.judge, study.num_frames)
         rows.append(row)
@@ -357,12 +357,12 @@ def cost_row(
 
 
 def long_row(
-    runner: Runner, codec: Any, embeddings: Tensor, prompts: Sequence[str], study: StudyConfig
+    runner: Runner, codec: Any, cond: Tensor, prompts: Sequence[str], study: StudyConfig
 ) -> dict[str, Any]:
     """Scores, brightness and contrast of long streams, window by window."""
     num = min(study.long_prompts, len(prompts))
     window = study.num_frames - 1
-    clips = runs.make_long_clips(runner, codec, embeddings[:num], study.long_times, window)
+    clips = runs.make_long_clips(runner, codec, cond[:num], study.long_times, window)
     windows = runs.score_windows(clips, prompts[:num], window)
     return {
         "num_frames": clips.shape[1],

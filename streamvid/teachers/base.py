@@ -28,7 +28,7 @@ class VideoCond:
     on.
     """
 
-    embeds: Tensor
+    embeddings: Tensor
     """Embeddings of the prompts, ``[B, L, D]``."""
     first_frame: Tensor
     """Latents of the first frame, ``[B, C, 1, h, w]`` or, where the family says so, with what
@@ -40,7 +40,7 @@ class VideoCond:
     def rows(self, index: Tensor) -> VideoCond:
         """A part of the batch."""
         image = None if self.image_embeds is None else self.image_embeds[index]
-        return VideoCond(self.embeds[index], self.first_frame[index], image)
+        return VideoCond(self.embeddings[index], self.first_frame[index], image)
 
 
 class Teacher(Protocol):
@@ -120,9 +120,9 @@ def predict_guided(
             f"guidance_scale={guidance_scale} needs the teacher's uncond embedding, which is not"
             " there"
         )
-    embeds = cond.embeds if isinstance(cond, VideoCond) else cond
-    uncond = teacher.uncond.to(embeds).expand(len(embeds), -1, -1)
-    without = replace(cond, embeds=uncond) if isinstance(cond, VideoCond) else uncond
+    embeddings = cond.embeddings if isinstance(cond, VideoCond) else cond
+    uncond = teacher.uncond.to(embeddings).expand(len(embeddings), -1, -1)
+    without = replace(cond, embeddings=uncond) if isinstance(cond, VideoCond) else uncond
     return guide(velocity, teacher.predict(x_t, t, without), guidance_scale)
 
 

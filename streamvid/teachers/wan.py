@@ -185,13 +185,13 @@ class WanTeacher:
         return self.prompt_encoder.encode(prompts)
 
     def encode_first_frame(
-        self, images: Tensor, embeds: Tensor, codec: VideoCodec, latent_frames: int
+        self, images: Tensor, cond: Tensor, codec: VideoCodec, latent_frames: int
     ) -> VideoCond:
         """Prompts with the first frame of the clip, as an image-to-video model takes them.
 
         Args:
             images: ``[B, 3, H, W]`` in [0, 1], of the clip's size.
-            embeds: of the prompts, ``[B, L, D]``.
+            cond: of the prompts, ``[B, L, D]``.
             codec: of the checkpoint.
             latent_frames: T of the clips that are predicted.
 
@@ -217,7 +217,7 @@ class WanTeacher:
             )
             clip = torch.cat([clip, grey], dim=1)
         with torch.no_grad():
-            return VideoCond(embeds, codec.encode_frames(clip), image_embeds)
+            return VideoCond(cond, codec.encode_frames(clip), image_embeds)
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Tensor | VideoCond) -> Tensor:
         """See ``Teacher.predict``; in the transformer's precision (float32 with TI2V's first frame)
@@ -267,13 +267,17 @@ class WanTeacher:
             return self._call(expert, x_t, t, cond, None)
         if self.first_frame_by == "channels":
             return self._call(
-                expert, _with_channels(x_t, cond.first_frame), t, cond.embeds, cond.image_embeds
+                expert, _with_channels(x_t, cond.first_frame), t, cond.embeddings, cond.image_embeds
             )
         known = cond.first_frame.to(x_t)
         times = t if t.ndim == 2 else t[:, None].repeat(1, x_t.shape[2])
         held = torch.cat([torch.zeros_like(times[:, :1]), times[:, 1:]], dim=1)
         velocity = self._call(
-            expert, torch.cat([known, x_t[:, :, 1:]], dim=2), held, cond.embeds, cond.image_embeds
+            expert,
+            torch.cat([known, x_t[:, :, 1:]], dim=2),
+            held,
+            cond.embeddings,
+            cond.image_embeds,
         )
         return torch.cat(
             [_velocity_to(known, x_t[:, :, :1], times[:, :1]), velocity[:, :, 1:].to(x_t)], dim=2
@@ -284,7 +288,7 @@ class WanTeacher:
         expert: WanTransformer3DModel,
         x_t: Tensor,
         t: Tensor,
-        embeds: Tensor,
+        cond: Tensor,
         image_embeds: Tensor | None,
     ) -> Tensor:
         weight, timestep = expert.patch_embedding.weight, TIMESTEPS * t
@@ -293,9 +297,7 @@ class WanTeacher:
             tokens = (x_t.shape[3] // rows) * (x_t.shape[4] // columns)
             timestep = timestep.repeat_interleave(tokens, dim=1)  # diffusers takes one per token
         image_embeds = None if image_embeds is None else image_embeds.to(weight)
-        return expert(x_t.to(weight), timestep, embeds.to(weight), image_embeds, return_dict=False)[
-            0
-        ]
+        return expert(x_t.to(weight), timestep, cond.to(weight), image_embeds, return_dict=False)[0]
 
     def _bring(self, expert: WanTransformer3DModel, x_t: Tensor) -> None:
         """Put an expert on the device and the other one away."""

@@ -22,6 +22,8 @@ from transformers import (
 
 from streamvid.codecs import text
 from streamvid.codecs.text import EncoderFolder, PromptEncoder, clean_prompt
+from streamvid.data.prompts import world_prompts
+from streamvid.students.folder import TINY_TEACHER
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "ball", "falls", "cat", "&", "café"]
 PROMPTS = ["a red ball falls", "", "a   cat\n", "a cat &amp;amp; a ball", "cafÃ©", "a cat " * 20]
@@ -64,12 +66,43 @@ def test_embeddings_are_those_of_the_diffusers_pipeline():
     assert encoder.embedding_dim == 8
 
 
-def test_an_embedding_does_not_depend_on_its_batch():
+@pytest.mark.parametrize("tokens_per_pass", [1, 36, 384])
+def test_an_embedding_does_not_depend_on_its_batch(monkeypatch, tokens_per_pass):
+    monkeypatch.setattr(text, "TOKENS_PER_PASS", tokens_per_pass)
     one_by_one = PromptEncoder(make_tokenizer(), make_text_encoder())
     together = PromptEncoder(make_tokenizer(), make_text_encoder())
     assert torch.equal(
         together.encode(PROMPTS), torch.cat([one_by_one.encode([prompt]) for prompt in PROMPTS])
     )
+
+
+def test_shared_passes_give_the_shipped_encoder_the_bits_of_a_pass_per_prompt():
+    together, one_by_one = (PromptEncoder.from_pretrained(TINY_TEACHER) for _ in range(2))
+    prompts = world_prompts(40)
+    together.prepare(prompts)
+    for prompt in prompts:
+        assert torch.equal(together.encode([prompt]), one_by_one.encode([prompt]))
+
+
+@pytest.mark.parametrize("max_length, passes", [(12, 2), (100, 14), (226, 40)])
+def test_short_prompts_share_a_pass_and_long_ones_have_their_own(max_length, passes):
+    """1,886 short prompts took a pass each. Wan's and CogVideoX's have one each, as in their
+    pipelines.
+    """
+    counting = Counting(make_text_encoder())
+    encoder = PromptEncoder(make_tokenizer(), counting, max_length)
+    encoder.prepare([f"a {'cat ' * number}" for number in range(40)])
+    assert counting.passes == passes
+    encoder.encode(["a cat ", "a "])
+    assert counting.passes == passes  # both were there
+
+
+def test_what_is_kept_in_memory_has_no_padding():
+    """A view of the encoder's output held all of it, for Wan ten times as much."""
+    encoder = PromptEncoder(make_tokenizer(), make_text_encoder())
+    encoder.prepare(["a cat", "a red ball"])
+    held = [embedding.untyped_storage().nbytes() for embedding in encoder._memory.values()]
+    assert held == [3 * 8 * 4, 4 * 8 * 4]
 
 
 def test_a_prompt_is_cleaned_as_diffusers_cleans_it():
@@ -95,7 +128,7 @@ def test_a_prompt_is_encoded_once_and_then_read_from_memory_and_disk(tmp_path):
     first, again = Counting(make_text_encoder()), Counting(make_text_encoder())
     prompts = ["a cat", "a ball", "a cat"]
     embeddings = PromptEncoder(make_tokenizer(), first, cache_dir=tmp_path).encode(prompts)
-    assert first.passes == 2 and len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert first.passes == 1 and len(list(tmp_path.glob("*.safetensors"))) == 2
     assert torch.equal(
         PromptEncoder(make_tokenizer(), again, cache_dir=tmp_path).encode(prompts), embeddings
     )
@@ -187,8 +220,9 @@ def test_many_prompts_show_their_progress(monkeypatch):
         text, "tqdm", lambda items, **options: bars.append((list(items), options)) or items
     )
     PromptEncoder(make_tokenizer(), make_text_encoder()).prepare(["a cat", "a ball", "a cat"])
-    ((prompts, options),) = bars
-    assert prompts == ["a cat", "a ball"] and options["desc"] == "encoding prompts"
+    ((loaded, options),) = bars
+    assert [prompt for prompt, _ in loaded] == ["a cat", "a ball"]
+    assert options["desc"] == "encoding prompts" and options["total"] == 2
 
 
 def test_an_offloaded_encoder_computes_where_its_hooks_say():

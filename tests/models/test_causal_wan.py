@@ -68,7 +68,7 @@ def minimal_student() -> CausalWanTransformer3DModel:
 def stream(
     student: CausalWanTransformer3DModel,
     latents: torch.Tensor,
-    text: torch.Tensor,
+    cond: torch.Tensor,
     chunk: int,
     timestep: float,
 ) -> torch.Tensor:
@@ -76,8 +76,8 @@ def stream(
     cache = student.new_cache(len(latents), *latents.shape[-2:])
     outputs = []
     for part in latents.split(chunk, dim=2):
-        outputs.append(student(part, timestep, text, cache=cache).sample)
-        student.commit(part, timestep, text, cache)
+        outputs.append(student(part, timestep, cond, cache=cache).sample)
+        student.commit(part, timestep, cond, cache)
     return torch.cat(outputs, dim=2)
 
 
@@ -112,19 +112,19 @@ def test_bidirectional_pass_equals_diffusers(student, reference, batch, frames, 
     """Without cache and chunks the student is diffusers' Wan, for any shape and a timestep per
     sample.
     """
-    latents, text = inputs(frames, batch, height, width)
+    latents, cond = inputs(frames, batch, height, width)
     timestep = torch.linspace(1000, 250, batch)
-    expected = reference(latents, timestep, text).sample
-    torch.testing.assert_close(student(latents, timestep, text).sample, expected, atol=1e-5, rtol=0)
+    expected = reference(latents, timestep, cond).sample
+    torch.testing.assert_close(student(latents, timestep, cond).sample, expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_frame_timesteps_equal_token_timesteps_of_diffusers(student, reference):
     """A timestep per frame is diffusers' timestep per token, repeated over the frame's tokens."""
-    latents, text = inputs(3, batch=2)
+    latents, cond = inputs(3, batch=2)
     timestep = torch.tensor([[1000.0, 700.0, 10.5], [300.0, 0.0, 625.0]])
-    expected = reference(latents, timestep.repeat_interleave(16, dim=1), text).sample
-    torch.testing.assert_close(student(latents, timestep, text).sample, expected, atol=1e-5, rtol=0)
+    expected = reference(latents, timestep.repeat_interleave(16, dim=1), cond).sample
+    torch.testing.assert_close(student(latents, timestep, cond).sample, expected, atol=1e-5, rtol=0)
 
 
 # ---- Causality -----------------------------------------------------------------------------------
@@ -139,31 +139,31 @@ def test_cached_pass_equals_block_causal_pass(student, frames, chunk, batch):
     The bug: padding to a multiple of 128 cut with ``[:, :, :-padding]`` leaves nothing when padding
     is 0.
     """
-    latents, text = inputs(frames, batch)
-    expected = student(latents, 500.0, text, chunk_frames=chunk).sample
+    latents, cond = inputs(frames, batch)
+    expected = student(latents, 500.0, cond, chunk_frames=chunk).sample
     torch.testing.assert_close(
-        stream(student, latents, text, chunk, 500.0), expected, atol=1e-5, rtol=0
+        stream(student, latents, cond, chunk, 500.0), expected, atol=1e-5, rtol=0
     )
 
 
 @torch.no_grad()
 def test_one_chunk_is_the_bidirectional_pass(student):
     """Block-causal over a single chunk, and over an empty cache, is bidirectional: bit for bit."""
-    latents, text = inputs(3)
-    expected = student(latents, 500.0, text).sample
+    latents, cond = inputs(3)
+    expected = student(latents, 500.0, cond).sample
     cache = student.new_cache(1, HEIGHT, WIDTH)
-    assert torch.equal(student(latents, 500.0, text, chunk_frames=3).sample, expected)
-    assert torch.equal(student(latents, 500.0, text, cache=cache).sample, expected)
+    assert torch.equal(student(latents, 500.0, cond, chunk_frames=3).sample, expected)
+    assert torch.equal(student(latents, 500.0, cond, cache=cache).sample, expected)
 
 
 @pytest.mark.parametrize("frame", [0, 3, 5])
 @torch.no_grad()
 def test_the_past_does_not_depend_on_the_future(student, frame):
     """A change in frame k leaves the chunks before its own bit-equal and changes its own chunk."""
-    latents, text = inputs(6)
+    latents, cond = inputs(6)
     changed = latents.clone()
     changed[:, :, frame] += 1
-    before, after = (student(x, 500.0, text, chunk_frames=3).sample for x in (latents, changed))
+    before, after = (student(x, 500.0, cond, chunk_frames=3).sample for x in (latents, changed))
     start = frame // 3 * 3
     assert torch.equal(before[:, :, :start], after[:, :, :start])
     assert not torch.equal(before[:, :, start : start + 3], after[:, :, start : start + 3])
@@ -173,19 +173,19 @@ def test_the_past_does_not_depend_on_the_future(student, frame):
 @torch.no_grad()
 def test_teacher_forcing_equals_streaming_over_clean_context(student, context_timestep):
     """The teacher-forced pass is the stream that commits the data, with a timestep per frame."""
-    noisy, text = inputs(9, batch=2)
+    noisy, cond = inputs(9, batch=2)
     clean = noisy.flip(2) * 0.5
     timestep = torch.tensor([[900.0] * 3 + [300.0] * 3 + [20.0, 30.0, 40.0], [100.0] * 9])
     cache = student.new_cache(2, HEIGHT, WIDTH)
     expected = []
     for c in range(3):
         frames = slice(3 * c, 3 * c + 3)
-        expected.append(student(noisy[:, :, frames], timestep[:, frames], text, cache=cache).sample)
-        student.commit(clean[:, :, frames], context_timestep, text, cache)
+        expected.append(student(noisy[:, :, frames], timestep[:, frames], cond, cache=cache).sample)
+        student.commit(clean[:, :, frames], context_timestep, cond, cache)
     actual = student(
         noisy,
         timestep,
-        text,
+        cond,
         chunk_frames=3,
         clean_context=clean,
         context_timestep=context_timestep,
@@ -195,9 +195,9 @@ def test_teacher_forcing_equals_streaming_over_clean_context(student, context_ti
 
 def test_teacher_forcing_gradient_reaches_clean_past_and_own_noise(student):
     """A loss on chunk 1 gives gradient to clean chunk 0 and noisy chunk 1, and to nothing else."""
-    noisy, text = (x.requires_grad_() for x in inputs(6))
+    noisy, cond = (x.requires_grad_() for x in inputs(6))
     clean = noisy.detach().flip(2).requires_grad_()
-    sample = student(noisy, 500.0, text, chunk_frames=3, clean_context=clean).sample
+    sample = student(noisy, 500.0, cond, chunk_frames=3, clean_context=clean).sample
     sample[:, :, 3:].square().sum().backward()
     reached = [x.grad.flatten(3).abs().sum((0, 1, 3)) > 0 for x in (clean, noisy)]
     assert [x.tolist() for x in reached] == [[True] * 3 + [False] * 3, [False] * 3 + [True] * 3]
@@ -208,15 +208,15 @@ def test_joint_chunks_over_a_cache_equal_chunk_by_chunk(student):
     """Two chunks at different levels in one block-causal pass over a cache are two passes that
     reuse keys.
     """
-    latents, text = inputs(9)
+    latents, cond = inputs(9)
     timestep = torch.tensor([[300.0] * 3 + [800.0] * 3])
     cache = student.new_cache(1, HEIGHT, WIDTH)
-    student.commit(latents[:, :, :3], 0.0, text, cache)
-    joint = student(latents[:, :, 3:], timestep, text, cache=cache, chunk_frames=3).sample
+    student.commit(latents[:, :, :3], 0.0, cond, cache)
+    joint = student(latents[:, :, 3:], timestep, cond, cache=cache, chunk_frames=3).sample
     for c in (1, 2):
         frames = slice(3 * c, 3 * c + 3)
         output = student(
-            latents[:, :, frames], timestep[:, 3 * c - 3], text, cache=cache, return_kv=True
+            latents[:, :, frames], timestep[:, 3 * c - 3], cond, cache=cache, return_kv=True
         )
         cache.append(output.kv)
         torch.testing.assert_close(joint[:, :, 3 * c - 3 : 3 * c], output.sample, atol=1e-5, rtol=0)
@@ -227,13 +227,13 @@ def test_joint_frames_see_each_other(student):
     """Without ``chunk_frames`` the frames given over a cache attend to each other, later ones
     included.
     """
-    latents, text = inputs(6)
+    latents, cond = inputs(6)
     cache = student.new_cache(1, HEIGHT, WIDTH)
-    student.commit(latents[:, :, :3], 0.0, text, cache)
+    student.commit(latents[:, :, :3], 0.0, cond, cache)
     changed = latents[:, :, 3:].clone()
     changed[:, :, 2] += 1
     first = [
-        student(x, 500.0, text, cache=cache).sample[:, :, 0] for x in (latents[:, :, 3:], changed)
+        student(x, 500.0, cond, cache=cache).sample[:, :, 0] for x in (latents[:, :, 3:], changed)
     ]
     assert not torch.equal(*first)
 
@@ -249,13 +249,13 @@ def stored(cache: StreamKVCache) -> list[torch.Tensor]:
 @pytest.mark.parametrize("grad", [False, True])
 def test_denoising_never_changes_a_cache(student, grad):
     """Passes, with gradient or without, leave frames, keys and values as they were."""
-    latents, text = inputs(6)
+    latents, cond = inputs(6)
     cache = student.new_cache(1, HEIGHT, WIDTH)
-    student.commit(latents[:, :, :3], 0.0, text, cache)
+    student.commit(latents[:, :, :3], 0.0, cond, cache)
     before, tensors = stored(cache), [x for pair in cache._layers for x in pair]
     with torch.set_grad_enabled(grad):
         for timestep in TIMESTEPS:
-            student(latents[:, :, 3:], timestep, text, cache=cache, return_kv=True)
+            student(latents[:, :, 3:], timestep, cond, cache=cache, return_kv=True)
     after = [x for pair in cache._layers for x in pair]
     assert cache.num_committed_frames == 3
     assert all(x is y for x, y in zip(tensors, after, strict=True))
@@ -265,10 +265,10 @@ def test_denoising_never_changes_a_cache(student, grad):
 @torch.no_grad()
 def test_reuse_commits_the_keys_of_the_pass(student):
     """Appending a pass's own keys is a commit at that pass's timestep, without another forward."""
-    latents, text = inputs(3)
+    latents, cond = inputs(3)
     caches = [student.new_cache(1, HEIGHT, WIDTH) for _ in range(2)]
-    caches[0].append(student(latents, 400.0, text, cache=caches[0], return_kv=True).kv)
-    student.commit(latents, 400.0, text, caches[1])
+    caches[0].append(student(latents, 400.0, cond, cache=caches[0], return_kv=True).kv)
+    student.commit(latents, 400.0, cond, caches[1])
     assert all(torch.equal(x, y) for x, y in zip(stored(caches[0]), stored(caches[1]), strict=True))
 
 
@@ -279,16 +279,16 @@ def test_no_gradient_crosses_chunks(student):
     The bug: keys written into a cache with their graph carry chunk 1's loss into chunk 0's noisy
     pass.
     """
-    latents, text = inputs(6)
+    latents, cond = inputs(6)
     gradients = []
     for grad in (True, False):
         student.zero_grad()
         first = latents[:, :, :3].clone().requires_grad_()
         cache = student.new_cache(1, HEIGHT, WIDTH)
         with torch.set_grad_enabled(grad):
-            cache.append(student(first, 500.0, text, cache=cache, return_kv=True).kv)
+            cache.append(student(first, 500.0, cond, cache=cache, return_kv=True).kv)
         assert not any(x.requires_grad for pair in cache._layers for x in pair)
-        student(latents[:, :, 3:], 500.0, text, cache=cache).sample.square().sum().backward()
+        student(latents[:, :, 3:], 500.0, cond, cache=cache).sample.square().sum().backward()
         assert first.grad is None
         gradients.append([p.grad.clone() for p in student.parameters()])
     assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
@@ -298,10 +298,10 @@ def test_text_kept_by_a_stream_is_not_read_under_gradient(student):
     """The bug: text keys filled by a pass without gradient and reused with gradient train no text
     weights.
     """
-    latents, text = inputs(3)
+    latents, cond = inputs(3)
     cache = student.new_cache(1, HEIGHT, WIDTH)
-    student.commit(latents, 0.0, text, cache)
-    student(latents, 500.0, text, cache=cache).sample.square().sum().backward()
+    student.commit(latents, 0.0, cond, cache)
+    student(latents, 500.0, cond, cache=cache).sample.square().sum().backward()
     assert all(block.attn2.to_k.weight.grad.abs().sum() > 0 for block in student.blocks)
     assert student.condition_embedder.text_embedder.linear_1.weight.grad.abs().sum() > 0
 
@@ -309,12 +309,12 @@ def test_text_kept_by_a_stream_is_not_read_under_gradient(student):
 @torch.no_grad()
 def test_a_new_prompt_replaces_the_kept_text(student):
     """A stream whose prompt changes, by another tensor or in place, follows the new prompt."""
-    latents, text = inputs(3)
+    latents, cond = inputs(3)
     cache = student.new_cache(1, HEIGHT, WIDTH)
-    for prompt in (text, text + 1, text.mul_(2)):
-        expected = student(latents, 500.0, prompt).sample
+    for given in (cond, cond + 1, cond.mul_(2)):
+        expected = student(latents, 500.0, given).sample
         for _ in range(2):
-            assert torch.equal(student(latents, 500.0, prompt, cache=cache).sample, expected)
+            assert torch.equal(student(latents, 500.0, given, cache=cache).sample, expected)
 
 
 @pytest.mark.parametrize("window", [{}, {"window_frames": 6, "sink_frames": 1}])
@@ -324,7 +324,7 @@ def test_gradients_are_equal_with_checkpointing(student, window):
 
     The bug: a cache that a checkpointed block writes to is recomputed from its later state.
     """
-    latents, text = inputs(9)
+    latents, cond = inputs(9)
     gradients = []
     for checkpointing in (False, True):
         (
@@ -335,8 +335,8 @@ def test_gradients_are_equal_with_checkpointing(student, window):
         student.zero_grad()
         cache, loss = student.new_cache(1, HEIGHT, WIDTH, **window), 0.0
         for part in latents.split(3, dim=2):
-            loss = loss + student(part, 500.0, text, cache=cache).sample.square().mean()
-            student.commit(part, 0.0, text, cache)
+            loss = loss + student(part, 500.0, cond, cache=cache).sample.square().mean()
+            student.commit(part, 0.0, cond, cache)
         loss.backward()
         gradients.append([p.grad.clone() for p in student.parameters()])
     assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
@@ -348,7 +348,7 @@ def test_endless_stream_keeps_memory_and_positions():
     finite.
     """
     student = minimal_student()
-    latents, text = torch.randn(1, 2, 1, 2, 2), torch.randn(1, 2, 32)
+    latents, cond = torch.randn(1, 2, 1, 2, 2), torch.randn(1, 2, 32)
     cache = student.new_cache(
         1, 2, 2, window_frames=4, sink_frames=1, positions="window", max_trained_frames=6
     )
@@ -357,7 +357,7 @@ def test_endless_stream_keeps_memory_and_positions():
         if chunk >= 4:
             memory.add(cache.memory_bytes())
         positions.update(sum(cache.frame_positions(1), ()))
-        output = student(latents, 500.0, text, cache=cache, return_kv=True)
+        output = student(latents, 500.0, cond, cache=cache, return_kv=True)
         cache.append(output.kv)
     assert (len(memory), positions, cache.num_committed_frames) == (1, set(range(6)), 2000)
     assert output.sample.isfinite().all()
@@ -371,7 +371,7 @@ def test_output_depends_on_window_and_sink_only():
     Under absolute positions they don't: there the sink's distance grows without end.
     """
     student = minimal_student()
-    latents, text = torch.randn(1, 2, 2, 2, 2), torch.randn(1, 2, 32)
+    latents, cond = torch.randn(1, 2, 2, 2, 2), torch.randn(1, 2, 32)
     sink, recent = (frames_kv(student, frames, seed) for frames, seed in ((1, 1), (5, 2)))
     outputs = {}
     for positions in ("window", "absolute"):
@@ -379,7 +379,7 @@ def test_output_depends_on_window_and_sink_only():
             cache = student.new_cache(1, 2, 2, window_frames=6, sink_frames=1, positions=positions)
             for kv in (sink, frames_kv(student, evicted, seed=evicted), recent):
                 cache.append(kv)
-            outputs[positions, evicted] = student(latents, 500.0, text, cache=cache).sample
+            outputs[positions, evicted] = student(latents, 500.0, cond, cache=cache).sample
     assert torch.equal(outputs["window", 7], outputs["window", 30])
     assert not torch.allclose(outputs["absolute", 7], outputs["absolute", 30], atol=1e-5)
 
@@ -436,10 +436,10 @@ def test_folders_are_exchanged_with_diffusers(student, reference, tmp_path, to_d
         json.loads((tmp_path / "config.json").read_text())["_class_name"] == "WanTransformer3DModel"
     )
     assert public_config(loaded) == public_config(source)
-    latents, text = inputs(3)
+    latents, cond = inputs(3)
     timestep = torch.tensor([700.0])
-    expected = source(latents, timestep, text).sample
-    torch.testing.assert_close(loaded(latents, timestep, text).sample, expected, atol=1e-5, rtol=0)
+    expected = source(latents, timestep, cond).sample
+    torch.testing.assert_close(loaded(latents, timestep, cond).sample, expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -454,13 +454,13 @@ def test_half_precision_load_equals_diffusers(student, tmp_path):
     )
     dtypes = [{name: p.dtype for name, p in model.named_parameters()} for model in (ours, theirs)]
     assert dtypes[0] == dtypes[1]
-    latents, text = (x.bfloat16() for x in inputs(3))
+    latents, cond = (x.bfloat16() for x in inputs(3))
     timestep = torch.tensor([700.0])
-    expected = theirs(latents, timestep, text).sample
-    torch.testing.assert_close(ours(latents, timestep, text).sample, expected, atol=0.05, rtol=0.05)
+    expected = theirs(latents, timestep, cond).sample
+    torch.testing.assert_close(ours(latents, timestep, cond).sample, expected, atol=0.05, rtol=0.05)
     cache = ours.new_cache(1, HEIGHT, WIDTH)
-    ours.commit(latents, 0.0, text, cache)
-    assert ours(latents.float(), 500.0, text.float(), cache=cache).sample.dtype == torch.bfloat16
+    ours.commit(latents, 0.0, cond, cache)
+    assert ours(latents.float(), 500.0, cond.float(), cache=cache).sample.dtype == torch.bfloat16
 
 
 def test_casting_a_model_rounds_no_positions(student):
@@ -476,23 +476,23 @@ def test_blocks_compile_without_a_graph_break(student):
     """``compile_repeated_blocks`` traces cached and block-causal passes whole, to the same
     numbers.
     """
-    latents, text = inputs(6)
+    latents, cond = inputs(6)
     cache = student.new_cache(1, HEIGHT, WIDTH)
-    student.commit(latents[:, :, :3], 0.0, text, cache)
+    student.commit(latents[:, :, :3], 0.0, cond, cache)
     calls = (dict(cache=cache.clone()), dict(chunk_frames=3))
-    expected = [student(latents, 500.0, text, **call).sample for call in calls]
+    expected = [student(latents, 500.0, cond, **call).sample for call in calls]
     student.compile_repeated_blocks(backend="eager", fullgraph=True)
     for call, sample in zip(calls, expected, strict=True):
         torch.testing.assert_close(
-            student(latents, 500.0, text, **call).sample, sample, atol=1e-6, rtol=0
+            student(latents, 500.0, cond, **call).sample, sample, atol=1e-6, rtol=0
         )
 
 
 def test_tuple_output(student):
     """``return_dict=False`` gives ``(sample,)``, with ``return_kv`` also the keys and values."""
-    latents, text = inputs(1)
-    assert len(student(latents, 500.0, text, return_dict=False)) == 1
-    sample, kv = student(latents, 500.0, text, return_kv=True, return_dict=False)
+    latents, cond = inputs(1)
+    assert len(student(latents, 500.0, cond, return_dict=False)) == 1
+    sample, kv = student(latents, 500.0, cond, return_kv=True, return_dict=False)
     assert sample.shape == latents.shape
     assert [tuple(x.shape) for x in kv[0]] == [(1, 1, 16, 4, 24)] * 2
 
@@ -531,8 +531,8 @@ def test_configurations_that_are_not_supported_are_refused(config, message):
 )
 def test_inputs_that_do_not_fit_are_refused(student, call, message):
     """What a caller can get wrong is said at the border."""
-    latents, text = inputs(2)
+    latents, cond = inputs(2)
     with pytest.raises(ValueError, match=message):
         student(
-            **{"hidden_states": latents, "timestep": 500.0, "encoder_hidden_states": text, **call}
+            **{"hidden_states": latents, "timestep": 500.0, "encoder_hidden_states": cond, **call}
         )

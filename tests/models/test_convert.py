@@ -291,11 +291,11 @@ def test_what_opens_is_the_model_that_was_saved(model, original, tmp_path):
     """Velocities, not only weights, and those of diffusers' own class."""
     torch.save({"generator": prefixed(original, "model.")}, tmp_path / "student.pt")
     generator = torch.Generator().manual_seed(1)
-    latents, text = (
+    latents, cond = (
         torch.randn(1, 4, 3, 4, 4, generator=generator),
         torch.randn(1, 5, 24, generator=generator),
     )
-    inputs = (latents, torch.tensor([500.0]), text)
+    inputs = (latents, torch.tensor([500.0]), cond)
     theirs = WanTransformer3DModel(**TINY).eval()
     theirs.load_state_dict(model.state_dict())
     with torch.no_grad():

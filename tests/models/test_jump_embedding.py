@@ -60,9 +60,9 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def mean_velocity(student, target=None, timestep=T, **options):
-    latents, text = inputs()
+    latents, cond = inputs()
     told = {} if target is None else {"target_timestep": target}
-    return student(latents, timestep, text, **told, **options).sample
+    return student(latents, timestep, cond, **told, **options).sample
 
 
 # ---- what it says --------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_cached_passes_equal_the_block_causal_pass():
     """Chunk after chunk, told where to land, over commits that are told nothing: the whole clip
     with clean context, whose frames are not told either.
     """
-    student, (noisy, text) = told_student(), inputs()
+    student, (noisy, cond) = told_student(), inputs()
     clean = noisy.flip(2) * 0.5
     timestep = torch.tensor([[900.0, 900.0, 300.0, 300.0]]).expand(2, -1)
     target = torch.tensor([[300.0, 300.0, 0.0, 0.0]]).expand(2, -1)
@@ -168,25 +168,25 @@ def test_cached_passes_equal_the_block_causal_pass():
             student(
                 noisy[:, :, frames],
                 timestep[:, start],
-                text,
+                cond,
                 cache=cache,
                 target_timestep=target[:, start],
             ).sample
         )
-        student.commit(clean[:, :, frames], 40.0, text, cache)
+        student.commit(clean[:, :, frames], 40.0, cond, cache)
     options = {"chunk_frames": 2, "clean_context": clean, "context_timestep": 40.0}
     for told in (target, target[:, ::2].repeat_interleave(2, dim=1)):
-        actual = student(noisy, timestep, text, target_timestep=told, **options).sample
+        actual = student(noisy, timestep, cond, target_timestep=told, **options).sample
         torch.testing.assert_close(actual, torch.cat(expected, dim=2), atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_kept_keys_equal_the_block_causal_pass():
     """With keys of the told passes themselves, the stream is one pass without clean context."""
-    student, (latents, text) = told_student(), inputs()
+    student, (latents, cond) = told_student(), inputs()
     cache, expected = student.new_cache(2, 4, 4), []
     for part in latents.split(2, dim=2):
-        output = student(part, T, text, cache=cache, target_timestep=S, return_kv=True)
+        output = student(part, T, cond, cache=cache, target_timestep=S, return_kv=True)
         cache.append(output.kv)
         expected.append(output.sample)
     actual = mean_velocity(student, S, chunk_frames=2)
@@ -346,8 +346,8 @@ def test_diffusers_gives_the_velocity(tmp_path):
     theirs, info = WanTransformer3DModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert all("jump_embedder" in name for name in info["unexpected_keys"])
-    latents, text = inputs()
-    torch.testing.assert_close(theirs(latents, T, text).sample, mean_velocity(student))
+    latents, cond = inputs()
+    torch.testing.assert_close(theirs(latents, T, cond).sample, mean_velocity(student))
 
 
 def test_a_folder_without_it_does_not_name_it(tmp_path):
@@ -364,11 +364,11 @@ def test_a_folder_without_it_does_not_name_it(tmp_path):
 # ---- derivatives by time -------------------------------------------------------------------------
 
 
-def flow_map(student, text, **options):
+def flow_map(student, cond, **options):
     """``u(x_t, t, s)`` with times in [0, 1], as ``core.flowmap`` calls it."""
 
     def u(x_t, t, s):
-        return student(x_t, 1000 * t, text, target_timestep=1000 * s, **options).sample
+        return student(x_t, 1000 * t, cond, target_timestep=1000 * s, **options).sample
 
     return u
 
@@ -380,11 +380,11 @@ def test_a_finite_difference_is_the_forward_derivative(monkeypatch, options):
     """
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     student = told_student().double()
-    x_t, text = (x.double() for x in inputs())
+    x_t, cond = (x.double() for x in inputs())
     t, s = T.double() / 1000, S.double() / 1000
     v = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(3)).double()
     with sdpa_kernel(SDPBackend.MATH):
-        u = flow_map(student, text, **options)
+        u = flow_map(student, cond, **options)
         value, exact = total_derivative(u, x_t, t, s, v, mode="jvp")
         errors = []
         for h in (1e-4, 5e-5):

@@ -55,11 +55,8 @@ class Offset(nn.Module):
         super().__init__()
         self.teacher, self.offset = ar1_teacher(0.8, FRAMES), offset
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict=False):
-        return (
-            self.teacher.predict(hidden_states, timestep / 1000, encoder_hidden_states)
-            + self.offset,
-        )
+    def forward(self, hidden_states, timestep, cond, return_dict=False):
+        return (self.teacher.predict(hidden_states, timestep / 1000, cond) + self.offset,)
 
 
 def clip_student(seed=0):
@@ -177,11 +174,11 @@ class CountsSteps(Ar1Student):
         self.times = []
         self.exits = []  # those that carry gradient
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, cache, return_kv=False):
+    def forward(self, hidden_states, timestep, cond, cache, return_kv=False):
         self.times.append((len(cache), round(float(timestep[0]) / 1000, 3)))
         if torch.is_grad_enabled():
             self.exits.append(self.times[-1])
-        output = super().forward(hidden_states, timestep, encoder_hidden_states, cache)
+        output = super().forward(hidden_states, timestep, cond, cache)
         output.kv = hidden_states.detach()
         return output
 

@@ -160,7 +160,7 @@ class LearnedGaussian(nn.Module):
         self.mean = nn.Parameter(torch.zeros(FRAMES, 1))
         self.factor = nn.Parameter(torch.eye(FRAMES))
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict=False):
+    def forward(self, hidden_states, timestep, cond, return_dict=False):
         t = (timestep / 1000).reshape(-1, 1, 1)
         x_t, covariance = hidden_states.flatten(1)[:, :, None], self.factor @ self.factor.T
         noisy = (1 - t) ** 2 * covariance + t**2 * torch.eye(FRAMES)

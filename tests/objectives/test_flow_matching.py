@@ -23,9 +23,9 @@ class Zero(nn.Module):
         super().__init__()
         self.calls = []
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict=False, **chunk):
+    def forward(self, hidden_states, timestep, cond, return_dict=False, **chunk):
         self.output = torch.zeros_like(hidden_states).requires_grad_()
-        self.calls.append((hidden_states, timestep / 1000, encoder_hidden_states, chunk))
+        self.calls.append((hidden_states, timestep / 1000, cond, chunk))
         return (self.output,)
 
 

@@ -45,7 +45,7 @@ class Knows(nn.Module):
         super().__init__()
         self.x0, self.error, self.calls = x0, nn.Parameter(torch.tensor(error)), []
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, return_dict=False, **chunk):
+    def forward(self, hidden_states, timestep, cond, return_dict=False, **chunk):
         t = timestep / 1000
         self.calls.append((hidden_states, t, chunk))
         return (

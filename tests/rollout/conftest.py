@@ -34,13 +34,13 @@ class FakeStudent(torch.nn.Module):
         self.key = torch.nn.Parameter(torch.tensor(0.3))
         self.calls = []  # (latent frames, timestep, what)
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, cache=None, return_kv=False):
+    def forward(self, hidden_states, timestep, cond, cache=None, return_kv=False):
         self.calls.append((hidden_states.shape[2], timestep.tolist(), "denoise"))
         t = (
             timestep.reshape(*timestep.shape, *[1] * (2 - timestep.ndim))[:, None, :, None, None]
             / 1000
         )
-        prompt = encoder_hidden_states.mean(dim=(1, 2)).reshape(-1, 1, 1, 1, 1)
+        prompt = cond.mean(dim=(1, 2)).reshape(-1, 1, 1, 1, 1)
         context = cache.summary() if cache is not None and cache.frames else 0
         joint = hidden_states.mean(dim=2, keepdim=True)  # frames of one forward see each other
         sample = torch.tanh(self.weight * hidden_states + 0.1 * joint + context + prompt) * (
@@ -52,8 +52,8 @@ class FakeStudent(torch.nn.Module):
     def new_cache(self, batch_size, height, width, **policy):
         return FakeCache()
 
-    def commit(self, latents, timestep, encoder_hidden_states, cache):
-        cache.append(self(latents, timestep, encoder_hidden_states, cache=cache, return_kv=True).kv)
+    def commit(self, latents, timestep, cond, cache):
+        cache.append(self(latents, timestep, cond, cache=cache, return_kv=True).kv)
         self.calls[-1] = (*self.calls[-1][:2], "commit")
 
 
@@ -63,5 +63,5 @@ def student():
 
 
 @pytest.fixture
-def prompts():
+def cond():
     return torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))

@@ -50,11 +50,11 @@ class LinearStudent(torch.nn.Module):
             torch.nn.Parameter(torch.tensor(p, dtype=torch.float64)) for p in (0.1, 0.5, 1.5)
         )
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, cache):
+    def forward(self, hidden_states, timestep, cond, cache):
         x0 = self.a * cache[-1] + self.b * hidden_states if cache else self.s * hidden_states
         return SimpleNamespace(sample=hidden_states - x0)
 
-    def commit(self, latents, timestep, encoder_hidden_states, cache):
+    def commit(self, latents, timestep, cond, cache):
         cache.append(latents)
 
 

@@ -78,20 +78,20 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("real", [False, True], ids=["fake student", "Wan student"])
-def test_stream_export_and_training_agree_bitwise(student, codec, prompts, config, real):
+def test_stream_export_and_training_agree_bitwise(student, codec, cond, config, real):
     student = tiny_wan() if real else student
     if real and config.stepper == "jump":
         add_jump_embedding(student)
         torch.nn.init.normal_(student.condition_embedder.jump_embedder.linear_2.weight)
     size = {"seeds": [1, 2], "num_frames": 29, **SIZE}  # 8 latent frames, 4 chunks
-    chunks = list(stream(student, codec, prompts, config, **size))
+    chunks = list(stream(student, codec, cond, config, **size))
     assert torch.equal(
-        torch.cat([c.frames for c in chunks], 1), generate(student, codec, prompts, config, **size)
+        torch.cat([c.frames for c in chunks], 1), generate(student, codec, cond, config, **size)
     )
-    endless = stream(student, codec, prompts, config, seeds=[1, 2], **SIZE)
+    endless = stream(student, codec, cond, config, seeds=[1, 2], **SIZE)
     training = rollout(
         student,
-        prompts,
+        cond,
         build_schedule(config, 4),
         KeyedNoise([1, 2]),
         latent_shape=SHAPE,
@@ -109,10 +109,10 @@ def test_stream_export_and_training_agree_bitwise(student, codec, prompts, confi
             assert torch.equal(next(endless).frames, chunk.frames)
 
 
-def test_a_stream_does_not_depend_on_its_batch(student, codec, prompts):
+def test_a_stream_does_not_depend_on_its_batch(student, codec, cond):
     size = {"num_frames": 29, **SIZE}
-    batch = generate(student, codec, prompts, CONFIG, seeds=[1, 2], **size)
-    assert torch.equal(batch[1:], generate(student, codec, prompts[1:], CONFIG, seeds=[2], **size))
+    batch = generate(student, codec, cond, CONFIG, seeds=[1, 2], **size)
+    assert torch.equal(batch[1:], generate(student, codec, cond[1:], CONFIG, seeds=[2], **size))
 
 
 def test_alone_and_in_a_batch_noise_is_equal_to_the_bit_and_a_sample_up_to_rounding(codec):
@@ -120,13 +120,13 @@ def test_alone_and_in_a_batch_noise_is_equal_to_the_bit_and_a_sample_up_to_round
     shows as 1e-2 and more.
     """
     torch.manual_seed(0)
-    student, prompts, seeds = tiny_wan(), torch.randn(5, 4, 3), [7, 1, 2, 9, 4]
+    student, cond, seeds = tiny_wan(), torch.randn(5, 4, 3), [7, 1, 2, 9, 4]
 
     def made(rows):
         seen = []
         chunks = stream_latents(
             student,
-            prompts[rows],
+            cond[rows],
             CONFIG,
             seeds=[seeds[row] for row in rows],
             latent_shape=SHAPE,
@@ -144,22 +144,20 @@ def test_alone_and_in_a_batch_noise_is_equal_to_the_bit_and_a_sample_up_to_round
     assert (latents[0] - latents[1]).abs().max() > 0.1
 
 
-def test_chunks_have_their_frames_and_never_end(student, codec, prompts):
-    chunks = list(
-        itertools.islice(stream(student, codec, prompts, CONFIG, seeds=[1, 2], **SIZE), 5)
-    )
+def test_chunks_have_their_frames_and_never_end(student, codec, cond):
+    chunks = list(itertools.islice(stream(student, codec, cond, CONFIG, seeds=[1, 2], **SIZE), 5))
     assert [c.frames.shape for c in chunks] == [(2, 5, 3, 8, 8)] + [(2, 8, 3, 8, 8)] * 4
     assert [c.index for c in chunks] == list(range(5))
     assert all(c.latents.shape == (2, 3, 2, 4, 4) and not c.frames.requires_grad for c in chunks)
 
 
-def test_streaming_leaves_the_viewers_grad_mode_alone(student, codec, prompts):
-    for chunk in stream(student, codec, prompts, CONFIG, seeds=[1, 2], num_frames=13, **SIZE):
+def test_streaming_leaves_the_viewers_grad_mode_alone(student, codec, cond):
+    for chunk in stream(student, codec, cond, CONFIG, seeds=[1, 2], num_frames=13, **SIZE):
         assert torch.is_grad_enabled()
         assert not chunk.latents.is_inference()  # a later loss may use it
 
 
-def test_times_are_of_the_model_and_the_codec_only(student, prompts, monkeypatch):
+def test_times_are_of_the_model_and_the_codec_only(student, cond, monkeypatch):
     """A step takes 1, a decode .25, and the viewer's 100 between chunks are not counted."""
     clock = [0.0]
 
@@ -178,15 +176,15 @@ def test_times_are_of_the_model_and_the_codec_only(student, prompts, monkeypatch
         "after_x0": lambda chunk, t, x0: spend(1, x0),
         **SIZE,
     }
-    chunks = stream(student, SlowCodec(), prompts, CONFIG, **options)
+    chunks = stream(student, SlowCodec(), cond, CONFIG, **options)
     times = [(chunk.denoise_s, chunk.decode_s, spend(100))[:2] for chunk in chunks]
     assert times == [(3, 0.25), (2, 0.25), (2, 0.25)]
 
 
-def test_hooks_reach_the_loop(student, codec, prompts):
+def test_hooks_reach_the_loop(student, codec, cond):
     zero = lambda chunk, t, x: torch.zeros_like(x)
     (chunk,) = stream(
-        student, codec, prompts, CONFIG, seeds=[1, 2], num_frames=5, after_x0=zero, **SIZE
+        student, codec, cond, CONFIG, seeds=[1, 2], num_frames=5, after_x0=zero, **SIZE
     )
     assert chunk.latents.eq(0).all()
 
@@ -211,9 +209,9 @@ def test_hooks_reach_the_loop(student, codec, prompts):
         ({"seeds": [1]}, "1 noise seeds for 2 prompts"),
     ],
 )
-def test_bad_sizes_are_refused_before_the_first_chunk(student, codec, prompts, options, message):
+def test_bad_sizes_are_refused_before_the_first_chunk(student, codec, cond, options, message):
     with pytest.raises(ValueError, match=message):
-        stream(student, codec, prompts, StreamConfig(), **{"seeds": [1, 2], **SIZE, **options})
+        stream(student, codec, cond, StreamConfig(), **{"seeds": [1, 2], **SIZE, **options})
 
 
 # ---- a bidirectional teacher ---------------------------------------------------------------------
@@ -231,17 +229,17 @@ def gaussian_predict(std):
     return predict
 
 
-def test_teacher_sampling_converges_to_the_flow(prompts):
+def test_teacher_sampling_converges_to_the_flow(cond):
     """The flow of a Gaussian takes eps to mean + std eps; Euler's error falls like 1 / n, guidance
     moves the mean.
     """
-    uncond, scale, std = prompts.flip(0), 3.0, 0.5
+    uncond, scale, std = cond.flip(0), 3.0, 0.5
     model = GuidedModel(gaussian_predict(std), uncond, scale)
     noise = [
         KeyedNoise([1, 2]).draw(k, 0, (3, 2, 4, 4), torch.device("cpu"), torch.float32)
         for k in range(3)
     ]
-    mean = (uncond + scale * (prompts - uncond)).mean(dim=(1, 2)).reshape(-1, 1, 1, 1, 1)
+    mean = (uncond + scale * (cond - uncond)).mean(dim=(1, 2)).reshape(-1, 1, 1, 1, 1)
     exact = mean + std * torch.cat(noise, dim=2)
     errors = []
     for num_steps in (50, 100, 200):
@@ -254,7 +252,7 @@ def test_teacher_sampling_converges_to_the_flow(prompts):
             commit="none",
         )
         latents = generate_latents(
-            model, prompts, config, seeds=[1, 2], latent_shape=SHAPE, num_chunks=3
+            model, cond, config, seeds=[1, 2], latent_shape=SHAPE, num_chunks=3
         )
         errors.append((latents - exact).abs().max().item())
     assert errors[-1] < 0.02
@@ -263,20 +261,20 @@ def test_teacher_sampling_converges_to_the_flow(prompts):
     ] == pytest.approx(2, rel=0.1)
 
 
-def test_guidance_of_one_runs_one_pass(prompts):
+def test_guidance_of_one_runs_one_pass(cond):
     calls = []
     predict = lambda x_t, t, cond: calls.append((t.tolist(), cond)) or torch.zeros_like(x_t)
     config = StreamConfig(
         num_steps=2, shift=1.0, order="full_sequence", stepper="euler", commit="none"
     )
     sizes = {"seeds": [1, 2], "latent_shape": SHAPE, "num_chunks": 1}
-    generate_latents(GuidedModel(predict), prompts, config, **sizes)
+    generate_latents(GuidedModel(predict), cond, config, **sizes)
     assert [t for t, _ in calls] == [[1.0, 1.0], [0.5, 0.5]]
     with pytest.raises(ValueError, match="guidance_scale=4.0 needs uncond"):
         GuidedModel(predict, guidance_scale=4.0)
 
 
-def test_full_sequence_needs_a_length(student, prompts):
+def test_full_sequence_needs_a_length(student, cond):
     config = StreamConfig(order="full_sequence", commit="none")
     with pytest.raises(ValueError, match="give it a length"):
-        stream_latents(student, prompts, config, seeds=[1, 2], latent_shape=SHAPE)
+        stream_latents(student, cond, config, seeds=[1, 2], latent_shape=SHAPE)

@@ -219,11 +219,9 @@ class Probed(nn.Module):
         self.config, self.commit, self.new_cache = student.config, student.commit, student.new_cache
         self.probes = nn.Parameter(torch.zeros(3))
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, cache):
+    def forward(self, hidden_states, timestep, cond, cache):
         chunk = cache.num_committed_frames // 2
-        return self.inner(
-            hidden_states + self.probes[chunk], timestep, encoder_hidden_states, cache=cache
-        )
+        return self.inner(hidden_states + self.probes[chunk], timestep, cond, cache=cache)
 
 
 class DiffersInTheSecondChunk(nn.Module):
@@ -289,17 +287,17 @@ class Writes(Ar1Student):
         self.written = []
         self.calls = 0
 
-    def forward(self, hidden_states, timestep, encoder_hidden_states, cache, return_kv=False):
+    def forward(self, hidden_states, timestep, cond, cache, return_kv=False):
         self.calls += 1
-        output = super().forward(hidden_states, timestep, encoder_hidden_states, cache)
+        output = super().forward(hidden_states, timestep, cond, cache)
         output.kv = torch.cat(
             [timestep.reshape(1, -1), hidden_states.flatten()[None]], dim=1
         ).detach()
         return output
 
-    def commit(self, latents, timestep, encoder_hidden_states, cache):
+    def commit(self, latents, timestep, cond, cache):
         self.written.append((len(cache), timestep[0].item(), latents.clone()))
-        super().commit(latents, timestep, encoder_hidden_states, cache)
+        super().commit(latents, timestep, cond, cache)
 
     def new_cache(self, batch_size, height, width, **policy):
         self.written.clear()

@@ -67,12 +67,12 @@ def test_a_student_that_jumps_comes_back_and_streams_as_it_did(tmp_path):
     save_student(tmp_path / "student", made, stream)
     student = load_student(tmp_path / "student")
     assert student.stream == stream and student.transformer.takes_target
-    prompts = student.prompts.encode(["a red ball"])
+    cond = student.prompts.encode(["a red ball"])
     options = {"seeds": [1], "latent_shape": (16, 4, 4), "num_chunks": 2}
-    jumped = generate_latents(student.transformer, prompts, student.stream, **options)
-    assert torch.equal(jumped, generate_latents(made.eval(), prompts, stream, **options))
+    jumped = generate_latents(student.transformer, cond, student.stream, **options)
+    assert torch.equal(jumped, generate_latents(made.eval(), cond, stream, **options))
     euler = StreamConfig(stepper="euler", **config)
-    assert not torch.allclose(jumped, generate_latents(made, prompts, euler, **options))
+    assert not torch.allclose(jumped, generate_latents(made, cond, euler, **options))
 
 
 def test_half_precision_on_disk_runs_in_the_precision_asked_for(folder):

@@ -102,12 +102,12 @@ def test_a_seed_gives_the_clip_of_the_sampler_bit_for_bit(shipped, student):
 def test_an_exported_file_has_the_same_pixels(pipe, folder, tmp_path):
     """``export_clip`` is what tools/sample.py does for a prompt."""
     student = load_student(folder)
-    embedding = student.prompts.encode([PROMPT])
+    cond = student.prompts.encode([PROMPT])
     out = str(tmp_path / "frames")
     export_clip(
         student.transformer,
         student.codec,
-        embedding,
+        cond,
         STREAM,
         out,
         seed=3,
@@ -193,9 +193,9 @@ def test_without_a_generator_torch_seeds_the_clip(pipe):
 
 
 def test_embeddings_stand_in_for_prompts(pipe, folder):
-    embeddings = load_student(folder).prompts.encode([PROMPT])
+    cond = load_student(folder).prompts.encode([PROMPT])
     bare = open_quietly(folder, text_encoder=None, tokenizer=None)
-    made = bare(prompt_embeds=embeddings, **SHORT, generator=0, output_type="pt").frames
+    made = bare(prompt_embeds=cond, **SHORT, generator=0, output_type="pt").frames
     assert torch.equal(made, clip(pipe))
     with pytest.raises(ValueError, match="no text encoder; pass prompt_embeds"):
         clip(bare)
@@ -395,9 +395,9 @@ def test_what_a_pipeline_saves_is_a_student_folder(pipe, folder, tmp_path):
     assert torch.equal(clip(back), clip(pipe))
     student = load_student(tmp_path / "saved", components=tmp_path / "nowhere")
     with torch.no_grad():
-        embeddings = student.prompts.encode([PROMPT])
+        cond = student.prompts.encode([PROMPT])
         same = generate(
-            student.transformer, student.codec, embeddings, student.stream, seeds=[0], **SHORT
+            student.transformer, student.codec, cond, student.stream, seeds=[0], **SHORT
         )
     assert torch.equal(same, clip(pipe))
     assert (tmp_path / "saved/README.md").read_text() == "# card\n"

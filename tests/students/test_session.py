@@ -103,12 +103,12 @@ def by_hand(student, passes, cache=None, first=0):
     config = student.stream
     cache = cache or new_cache(student.transformer, config, 1, LATENT)
     latents = []
-    for chunk, (embedding, seed, times) in enumerate(passes, first):
+    for chunk, (cond, seed, times) in enumerate(passes, first):
         events = [replace(event, chunks=(chunk,)) for event in table([times], 1)]
         with torch.no_grad():
             (result,) = rollout(
                 student.transformer,
-                embedding,
+                cond,
                 events,
                 KeyedNoise([seed]),
                 latent_shape=LATENT,
@@ -136,10 +136,8 @@ def assert_latents(chunks, latents):
 
 
 def test_a_stream_that_nobody_steers_is_the_samplers(student):
-    (embedding,) = encode(student, A)
-    chunks = stream(
-        student.transformer, student.codec, embedding, student.stream, seeds=[3], **SIZE
-    )
+    (cond,) = encode(student, A)
+    chunks = stream(student.transformer, student.codec, cond, student.stream, seeds=[3], **SIZE)
     ours = make(begin(student), 5)
     assert_same(ours, [chunk for chunk, _ in zip(chunks, range(5))])
     assert [chunk.index for chunk in ours] == [0, 1, 2, 3, 4]
@@ -148,11 +146,9 @@ def test_a_stream_that_nobody_steers_is_the_samplers(student):
 
 def test_the_shipped_student_too():
     student = load_student(TINY_STUDENT)
-    (embedding,) = encode(student, A)
+    (cond,) = encode(student, A)
     size = {"height": 64, "width": 64}
-    chunks = stream(
-        student.transformer, student.codec, embedding, student.stream, seeds=[7], **size
-    )
+    chunks = stream(student.transformer, student.codec, cond, student.stream, seeds=[7], **size)
     session = Session(student, A, seed=7, **size)
     assert_same(make(session, 5), [chunk for chunk, _ in zip(chunks, range(5))])
 
@@ -192,7 +188,7 @@ def test_a_blend_moves_the_embedding_over_its_chunks(plain, interpolation):
     session.switch_prompt(B, "blend", blend_chunks=3, interpolation=interpolation)
     chunks += make(session, 4)
     way = [a, a, *(mix(a, b, k / 3, interpolation) for k in (1, 2)), b, b]
-    passes = [(embedding, 3, times_at(plain.stream, 1)) for embedding in way]
+    passes = [(cond, 3, times_at(plain.stream, 1)) for cond in way]
     assert_latents(chunks, by_hand(plain, passes))
 
 

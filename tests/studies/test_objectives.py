@@ -1,6 +1,7 @@
 """Every objective on the world: what a run is given, and what the report says."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -34,11 +35,14 @@ def test_the_start_is_streamed_as_the_student_is():
 def test_the_report_counts_what_improves(tmp_path):
     """A gain within the spread of a score is none; a run that failed says why."""
     jobs = [job(tmp_path, name) for name in ("sid", "cd", "tdm", "sds")]
-    outcome = {"sid": 0.7, "cd": 0.605, "sds": 0.9}
-    for each in jobs:
-        result = {"objective": each.name, "seed": 0, "updates": 2}
-        if each.name in outcome:
-            result |= {"scores": {"shape": 0.5, "overall": outcome[each.name]}, "num_steps": 1}
+    longer = [replace(each, updates=7) for each in jobs[1:3]]
+    outcome = {("sid", 2): 0.7, ("cd", 2): 0.605, ("sds", 2): 0.9, ("cd", 7): 0.62}
+    outcome["tdm", 7] = 0.59
+    for each in [*jobs, *longer]:
+        result = {"objective": each.name, "seed": 0, "updates": each.updates}
+        overall = outcome.get((each.name, each.updates))
+        if overall is not None:
+            result |= {"scores": {"shape": 0.5, "overall": overall}, "num_steps": 1}
             result |= {"stepper": "renoise", "seconds": 3.0, "forwards": {"student": 4.0}}
             result |= {"tflop": 0.1, "peak_bytes": 2**30, "networks": 2}
         else:
@@ -49,7 +53,12 @@ def test_the_report_counts_what_improves(tmp_path):
     text = study.write_report(tmp_path / "report.json", jobs, start, plane)
     assert "1 of 3 complete objectives improve the start" in text  # sid; sds is a baseline
     assert "+0.100" in text and "the loss is nan" in text and "1.2" in text
-    assert len(json.loads((tmp_path / "report.json").read_text())["rows"]) == 4
+    assert "updates:" not in text
+    text = study.write_report(tmp_path / "report.json", jobs, start, plane, longer)
+    assert "1 of 3 complete objectives improve the start; the others were given 7 updates" in text
+    assert "with which 2 do, all but tdm." in text and "\nWith 7 updates:\n\n|" in text
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [len(content[name]) for name in ("rows", "longer")] == [4, 2]
 
 
 def test_the_plane_is_read_from_its_report(tmp_path):

@@ -51,7 +51,7 @@ def test_the_data_prediction_is_that_of_diffusers(cogvideox, kind, step):
     factor.
     """
     pipeline, teacher = pipeline_of(cogvideox(kind)), open_teacher(cogvideox(kind))
-    scheduler, embeds = pipeline.scheduler, teacher.encode_prompt(PROMPTS)
+    scheduler, cond = pipeline.scheduler, teacher.encode_prompt(PROMPTS)
     steps = torch.tensor([step, step])
     noised = scheduler.add_noise(native(X0).double(), native(EPS).double(), steps)
     rotary = None
@@ -62,7 +62,7 @@ def test_the_data_prediction_is_that_of_diffusers(cogvideox, kind, step):
         )
     with torch.no_grad():
         out = pipeline.transformer(
-            noised.float(), embeds, steps, image_rotary_emb=rotary, return_dict=False
+            noised.float(), cond, steps, image_rotary_emb=rotary, return_dict=False
         )[0]
     scheduler.set_timesteps(1000)
     expected = scheduler.step(out.double(), step, noised).pred_original_sample
@@ -74,10 +74,10 @@ def test_the_data_prediction_is_that_of_diffusers(cogvideox, kind, step):
     t = (sigma / (alpha + sigma)).double().repeat(2)
     x_t = add_noise(X0.double(), EPS.double(), t)
     with torch.no_grad():
-        velocity = teacher.predict(x_t, t, embeds)
+        velocity = teacher.predict(x_t, t, cond)
     torch.testing.assert_close(x0_from_v(x_t, velocity, t), native(expected), rtol=0, atol=1e-5)
     with torch.no_grad():
-        single = teacher.predict(x_t.float(), t.float(), embeds)  # as the loop calls it
+        single = teacher.predict(x_t.float(), t.float(), cond)  # as the loop calls it
     torch.testing.assert_close(
         x0_from_v(x_t.float(), single, t.float()), native(expected).float(), rtol=0, atol=1e-4
     )
@@ -102,14 +102,14 @@ def test_a_sample_of_our_loop_is_the_pipelines_deterministic_ddim(cogvideox, kin
         output_type="latent",
         max_sequence_length=6,
     ).frames
-    model, embeds = (
+    model, cond = (
         GuidedModel(teacher.predict, teacher.uncond[None], SCALE),
         teacher.encode_prompt(PROMPTS),
     )
     with torch.no_grad():
         results = rollout(
             model,
-            embeds,
+            cond,
             full_sequence(teacher.step_times(5), 1),
             NOISE,
             latent_shape=(4, *SHAPE[2:]),
@@ -175,17 +175,16 @@ def test_a_teacher_is_frozen_and_lets_gradients_through(cogvideox):
 
 def test_half_precision_stays_close(cogvideox):
     low = open_teacher(cogvideox("5b"), torch_dtype=torch.bfloat16)
-    full, t, embeds = (
+    full, t, cond = (
         open_teacher(cogvideox("5b")),
         torch.tensor([0.5, 0.9]),
         low.encode_prompt(PROMPTS),
     )
     assert (
-        low.transformer.dtype == torch.bfloat16
-        and low.predict(X0, t, embeds).dtype == torch.float32
+        low.transformer.dtype == torch.bfloat16 and low.predict(X0, t, cond).dtype == torch.float32
     )
     torch.testing.assert_close(
-        low.predict(X0, t, embeds), full.predict(X0, t, embeds), rtol=0.1, atol=0.05
+        low.predict(X0, t, cond), full.predict(X0, t, cond), rtol=0.1, atol=0.05
     )
 
 
@@ -260,7 +259,7 @@ def test_it_teaches_a_student_by_distribution_matching(cogvideox, kind, checkpoi
 
 def test_its_trainable_copy_is_a_score_in_float32_with_the_same_names(cogvideox):
     teacher = open_teacher(cogvideox("5b"), torch_dtype=torch.bfloat16)
-    score, t, embeds = (
+    score, t, cond = (
         teacher.trainable_copy(),
         torch.tensor([0.5, 0.9]),
         teacher.encode_prompt(PROMPTS),
@@ -276,10 +275,10 @@ def test_its_trainable_copy_is_a_score_in_float32_with_the_same_names(cogvideox)
         )
     assert score.training and score._supports_gradient_checkpointing
     torch.testing.assert_close(
-        score.predict(X0, t, embeds), teacher.predict(X0, t, embeds), rtol=0.1, atol=0.05
+        score.predict(X0, t, cond), teacher.predict(X0, t, cond), rtol=0.1, atol=0.05
     )
     again = copy.deepcopy(score)
-    assert torch.equal(again.predict(X0, t, embeds), score.predict(X0, t, embeds))
+    assert torch.equal(again.predict(X0, t, cond), score.predict(X0, t, cond))
 
 
 def test_what_reads_inside_a_wan_transformer_refuses_this_one(cogvideox):

@@ -56,13 +56,13 @@ def from_pipeline(pipeline, prompts=PROMPTS, noise=NOISE, steps=6, **options):
 
 
 @torch.no_grad()
-def from_rollout(teacher, times, embeds, with_image=lambda embeds: embeds, noise=NOISE):
+def from_rollout(teacher, times, cond, with_image=lambda cond: cond, noise=NOISE):
     model = GuidedModel(
         lambda x, t, cond: teacher.predict(x, t, with_image(cond)), teacher.uncond[None], SCALE
     )
     results = rollout(
         model,
-        embeds,
+        cond,
         full_sequence(times, 1),
         noise,
         latent_shape=(4, *SHAPE[2:]),
@@ -90,12 +90,12 @@ def test_the_shift_of_the_folder_gives_the_pipelines_times(wan):
     pipeline, teacher = pipeline_of(wan("2.1")), open_teacher(wan("2.1"), negative_prompt=NEGATIVE)
     pipeline.scheduler = Unshifted.from_config(pipeline.scheduler.config)
     expected = from_pipeline(pipeline, steps=4)
-    embeds = teacher.encode_prompt(PROMPTS)
+    cond = teacher.encode_prompt(PROMPTS)
     torch.testing.assert_close(
-        from_rollout(teacher, teacher.step_times(4), embeds), expected, rtol=0, atol=1e-4
+        from_rollout(teacher, teacher.step_times(4), cond), expected, rtol=0, atol=1e-4
     )
     teacher.shift = 5.0
-    assert (from_rollout(teacher, teacher.step_times(4), embeds) - expected).abs().max() > 1e-3
+    assert (from_rollout(teacher, teacher.step_times(4), cond) - expected).abs().max() > 1e-3
 
 
 # ---- Experts -------------------------------------------------------------------------------------
@@ -113,11 +113,11 @@ def test_each_sample_goes_to_the_expert_of_its_noise_level(experts, wan):
     """.875 itself is the first expert's, as in the pipeline; the batch keeps its order and its
     gradients.
     """
-    t, embeds, x = torch.tensor(T_OF), keyed_normal((3, 6, 8), "cond"), X.clone().requires_grad_()
-    velocity = experts.predict(x, t, embeds)
+    t, cond, x = torch.tensor(T_OF), keyed_normal((3, 6, 8), "cond"), X.clone().requires_grad_()
+    velocity = experts.predict(x, t, cond)
     for row, part in enumerate(("transformer", "transformer_2", "transformer")):
         expert = WanTransformer3DModel.from_pretrained(wan("a14b") / part)
-        expected = expert(X[row : row + 1], 1000 * t[row : row + 1], embeds[row : row + 1]).sample
+        expected = expert(X[row : row + 1], 1000 * t[row : row + 1], cond[row : row + 1]).sample
         torch.testing.assert_close(velocity[row : row + 1], expected, rtol=1e-5, atol=1e-6)
     velocity.sum().backward()
     assert (x.grad.flatten(1).abs().sum(1) > 0).all()
@@ -142,12 +142,12 @@ def test_offloading_keeps_one_expert_on_the_device(wan, experts):
     first.
     """
     teacher = open_teacher(wan("a14b"), load_text_encoder=False, offload=True)
-    embeds = keyed_normal((3, 6, 8), "cond")
+    cond = keyed_normal((3, 6, 8), "cond")
     with torch.no_grad():
-        expected = experts.predict(X, torch.tensor(T_OF), embeds)
-        torch.testing.assert_close(teacher.predict(X, torch.tensor(T_OF), embeds), expected)
+        expected = experts.predict(X, torch.tensor(T_OF), cond)
+        torch.testing.assert_close(teacher.predict(X, torch.tensor(T_OF), cond), expected)
     with pytest.raises(ValueError, match="offload=True moves weights"):
-        teacher.predict(X.clone().requires_grad_(), torch.tensor(T_OF), embeds)
+        teacher.predict(X.clone().requires_grad_(), torch.tensor(T_OF), cond)
     moves = []
     for name in ("transformer", "transformer_2"):
         getattr(teacher, name).to = lambda device, name=name: moves.append((name, str(device)))
@@ -183,18 +183,18 @@ def test_image_to_video_equals_the_pipeline(wan, kind):
     image, noise = image_of(codec), KeyedNoise([3])
     picture = Image.fromarray((image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
     expected = from_pipeline(pipeline, PROMPTS[:1], noise, image=picture)
-    embeds = teacher.encode_prompt(PROMPTS[:1])
-    known = teacher.encode_first_frame(image[None], embeds, codec, SHAPE[1])
+    cond = teacher.encode_prompt(PROMPTS[:1])
+    known = teacher.encode_first_frame(image[None], cond, codec, SHAPE[1])
     times = tuple(pipeline.scheduler.sigmas[:-1].tolist())
     got = from_rollout(
         teacher,
         times,
-        embeds,
+        cond,
         lambda cond: VideoCond(cond, known.first_frame, known.image_embeds),
         noise,
     )
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
-    other = teacher.encode_first_frame(1 - image[None], embeds, codec, SHAPE[1])
+    other = teacher.encode_first_frame(1 - image[None], cond, codec, SHAPE[1])
     moved = teacher.predict(X[:1], torch.tensor([0.5]), other) - teacher.predict(
         X[:1], torch.tensor([0.5]), known
     )
