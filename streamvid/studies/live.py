@@ -121,7 +121,8 @@ def service_levels(visits: Sequence[Visit], buffer_s: float, samples: Samples) -
     plays = [play(visit, buffer_s) for visit in visits]
     shares = [p.in_time / max(1, p.due) for p in plays]
     rates = [len(visit.sequences) / max(1e-9, visit.ended_s - visit.asked_s) for visit in visits]
-    seen = [s for visit in visits for s in visit.switches if s.seen_s is not None]
+    switches = [switch for visit in visits for switch in visit.switches]
+    delays_s = [s.seen_s - s.asked_s for s in switches if s.seen_s is not None]
     errors = sum((visit.errors for visit in visits), Counter())
     watched_s = sum(p.watched_s for p in plays)
     return {
@@ -136,10 +137,10 @@ def service_levels(visits: Sequence[Visit], buffer_s: float, samples: Samples) -
         "stalled": sum(p.stall_s for p in plays) / max(1e-9, watched_s),
         "fps_least": min(rates),
         "fps_most": max(rates),
-        "switches_asked": sum(len(visit.switches) for visit in visits),
-        "switches_seen": len(seen),
-        "switch_s": spread(s.seen_s - s.asked_s for s in seen),
-        "switch_chunks": spread(s.chunks for s in seen),
+        "switches_asked": len(switches),
+        "switches_seen": len(delays_s),
+        "switch_s": spread(delays_s),
+        "switch_chunks": spread(s.chunks for s in switches if s.seen_s is not None),
         "dropped": sum(visit.dropped for visit in visits),
         "waited": sum(visit.waited for visit in visits),
         "without_frames": sum(not visit.sequences for visit in visits),

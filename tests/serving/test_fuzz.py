@@ -325,4 +325,4 @@ def test_answers_are_those_of_the_openapi(server):
 @needs_schemathesis
 @pytest.mark.slow
 def test_many_answers_are_those_of_the_openapi(server):
-    check_operations(server, max_examples=150)
+    check_operations(server, max_examples=60)
