@@ -218,11 +218,14 @@ def test_a_crowd_that_comes_within_one_chunk_does_not_overflow_the_queue(make_cl
         world.transformer.go_on.clear()
         assert world.transformer.entered.wait(60)
         start = protocol.SessionStart(prompt="two")
-        for _ in range(2):  # one place, and one in the queue
-            worker.add_stream(Stream(start, 16, 16, 100.0, wake=lambda: None))
-        with pytest.raises(Busy):
-            worker.add_stream(Stream(start, 16, 16, 100.0, wake=lambda: None))
-        world.transformer.go_on.set()
+        crowd = [Stream(start, 16, 16, 100.0, wake=lambda: None) for _ in range(3)]
+        try:
+            for stream in crowd[:2]:  # one place, and one in the queue
+                worker.add_stream(stream)
+            with pytest.raises(Busy):
+                worker.add_stream(crowd[2])
+        finally:
+            world.transformer.go_on.set()
 
 
 # ---------------------------------------------------------------- the model
