@@ -644,6 +644,67 @@ MUTANTS: list[Mutant] = [
         "tests/test_metering.py",
         results_of_other_numbers=("return type(x), x  #", "return x  #"),
     ),
+    *mutants(
+        "streamvid/serving/worker.py",
+        "tests/serving/test_fairness.py",
+        first_viewer_first=(
+            "min(due, key=lambda stream: stream.deadline(now), default=None)",
+            "due[0] if due else None",
+        ),
+        who_asks_is_served=(
+            "most_urgent(self._dues(now), now) is streams[0]",
+            "streams[0] in self._dues(now)",
+        ),
+        commands_before_all=("and not (self._heard_last and first is not None)", ""),
+    ),
+    *mutants(
+        "streamvid/serving/worker.py",
+        "tests/serving/test_faults.py::test_a_crowd_that_comes_within_one_chunk_does_not_overflow_the_queue",
+        queue_without_end=(
+            "len(self._live.active) + len(self._waiting) >= places",
+            "len(self._live.active) >= places",
+        ),
+    ),
+    *mutants(
+        "streamvid/serving/steering.py",
+        "tests/serving/test_faults.py::test_a_recording_that_is_deleted_while_it_runs_leaves_no_file",
+        deleted_recording_kept=("if clip.cancelled and not error:", "if False:"),
+    ),
+    *mutants(
+        "streamvid/serving/realtime.py",
+        "tests/serving/test_faults.py::test_refusals_without_end_close_the_connection",
+        refused_for_ever=("if not self._errors.take():", "if False:"),
+    ),
+    *mutants(
+        "streamvid/serving/server.py",
+        "tests/serving/test_faults.py::test_a_slow_viewer_still_learns_that_the_server_stops",
+        "tests/serving/test_faults.py::test_connections_of_one_address_are_limited_and_counted_down",
+        closed_before_goodbye=("while app.state.streams and", "while False and"),
+        connections_stay_counted=("        counter[key] -= 1\n", ""),
+    ),
+    *mutants(
+        "streamvid/serving/guard.py",
+        "tests/serving/test_http.py::test_host_origin_and_size",
+        "tests/serving/test_http.py::test_what_is_not_the_token_is_refused",
+        "tests/serving/test_http.py::test_a_token_does_not_open_the_server_to_pages_of_other_sites",
+        origin_of_anyone=("origin is not None and urlsplit_netloc", "False and urlsplit_netloc"),
+        any_token=(
+            'hmac.compare_digest(given.encode("utf-8", "replace"), self._token.encode())',
+            "bool(given)",
+        ),
+    ),
+    *mutants(
+        "streamvid/serving/load.py",
+        "tests/serving/test_load.py",
+        stall_does_not_move_what_follows=("            origin_s += late_s.max()\n", ""),
+        late_is_in_time=("(late_s <= 0) &", "(late_s >= 0) &"),
+        buffer_of_the_past=("arrivals_s[0] + buffer_s", "arrivals_s[0] - buffer_s"),
+    ),
+    *mutants(
+        "streamvid/serving/pacing.py",
+        "tests/serving/test_fairness.py",
+        newcomer_waits_for_ever=("return self._waits_since", "return now"),
+    ),
     *(Mutant(*row) for row in MUTANTS_OF_OBJECTIVES),
 ]
 

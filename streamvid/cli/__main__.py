@@ -30,6 +30,7 @@ COMMANDS = {
     "objectives": "objectives",
     "serve": "serve",
     "demo": "demo",
+    "load": "load",
     "gpu-check": "gpu_check",
 }
 """Names of commands, and their modules in `streamvid.cli`."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from streamvid.serving.errors import Busy
 from streamvid.serving.limits import Limits
@@ -210,7 +210,7 @@ async def read_request(request: Request) -> ClipRequest:
             form = await request.form(max_files=1, max_fields=20)
             fields: Any = dict(form)
         else:
-            fields = json.loads(await request.body())
+            fields = from_json(await request.body())  # deep nesting is a ValueError too
     except ValueError:
         raise HTTPException(400, "the body is neither JSON nor a form") from None
     if isinstance(fields, dict) and any(

@@ -109,6 +109,13 @@ def parse_args(argv: list[str] | None, command: str) -> argparse.Namespace:
         "--autosave", type=int, metavar="N", help="keep each stream every N chunks (with --state)"
     )
     parser.add_argument("--session-seconds", type=float, help="longest life of a stream")
+    parser.add_argument(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another bound of streamvid.serving.limits, such as sessions_per_address=32",
+    )
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     return parser.parse_args(argv)
 
@@ -146,6 +153,7 @@ def serve(args: argparse.Namespace) -> None:
             f"{error.name} is not installed; run: pip install 'streamvid[live]'"
         ) from error
 
+    from streamvid.config import load_config
     from streamvid.serving.guard import LOOPBACK
     from streamvid.serving.limits import Limits
     from streamvid.students.folder import choose_device
@@ -163,6 +171,7 @@ def serve(args: argparse.Namespace) -> None:
     limits = replace(Limits(), **{name: x for name, x in given.items() if x is not None})
     height, width = args.size
     limits = replace(limits, max_pixels=max(limits.max_pixels, height * width))
+    limits = load_config(Limits, None, args.limit, default=limits)
     hosts = {*LOOPBACK, *args.allow_host} if args.allow_host or not public else None
     app = create_app(
         student,
@@ -191,6 +200,7 @@ def serve(args: argparse.Namespace) -> None:
         ws_ping_interval=10,
         ws_ping_timeout=20,
         ws_per_message_deflate=False,
+        proxy_headers=bool(args.allow_host),  # without a proxy nobody may name another address
         timeout_graceful_shutdown=10,
         server_header=False,
     )
@@ -264,6 +274,7 @@ def sample_options(student: str | None, args: argparse.Namespace, public: bool) 
 
 def announce(uvicorn: Any, config: Any, args: argparse.Namespace, token: str | None) -> None:
     """Run the server; say where it is as soon as it listens."""
+    from streamvid.serving.server import drain as drain_app
 
     class Server(uvicorn.Server):
         """Ends streams before it closes connections. One signal is no error: the exit code is 0."""
@@ -289,7 +300,7 @@ def announce(uvicorn: Any, config: Any, args: argparse.Namespace, token: str | N
             self.draining = True  # uvicorn would raise a signal of its own list again
 
             def drain() -> None:
-                config.app.state.worker.stop(timeout=30)
+                drain_app(config.app, timeout=30)
                 self.should_exit = True
 
             threading.Thread(target=drain, daemon=True).start()
@@ -356,7 +367,9 @@ def read_token(file: str | None) -> str | None:
     token = (
         Path(file).read_text(encoding="utf-8").strip() if file else os.environ.get(TOKEN_VARIABLE)
     )
-    if token is not None and (len(token) < SHORTEST_TOKEN or not token.isalnum()):
+    if token is not None and (
+        len(token) < SHORTEST_TOKEN or not (token.isascii() and token.isalnum())
+    ):
         raise ValueError(
             f"the token has {len(token)} characters, expected at least {SHORTEST_TOKEN} letters and"
             " digits; make one with: python -c 'import secrets; print(secrets.token_hex(24))'"

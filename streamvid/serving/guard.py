@@ -22,6 +22,7 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 SUBPROTOCOL = "streamvid"
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz"})
 """Need no token: the page, which has nothing in it, and the two checks."""
+MOST_DIGITS = 20  # of a length; Python reads longer numbers slowly, or not at all
 SECURITY_HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:;"
@@ -91,10 +92,12 @@ class Guard:
         if not length.isdecimal():
             return 400, "content-length is no number"
         most = self._most_bytes(scope)
-        if int(length) > most:
+        if len(length) > MOST_DIGITS or int(length) > most:
             return 413, f"the body is larger than {most} bytes"
         path = scope["path"]
         is_open = path in OPEN_PATHS or path.startswith("/page/")
+        if scope["type"] == "websocket" and is_open:
+            return 404, "there is no WebSocket at this path"  # files know no WebSockets
         if self._token is not None and not is_open and not self._has_token(headers):
             return 401, "a token is needed: Authorization: Bearer TOKEN"
         return None

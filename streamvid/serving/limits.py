@@ -25,6 +25,8 @@ class Limits:
     """Live streams that wait for a place."""
     sessions_per_address: int = 6
     """Live streams, waiting ones included, of one network address."""
+    connections_per_address: int = 32
+    """Open WebSockets of one network address, with and without a stream."""
     session_seconds: float | None = None
     """Longest life of a stream, in seconds; None is no limit."""
     idle_seconds: float = 300.0

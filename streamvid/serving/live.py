@@ -210,6 +210,10 @@ class LiveStreams:
             memory_mb=memory,
         )
 
+    def count_caches(self) -> None:
+        """Measure the memory of all caches."""
+        self._metrics.cache_bytes.set(sum(stream.cache_bytes for stream in self.active))
+
     def _apply_commands(self, stream: Stream) -> None:
         """What was planned for the next chunk, then all that has come since the last one, in order;
         the session keeps the last prompt.
@@ -257,6 +261,7 @@ class LiveStreams:
             if stream in self.active:
                 self.active.remove(stream)
         self._metrics.sessions.set(len(self.active))
+        self.count_caches()
         self._metrics.ended.labels("gone" if stream.gone else reason).inc()
         done = protocol.SessionDone(
             session_id=stream.id,

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import threading
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 STREAMS = (1, 2, 4, 8, 16)
@@ -19,6 +28,10 @@ class Metrics:
         self.sessions = Gauge("sessions", "live streams that advance", **own)
         self.waiting = Gauge("sessions_waiting", "live streams that wait for a place", **own)
         self.clips_waiting = Gauge("clips_waiting", "clips that wait for the worker", **own)
+        self.cache_bytes = Gauge("cache_bytes", "memory that caches of live streams hold", **own)
+        threads = Gauge("threads", "threads of Python in the process", **own)
+        threads.set_function(threading.active_count)
+        ProcessCollector(registry=registry)  # memory, time and open files, where /proc tells them
         self.started = Counter("sessions_started", "live streams begun", **own)
         self.ended = Counter("sessions_ended", "live streams ended", ["reason"], **own)
         self.chunks = Counter("chunks", "chunks made", ["kind"], **own)

@@ -30,6 +30,7 @@ class Pacer:
     def __init__(self, fps: float):
         self.fps = fps
         self._plays_until: float | None = None
+        self._waits_since: float | None = None  # of a stream that has nothing to play yet
         self._work = deque(maxlen=8)  # seconds per chunk
 
     @property
@@ -46,11 +47,21 @@ class Pacer:
                 should have been played.
         """
         if self._plays_until is None:
-            return now
+            return self.deadline(now)
         if is_full:
             return self._plays_until
         lead = max(LEAST_LEAD, 1.5 * self.work_s * max(1, streams))
         return self._plays_until - lead
+
+    def deadline(self, now: float) -> float:
+        """When the viewer has nothing left to play; if it has nothing yet, when that was first
+        asked here.
+        """
+        if self._plays_until is not None:
+            return self._plays_until
+        if self._waits_since is None:
+            self._waits_since = now
+        return self._waits_since
 
     def made(self, now: float, num_frames: int, work_s: float) -> float:
         """Note a chunk that is ready; returns how long its viewer had to wait for it.
@@ -67,7 +78,7 @@ class Pacer:
 
     def restart(self) -> None:
         """The stream was held or began again; the next chunk is due at once and is not late."""
-        self._plays_until = None
+        self._plays_until = self._waits_since = None
 
 
 @dataclass

@@ -28,12 +28,14 @@ from pydantic import (
     model_validator,
 )
 
+from streamvid.printing import printable
 from streamvid.students.script import BLEND_CHUNKS, DEFAULT_MODE, Mode
 
 Encoding = Literal["jpeg", "webp", "h264"]
 Container = Literal["mp4", "webm", "gif"]
 LARGEST_SEED = 2**53 - 1
 """The largest whole number that every JSON reader keeps exactly."""
+LONGEST_NAME = 40  # of a field, in an error
 QUALITY = 92  # of JPEG and WebP, 1 to 100
 
 
@@ -249,7 +251,10 @@ def describe_errors(error: ValidationError) -> str:
         return "expected a JSON object with a known type; see the protocol table of the server"
     names = [str(part) for part in first["loc"] if not str(part).count(".")][-1:]
     reason = first["msg"].removeprefix("Value error, ")
-    return f"{names[0]}: {reason}" if names else reason
+    if not names:
+        return reason
+    name = printable(names[0][:LONGEST_NAME])  # of an unknown field: the client's own words
+    return f"{name}: {reason}"
 
 
 # ---------------------------------------------------------------- from the server

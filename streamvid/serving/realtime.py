@@ -70,6 +70,7 @@ class Viewer:
         self._address = socket.client.host if socket.client else "unknown"
         self._control = TokenBucket(limits.messages_per_minute)
         self._acks = TokenBucket(120 * limits.max_fps)
+        self._errors = TokenBucket(limits.messages_per_minute)
         self._sending = asyncio.Lock()
         self._stream: Stream | None = None
         self._sender: asyncio.Task[None] | None = None
@@ -91,6 +92,8 @@ class Viewer:
                         return
         except (WebSocketDisconnect, _Closed, RuntimeError):  # a send after the end is the latter
             return
+        except asyncio.TimeoutError:
+            log.debug("a viewer takes no answers")
         finally:
             self._leave()
 
@@ -245,6 +248,9 @@ class Viewer:
 
     async def _tell(self, code: str, message: str, retryable: bool = False) -> None:
         self._metrics.errors.labels(code).inc()
+        if not self._errors.take():
+            await self._close(TOO_MUCH, "too many messages that were refused")
+            raise _Closed
         await self._send(protocol.Error(code=code, message=message, retryable=retryable))
 
     async def _close(self, code: int, reason: str) -> None:

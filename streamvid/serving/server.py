@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from streamvid.serving.guard import LOOPBACK, SUBPROTOCOL, Guard, error_body
 from streamvid.serving.limits import Limits
 from streamvid.serving.metrics import Metrics
 from streamvid.serving.models import ServedModel, ServedModels, model_routes
-from streamvid.serving.realtime import Defaults, Viewer
+from streamvid.serving.realtime import TRY_LATER, Defaults, Viewer
 from streamvid.serving.recording import ClipStore
 from streamvid.serving.snapshots import Snapshots
 from streamvid.serving.starts import StartStore
@@ -42,6 +43,8 @@ from streamvid.video import from_uint8
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
+GOODBYE_S = 5.0
+"""For viewers that are slow to take the end of their stream, before the server stops."""
 
 
 class Info(BaseModel):
@@ -292,13 +295,40 @@ def _add_live(
     defaults: Defaults,
     starts: StartStore,
 ) -> None:
-    addresses: Counter[str] = Counter()
+    connections: Counter[str] = Counter()
+    streams: Counter[str] = Counter()
+    app.state.streams = streams
 
     @app.websocket("/v1/realtime/video")
     async def live(socket: WebSocket) -> None:
-        offered = socket.scope.get("subprotocols", [])
-        await socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-        await Viewer(socket, worker, limits, metrics, defaults, addresses, starts).run()
+        address = socket.client.host if socket.client else "unknown"
+        if connections[address] >= limits.connections_per_address:
+            await socket.close(TRY_LATER, "too many connections of one address")
+            return
+        with counted(connections, address):
+            offered = socket.scope.get("subprotocols", [])
+            await socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
+            await Viewer(socket, worker, limits, metrics, defaults, streams, starts).run()
+
+
+@contextmanager
+def counted(counter: Counter[str], key: str) -> Iterator[None]:
+    """Inside, the counter has one more of a key; a key of which there is none is not kept."""
+    counter[key] += 1
+    try:
+        yield
+    finally:
+        counter[key] -= 1
+        if not counter[key]:
+            del counter[key]
+
+
+def drain(app: FastAPI, timeout: float) -> None:
+    """End all streams, and wait until their viewers have been told; from any thread."""
+    app.state.worker.stop(timeout)
+    patience_s = time.monotonic() + GOODBYE_S
+    while app.state.streams and time.monotonic() < patience_s:
+        time.sleep(0.02)
 
 
 def _add_page(app: FastAPI) -> None:

@@ -309,6 +309,9 @@ class Steering:
 
     def _recorded(self, stream: Stream, clip: Clip, first_chunk: int, error: str | None) -> None:
         """In the recorder's thread: the file is complete, or there is none."""
+        if clip.cancelled and not error:
+            self._store.remove(clip)
+            error = "it was deleted"
         clip.completed_at = int(time.time())
         clip.progress = 100
         clip.status = "failed" if error else "completed"

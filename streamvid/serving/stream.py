@@ -139,6 +139,17 @@ class Stream:
         """When the next chunk should be begun, among so many streams."""
         return self.pacer.due(now, streams, self.outbox.is_full)
 
+    def deadline(self, now: float) -> float:
+        """When the viewer has nothing left to play."""
+        return self.pacer.deadline(now)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that its caches hold, with those of its bookmarks."""
+        sessions = [self.session] if self.session is not None else []
+        sessions += [kept for kept, _ in self.bookmarks.values()]
+        return sum(session.memory_bytes for session in sessions)
+
     @property
     def shape(self) -> Hashable:
         """What has to agree for streams to advance as one batch; of its own before it has begun."""

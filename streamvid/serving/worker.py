@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from streamvid.printing import one_line
@@ -71,6 +72,7 @@ class Worker:
         self._waiting: deque[Stream] = deque()
         self._clips = ClipJobs(models, store, metrics)
         self._since_clip = 0
+        self._heard_last = False
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="streamvid-worker", daemon=True)
 
@@ -102,9 +104,10 @@ class Worker:
         with self._condition:
             if not self.alive:
                 raise Busy("the server is stopping; try again later")
-            if len(self._live.active) >= self.limits.sessions:
-                if len(self._waiting) >= self.limits.waiting:
-                    raise Busy("all places are taken, and so is the queue; try again later")
+            # streams that came within one chunk wait here too, until there is time to admit them
+            places = self.limits.sessions + self.limits.waiting
+            if len(self._live.active) + len(self._waiting) >= places:
+                raise Busy("all places are taken, and so is the queue; try again later")
             self._waiting.append(stream)
             self._condition.notify()
 
@@ -229,21 +232,23 @@ class Worker:
 
     def _choose(self, now: float) -> tuple[Turn | None, float | None]:
         """What to do now, or how long to wait for the next thing to do."""
-        for stream in self._live.active:
-            if stream.commands:
-                return Turn((stream,)), None
-        running = [stream for stream in self._live.active if stream.may_advance]
-        dues = {stream: stream.due(now, len(running)) for stream in running}
-        # who has nothing to play yet first: of streams that are all late it would stay the last one
-        first = min(dues, key=lambda stream: (stream.chunks > 0, dues[stream]), default=None)
-        if first is not None and dues[first] <= now:
-            if self._clips and self._since_clip >= LIVE_PER_CLIP:
-                return Turn(), None
-            return Turn((first, *self._companions(first, dues, now))), None
-        if self._clips:
+        dues = self._dues(now)
+        first = most_urgent(dues, now)
+        asking = [stream for stream in self._live.active if stream.commands]
+        self._heard_last = bool(asking) and not (self._heard_last and first is not None)
+        if self._heard_last:  # one viewer between two chunks, so that none is held up by many
+            return Turn((min(asking, key=lambda stream: stream.commands[0][1]),)), None
+        if self._clips and (first is None or self._since_clip >= LIVE_PER_CLIP):
             return Turn(), None
+        if first is not None:
+            return Turn((first, *self._companions(first, dues, now))), None
         wait_s = 1.0 if self._live.active else None
-        return None, wait_s if first is None else min(1.0, dues[first] - now)
+        return None, wait_s if not dues else min(1.0, min(dues.values()) - now)
+
+    def _dues(self, now: float) -> dict[Stream, float]:
+        """When the next chunk of each stream that goes on should be begun."""
+        running = [stream for stream in self._live.active if stream.may_advance]
+        return {stream: stream.due(now, len(running)) for stream in running}
 
     def _companions(self, first: Stream, dues: dict[Stream, float], now: float) -> list[Stream]:
         """Streams that advance with the first one: those of its shape whose chunks would fall due
@@ -264,14 +269,15 @@ class Worker:
         return companions
 
     def _serve(self, streams: tuple[Stream, ...]) -> None:
-        """Do what the streams' viewers asked, then make a chunk of each, if the first is due."""
+        """Do what the streams' viewers asked, then make a chunk of each, if the first is the most
+        urgent one: who asks much is not served before the others.
+        """
         prepared = [stream for stream in streams if self._live.prepare(stream)]
         running = [stream for stream in prepared if stream.may_advance]
-        if streams[0] not in running:
-            return
         now = time.monotonic()
-        if streams[0].due(now, len(self._live.active)) <= now:
+        if streams[0] in running and most_urgent(self._dues(now), now) is streams[0]:
             self._live.advance(running)
+            self._live.count_caches()
 
     def _end_all(self) -> None:
         self._live.stopping = True
@@ -280,3 +286,15 @@ class Worker:
         self._live.active.clear()
         self._waiting.clear()
         self._clips.stop()
+
+
+def most_urgent(dues: Mapping[Stream, float], now: float) -> Stream | None:
+    """Of the streams whose next chunk is due, the one whose viewer has the least left to play.
+
+    Under too much work that is the one that has waited longest, so nobody starves.
+
+    Args:
+        dues: when the next chunk of each should be begun.
+    """
+    due = [stream for stream, when in dues.items() if when <= now]
+    return min(due, key=lambda stream: stream.deadline(now), default=None)

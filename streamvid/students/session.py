@@ -209,6 +209,12 @@ class Session:
         text = tuple(state.cond.shape)
         return id(self._transformer), id(self.student.codec), self._latent_shape, text, frames
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the cache, of which a branch may share some; 0 when the session is closed."""
+        cache = self._cache
+        return 0 if cache is None else cache.memory_bytes()
+
     def next_chunk(self) -> SessionChunk:
         """Make the next chunk.
 

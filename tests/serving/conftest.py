@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from streamvid.students.script import Change, Script
 HAS_LIVE = all(importlib.util.find_spec(name) for name in ("fastapi", "httpx", "hypothesis"))
 collect_ignore_glob = [] if HAS_LIVE else ["test_*.py"]  # the extra `live` is not installed
 if HAS_LIVE:
+    import uvicorn
     from fastapi.testclient import TestClient
 
     from streamvid.serving import protocol
@@ -117,6 +119,10 @@ class FakeSession:
     def close(self):
         self.closed = True
 
+    @property
+    def memory_bytes(self):
+        return 0 if self.closed else 1000
+
     def _note(self, **change):
         changes = tuple(c for c in self.script.changes if c.at != self.index)
         self.script = Script(
@@ -139,7 +145,13 @@ def world():
 
 
 @pytest.fixture
-def make_app(world, tmp_path):
+def make_session(world):
+    """``make_session(prompt, **options)``, as ``students.session.Session`` of a student."""
+    return lambda *args, **kwargs: FakeSession(world, *args, **kwargs)
+
+
+@pytest.fixture
+def make_app(world, make_session, tmp_path):
     """``make_app(**options)``, as ``create_app`` with the fake student; limits are a dictionary."""
 
     def make(**options):
@@ -153,7 +165,7 @@ def make_app(world, tmp_path):
         return create_app(
             student,
             folder=tmp_path / "clips",
-            open_session=lambda *args, **kwargs: FakeSession(world, *args, **kwargs),
+            open_session=make_session,
             **{**given, **options},
         )
 
@@ -176,6 +188,30 @@ def make_client(make_app):
     yield make
     for client in clients:
         client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def running():
+    """``running(app)``: a context, the address of the application on a real socket."""
+
+    @contextmanager
+    def run(app):
+        config = uvicorn.Config(
+            app, port=0, log_level="critical", lifespan="on", timeout_graceful_shutdown=1
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+    return run
 
 
 class Live:

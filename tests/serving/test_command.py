@@ -30,11 +30,37 @@ def test_loopback_demands_none(host):
     command.check_address(host, None)
 
 
-@pytest.mark.parametrize("token", ["short", "", "has spaces in it 0123456789", "ü" * 20 + "!"])
+@pytest.mark.parametrize("token", ["short", "", "has spaces in it 0123456789", "ü" * 20])
 def test_a_token_that_is_no_secret_is_refused(tmp_path, token):
     (tmp_path / "token").write_text(token)
     with pytest.raises(ValueError, match="expected at least 16"):
         command.read_token(str(tmp_path / "token"))
+
+
+@pytest.fixture
+def configured(monkeypatch):
+    """``configured(options)``: uvicorn's configuration of a server that is not started."""
+
+    def configure(*options):
+        seen = []
+        monkeypatch.setattr(command, "announce", lambda uvicorn, config, *rest: seen.append(config))
+        assert command.main(list(options)) == 0
+        return seen[0]
+
+    return configure
+
+
+def test_only_a_proxy_may_say_for_whom_it_asks(configured):
+    """Anyone on the machine could once pass as many addresses, each with its own limits."""
+    assert not configured("--port", "0").proxy_headers
+    assert configured("--port", "0", "--allow-host", "live.example.org").proxy_headers
+
+
+def test_limits_are_set_by_name(configured, capsys):
+    limits = configured("--limit", "sessions=3", "--limit", "max_fps=240").app.state.worker.limits
+    assert (limits.sessions, limits.max_fps, limits.waiting) == (3, 240.0, 16)
+    assert command.main(["--limit", "session=3"]) == 2
+    assert "sessions" in capsys.readouterr().err
 
 
 def test_the_examples_are_sentences_of_the_world():

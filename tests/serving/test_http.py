@@ -4,11 +4,9 @@ import errno
 import json
 import threading
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -272,6 +270,12 @@ def test_a_wrong_request_is_told_in_openais_shape(make_client, fields):
         ({"host": "localhost:8000", "origin": "http://localhost:9999"}, 403),
         ({"host": "localhost:8000", "origin": "https://evil.example"}, 403),
         ({"host": "localhost:8000", "origin": "null"}, 403),
+        ({"host": "localhost:8000", "origin": ""}, 403),
+        ({"host": "localhost:8000", "origin": "http://localhost:8000.evil.example"}, 403),
+        ({"host": "localhost:8000", "origin": "http://evil.example@localhost:8000"}, 403),
+        ({"host": "localhost:8000@evil.example"}, 403),
+        ({"host": "[::1"}, 403),
+        ({"host": ""}, 403),
         ({"host": "localhost", "content-length": "70000"}, 413),
     ],
 )
@@ -309,6 +313,30 @@ def test_a_token_is_demanded_of_all_but_the_page_and_the_checks(make_client, liv
         viewer.send("session.start", prompt="one")
         viewer.next_frame()
         assert viewer.socket.accepted_subprotocol == "streamvid"
+
+
+def test_a_token_does_not_open_the_server_to_pages_of_other_sites(make_client):
+    """A program sends no Origin; a browser that has the token in a page of its own does."""
+    client = make_client(token=TOKEN, hosts=None)
+    bearer = {"authorization": f"Bearer {TOKEN}", "host": "live.example.org"}
+    for origin, status in (
+        ({}, 200),
+        ({"origin": "https://live.example.org"}, 200),
+        ({"origin": "https://evil.example"}, 403),
+    ):
+        assert client.get("/v1/info", headers={**bearer, **origin}).status_code == status
+
+
+@pytest.mark.parametrize("given", ["", " ", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "\xe9" * 20])
+def test_what_is_not_the_token_is_refused(make_client, live, given):
+    client = make_client(token=TOKEN, hosts=None)
+    bearer = {"authorization": f"Bearer {given}".encode("latin-1")}
+    assert client.get("/v1/info", headers=bearer).status_code == 401
+    if given.isascii():  # the client sends no other
+        offered = ["streamvid", f"bearer.{given}"]
+        with pytest.raises(Exception) as closed, live(client, subprotocols=offered):
+            pass
+        assert closed.value.code == 1008
 
 
 def test_any_host_needs_a_token():
@@ -383,24 +411,8 @@ def fuzzed(make_client):
 # ---------------------------------------------------------------- a client that nobody here wrote
 
 
-@contextmanager
-def running(app):
-    """The address of the application on a real socket."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="on"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_openais_client_makes_and_fetches_a_clip(make_app, tmp_path):
+def test_openais_client_makes_and_fetches_a_clip(make_app, running, tmp_path):
     openai = pytest.importorskip("openai")
     with running(make_app(token=TOKEN, hosts=None, fps=10.0)) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key=TOKEN, max_retries=0)
