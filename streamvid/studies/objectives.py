@@ -235,16 +235,14 @@ def write_report(
     more = finished(longer)
     complete = [job.name for job in jobs if job.kind.role == "complete"]
     count = count_complete(improved(results, start))
-    missing = [job.name for job in jobs if not job.result_file.exists()]
-    not_run = f" (not run: {', '.join(missing)})" if missing else ""
     head = (
         f"Every objective from the same causal start on the world: {jobs[0].updates} updates of"
         f" the student, batches of 4 clips, one seed; {jobs[0].num_prompts} held-out prompts, one"
         " seed of the noise, so that scores differ by about"
         f" {SPREAD} by chance. Each student is streamed in the steps, and from step to step in the"
         " way, that its objective is published for; the start beside it is streamed in the same"
-        f" way. {count} of {len(complete)} complete objectives improve the start{not_run}"
-        f"{say_longer(results, more, start)}."
+        f" way. {count} of {len(complete)} complete objectives improve the start{not_run_of(jobs)}"
+        f"{say_longer(results, more, start)}{not_run_of(longer)}."
         " Seconds are one core's for the whole training; forwards and TFLOP are per update of the"
         " student; memory is the peak of a step on an accelerator, by the dry run. The"
         " steps are few, so this"
@@ -263,6 +261,12 @@ def write_report(
 def finished(jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """The results that there are."""
     return [read_result(job.result_file) for job in jobs if job.result_file.exists()]
+
+
+def not_run_of(jobs: Sequence[Job]) -> str:
+    """Which of the jobs have no result, for a sentence; empty if all have one."""
+    missing = [job.name for job in jobs if not job.result_file.exists()]
+    return f" (not run: {', '.join(missing)})" if missing else ""
 
 
 def improved(results: Sequence[dict[str, Any]], start: dict[str, dict[str, float]]) -> set[str]:
