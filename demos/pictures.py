@@ -42,10 +42,13 @@ def serving(**options: Any) -> Iterator[str]:
     """The address of a server of the shipped student, on a free port, that is warm."""
     import uvicorn
 
+    from streamvid.serving.models import serve_teacher
     from streamvid.serving.server import create_app
-    from streamvid.students.folder import TINY_STUDENT, load_student
+    from streamvid.students.folder import TINY_STUDENT, TINY_TEACHER, choose_device, load_student
 
-    app = create_app(load_student(TINY_STUDENT), name="streamvid-tiny", **options)
+    teacher = serve_teacher("teacher", TINY_TEACHER, 33, choose_device("cpu"))
+    student = load_student(TINY_STUDENT)
+    app = create_app(student, name="streamvid-tiny", others=[teacher], **options)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
