@@ -9,7 +9,7 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from streamvid.serving.errors import Busy
+from streamvid.serving.errors import Busy, refusals
 from streamvid.serving.limits import Limits
 from streamvid.serving.models import ServedModels
 from streamvid.serving.protocol import LARGEST_SEED, Container, Prompt, describe_errors
@@ -85,33 +85,15 @@ class ClipDeleted(BaseModel):
     deleted: bool = True
 
 
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorBody(BaseModel):
-    """An error, as OpenAI's clients read it."""
-
-    error: ErrorDetail
-
-
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": words}
-    for status, words in {
+REFUSALS = refusals(
+    {
         400: "The request can't be read, or asks for too much.",
-        401: "A token is needed.",
-        403: "The host or the origin is not allowed.",
         404: "There is no such clip.",
         409: "The clip is not complete yet.",
         413: "The body is too large.",
         429: "Too many clips wait.",
-    }.items()
-}
+    }
+)
 BODY = {
     "required": True,
     "content": {

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
 from streamvid.command_line import is_out_of_memory
 from streamvid.printing import one_line
 
@@ -21,3 +26,27 @@ def explain(error: Exception) -> tuple[str, str]:
     if isinstance(error, ValueError):
         return "bad_request", one_line(error)
     return "internal", "the model failed on this stream; start it again"
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """An error, as OpenAI's clients read it."""
+
+    error: ErrorDetail
+
+
+def refusals(words: Mapping[int, str]) -> dict[int | str, dict[str, Any]]:
+    """What a route may answer besides success, for its OpenAPI: by status, in words; with what
+    ``guard`` refuses.
+    """
+    always = {401: "A token is needed.", 403: "The host or the origin is not allowed."}
+    answers = sorted({**always, **words}.items())
+    return {status: {"model": ErrorBody, "description": text} for status, text in answers}

@@ -22,6 +22,7 @@ from streamvid.rollout.passes import Pass, next_result
 from streamvid.rollout.runner import Runner, teacher_runner
 from streamvid.rollout.sampler import check_finite, latent_shape_of
 from streamvid.rollout.schedule import build_schedule
+from streamvid.serving.errors import refusals
 from streamvid.students.batch import Decode
 from streamvid.students.script import Script
 from streamvid.video import to_uint8
@@ -278,7 +279,11 @@ class ModelList(BaseModel):
 
 def model_routes(models: ServedModels, height: int, width: int, fps: float) -> APIRouter:
     """The routes of ``/v1/models``."""
-    router = APIRouter(prefix="/v1/models", tags=["models"])
+    router = APIRouter(
+        prefix="/v1/models",
+        tags=["models"],
+        responses=refusals({404: "There is no such model.", 413: "The body is too large."}),
+    )
 
     def describe(model: ServedModel) -> ModelInfo:
         return ModelInfo(

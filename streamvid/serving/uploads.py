@@ -15,8 +15,8 @@ from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from streamvid.serving.clips import ErrorBody
 from streamvid.serving.decoding import MEDIA_TYPES, suffix_of_content
+from streamvid.serving.errors import refusals
 from streamvid.serving.limits import Limits
 from streamvid.serving.protocol import describe_errors
 from streamvid.serving.realtime import Defaults
@@ -63,20 +63,17 @@ class StartDeleted(BaseModel):
     deleted: bool = True
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": words}
-    for status, words in {
+REFUSALS = refusals(
+    {
         400: "The file can't be decoded, or is too long or too large in pixels.",
-        401: "A token is needed.",
-        403: "The host or the origin is not allowed.",
         404: "There is no such start.",
         408: "The file takes too long to arrive.",
         413: "The file has too many bytes.",
         415: "Files of this kind are not read.",
         429: "Too many files are being read.",
         507: "The server has no room for the file.",
-    }.items()
-}
+    }
+)
 BODY = {
     "required": True,
     "content": {

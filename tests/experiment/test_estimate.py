@@ -203,7 +203,7 @@ def test_casts_of_weights_live_until_the_loss_and_those_of_sharded_ones_not():
     peaks = {}
     for shard in ("none", "full"):
         config = run_of("teacher", *bf16, *wide, f"train.shard={shard}")
-        (role,), (turn,) = est.build_on_meta(config)[1], est.estimate(config).turns
+        (role,), (turn,) = roles_on_meta(config), est.estimate(config).turns
         peaks[shard] = turn.peaks
     casts = peaks["none"][0] - peaks["full"][0]
     assert 0.4 * role.weights < casts < 0.5 * role.weights
