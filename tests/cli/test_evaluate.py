@@ -105,6 +105,7 @@ def test_mistakes_end_with_one_line(tmp_path, capsys, monkeypatch, argv, message
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_quickstart_writes_what_it_promises(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quickstart, "TEACHER_STEPS", 2)
     assert (

@@ -42,6 +42,7 @@ def arguments_of(path, tmp_path, *arguments):
     return ["--suite", str(path), "--jobs", "1", "--folder", str(tmp_path / "runs"), *arguments]
 
 
+@pytest.mark.slow
 def test_a_study_runs_goes_on_and_reports(small, tmp_path, capsys):
     assert study.main(arguments_of(small, tmp_path)) == 0
     printed = capsys.readouterr()

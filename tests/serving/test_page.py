@@ -224,6 +224,7 @@ def test_a_new_prompt_is_seen_in_what_the_browser_received(watched, address):
     watched.until(lambda: page.locator(".mark[data-kind=prompt]").count() == 0)
 
 
+@pytest.mark.slow
 def test_a_mark_is_dragged_and_the_edited_script_is_replayed(watched, address, tmp_path):
     watched.open(address)
     page, first = watched.page, watched.sockets[0]
@@ -270,6 +271,7 @@ def test_a_mark_is_dragged_and_the_edited_script_is_replayed(watched, address, t
     assert page.locator(".mark[data-kind=prompt]").count() == 1
 
 
+@pytest.mark.slow
 def test_a_stream_is_recorded_downloaded_and_decoded(watched, address, tmp_path):
     watched.open(address)
     page, socket = watched.page, watched.sockets[0]
@@ -289,6 +291,7 @@ def test_a_stream_is_recorded_downloaded_and_decoded(watched, address, tmp_path)
     )
 
 
+@pytest.mark.slow
 def test_two_settings_and_four_seeds_are_seen_side_by_side(watched, address):
     watched.open(address)
     page = watched.page
@@ -325,6 +328,7 @@ MODELS = [
 SIZES = {"height": 64, "width": 64, "fps": 16.0}
 
 
+@pytest.mark.slow
 def test_a_teacher_plays_its_clip_beside_the_student(watched, address, tmp_path):
     asked = []
     with VideoWriter(tmp_path / "clip.webm", 16) as writer:
@@ -374,6 +378,7 @@ DROP = """(name) => {
 }"""
 
 
+@pytest.mark.slow
 def test_a_server_that_can_not_begin_from_a_picture_says_so(watched, address):
     watched.page.route("**/v1/starts", lambda route: route.fulfill(status=404, json={}))
     watched.open(address)
@@ -382,7 +387,7 @@ def test_a_server_that_can_not_begin_from_a_picture_says_so(watched, address):
     assert len(watched.sockets) == 1, "the stream goes on"
 
 
-@pytest.mark.skipif("start" not in protocol.SessionStart.model_fields, reason="it can't")
+@pytest.mark.slow
 def test_a_picture_that_is_dropped_is_what_the_stream_begins_from(watched, address):
     watched.open(address)
     page = watched.page
