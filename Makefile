@@ -13,7 +13,7 @@ else
 TORCH ?= torch==2.13.0
 endif
 # One process per core, eight at most: each loads torch.
-PYTEST := -m pytest --numprocesses logical --maxprocesses 8
+PYTEST := -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: venv quickstart test test-slow test-lowest lint browser clean
 
