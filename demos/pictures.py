@@ -42,13 +42,10 @@ def serving(**options: Any) -> Iterator[str]:
     """The address of a server of the shipped student, on a free port, that is warm."""
     import uvicorn
 
-    from streamvid.serving.models import serve_teacher
     from streamvid.serving.server import create_app
-    from streamvid.students.folder import TINY_STUDENT, TINY_TEACHER, choose_device, load_student
+    from streamvid.students.folder import TINY_STUDENT, load_student
 
-    teacher = serve_teacher("teacher", TINY_TEACHER, 33, choose_device("cpu"))
-    student = load_student(TINY_STUDENT)
-    app = create_app(student, name="streamvid-tiny", others=[teacher], **options)
+    app = create_app(load_student(TINY_STUDENT), name="streamvid-tiny", **options)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -172,9 +169,13 @@ def caption(frame: np.ndarray, prompt: str) -> Image.Image:
 def make_pictures(out: Path) -> None:
     """All pictures, into a folder."""
     from streamvid.serving.command import world_examples
+    from streamvid.serving.models import serve_teacher
+    from streamvid.students.folder import TINY_TEACHER, choose_device
 
     out.mkdir(parents=True, exist_ok=True)
-    with chromium() as browser, serving(examples=world_examples()) as address:
+    teacher = serve_teacher("teacher", TINY_TEACHER, 33, choose_device("cpu"))
+    options = {"examples": world_examples(), "others": [teacher]}
+    with chromium() as browser, serving(**options) as address:
         for theme in ("light", "dark"):
             shoot_desk(browser, address, theme, out / f"live-{theme}.png")
         shoot_phone(browser, address, out / "live-phone.png")

@@ -158,6 +158,16 @@ class Watched:
             self.page.wait_for_timeout(20)
         return found
 
+    def streaming(self, start, stop):
+        """The sockets of these numbers, when all of them have shown a frame: what a page shows may
+        be seen before what is told of its sockets.
+        """
+        wanted = slice(start, stop)
+        self.until(
+            lambda: len(self.sockets) >= stop and all(each.frames for each in self.sockets[wanted])
+        )
+        return self.sockets[wanted]
+
     def switch(self, prompt):
         self.page.get_by_label("What the stream should show").fill(prompt)
         self.page.keyboard.press("Enter")
@@ -298,7 +308,7 @@ def test_two_settings_and_four_seeds_are_seen_side_by_side(watched, address):
     steps_of = lambda socket: {chunk["steps"] for chunk in socket.of_type("video.chunk")}
     page.keyboard.press("c")
     page.wait_for_selector(".view:nth-child(2) canvas[data-started]", timeout=1000 * PATIENCE_S)
-    pair = watched.sockets[1:3]
+    pair = watched.streaming(1, 3)
     watched.until(lambda: all(steps_of(socket) for socket in pair))
     assert [steps_of(socket) for socket in pair] == [{4}, {1}]
     page.get_by_role("radiogroup", name="of the right picture").get_by_label("2").check(force=True)
@@ -311,7 +321,7 @@ def test_two_settings_and_four_seeds_are_seen_side_by_side(watched, address):
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("g")
     page.wait_for_selector(".view:nth-child(4) canvas[data-started]", timeout=1000 * PATIENCE_S)
-    four = watched.sockets[3:7]
+    four = watched.streaming(3, 7)
     assert [socket.of_type("video.start")[0]["seed"] for socket in four] == [3, 4, 5, 6]
     assert {socket.of_type("video.start")[0]["prompt"] for socket in four} == {BLUE}
     assert len({socket.frames[0][1] for socket in four}) == 4
