@@ -64,7 +64,7 @@ class Steering:
         stream.session, script = session, session.script
         self._limits.check_size(script.height, script.width)
         stream.height, stream.width = script.height, script.width
-        stream.prompt, stream.seed, stream.steps = session.prompt, session.seed, script.last_steps
+        stream.prompt, stream.seed, stream.steps = session.prompt, session.seed, session.asked_steps
         session.hold_rate(stream.fps if stream.hold_rate else None)
 
     def apply(self, stream: Stream, message: protocol.Message, came: float) -> None:

@@ -187,6 +187,14 @@ class Session:
         return self._open_state().seed if queued is None else queued
 
     @property
+    def asked_steps(self) -> int | None:
+        """The steps per chunk that the last change has asked for, in effect or about to be; None is
+        the student's own schedule.
+        """
+        queued = self._queued.steps if self._queued else None
+        return self.script.last_steps if queued is None else queued
+
+    @property
     def steps(self) -> int:
         """Steps of the next chunk, as far as is known."""
         return len(next_events(steer_state(self.student, self._open_state(), self._queued)))

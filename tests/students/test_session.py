@@ -400,6 +400,21 @@ def test_every_codec_goes_on_where_it_was(plain, name, tmp_path):
     assert_same(make(session, 2), make(restored, 2))
 
 
+def test_what_was_asked_for_is_known_before_the_next_chunk_and_in_a_snapshot(plain, tmp_path):
+    """Of a restored stream the steps that were not in effect yet were once lost by a reset."""
+    session = begin(plain)
+    assert session.asked_steps is None
+    session.next_chunk()
+    session.set_steps(2)
+    session.set_seed(9)
+    session.snapshot(tmp_path / "a.safetensors")
+    for each in (session, Session.restore(tmp_path / "a.safetensors", plain)):
+        assert (each.asked_steps, each.seed, each.steps) == (2, 9, 2)
+        each.next_chunk()
+        each.set_seed(10)
+        assert (each.asked_steps, each.seed) == (2, 10)
+
+
 def test_a_snapshot_of_another_student_or_a_damaged_one_is_refused(plain, tmp_path):
     path = tmp_path / "a.safetensors"
     session = begin(plain)
