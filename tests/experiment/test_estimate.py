@@ -114,6 +114,7 @@ def test_steps_of_equal_choices_cost_the_same(method):
     assert len(set(costs.values())) == len(costs)
 
 
+@pytest.mark.slow
 def test_a_method_that_tells_no_choices_is_measured_in_every_step():
     """A rollout that ends anywhere: the estimate is the mean over steps, not the first one's
     cost.

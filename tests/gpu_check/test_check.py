@@ -40,6 +40,7 @@ def raised(report):
 """
 
 
+@pytest.mark.slow
 def test_a_part_takes_no_other_with_it(tmp_path, monkeypatch):
     """What a hanging and a crashing part measured before is kept, and the parts behind them run."""
     (tmp_path / "spoilt_parts.py").write_text(SPOILT)

@@ -33,7 +33,6 @@ LAUNCH = [
 ]
 ONCE = ["train.optimizers.student.accumulate=1", "train.max_steps=2", "latent_size=[4, 4]"]
 PROMPTS = "a red ball falls\na cat\n"
-FAST = ("wan1.3b_dmd_24gb",)  # the others take the same roads
 OWN = {  # beyond the places
     "wan1.3b_asd": ["options.layers=[0, 1]"],
     "wan1.3b_afd": ["options.student_start_step=0", "data.clips.height=32", "data.clips.width=32"],
@@ -106,9 +105,8 @@ def test_there_is_a_recipe_for_each_objective_on_video():
     assert objectives == {"trajectory", "dmd", "asd", "diagonal", "afd"}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_recipe_trains_in_two_processes(name, places, wan, tmp_path, capsys):
     """Two steps in bf16 with checkpointing, joined; the export opens with diffusers, its weights
     have moved, and it streams.

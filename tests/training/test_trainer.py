@@ -713,6 +713,7 @@ def test_the_default_configuration_is_valid():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="accelerate launches CUDA processes itself")
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
     """`accelerate launch --cpu --num_processes 2` used to start one process; decisions and weights
     agree.
