@@ -83,12 +83,11 @@ class Fidelity:
     """Per frame ``[T]``, NaN where a body was not measured.
 
     ``boundary``: area that is inside where it should be outside, or outside where it should be
-    inside, over the outline's length, in pixels; ``objects``, ``background``: root mean square
-    of the colour's error up to ``NEAR`` pixels around the bodies, and beyond.
+    inside, over the outline's length, in pixels; ``background``: root mean square of the
+    colour's error beyond ``NEAR`` pixels from the bodies.
     """
 
     boundary: np.ndarray
-    objects: np.ndarray
     background: np.ndarray
 
     def between(self, start: int, stop: int) -> Fidelity:
@@ -100,15 +99,13 @@ def measure_fidelity(frames: Tensor, parsed: ParsedClip) -> Fidelity:
     """How far ``frames [T, 3, 64, 64]`` in [0, 1] are from what they show."""
     drawing = redraw(parsed)
     error = frames.detach().float().cpu().numpy() - drawing.frames
-    near = drawing.distance <= NEAR
     edge = np.abs(drawing.distance) <= NEAR
     contrast = np.abs(drawing.frames - parsed.floors[:, :, None, None]).max(axis=(2, 3))
     scale = np.maximum(np.linalg.norm(contrast, axis=1), 1e-6)
     missed = (np.linalg.norm(error, axis=1) * edge).sum(axis=(1, 2)) / scale
     values = {
         "boundary": missed / np.maximum(drawing.length, 1),
-        "objects": _rms(error, near),
-        "background": _rms(error, ~near),
+        "background": _rms(error, drawing.distance > NEAR),
     }
     return Fidelity(**{name: np.where(drawing.known, v, np.nan) for name, v in values.items()})
 
