@@ -150,6 +150,7 @@ class LiveStreams:
         self._steering.autosave(stream)
         if now - stream.measured >= METRICS_EVERY_S:
             stream.measured = now
+            self._count_caches()
             stream.outbox.put(self._levels(stream))
         wanted = stream.start.num_frames
         if wanted is not None and stream.sequence >= wanted:
@@ -210,7 +211,7 @@ class LiveStreams:
             memory_mb=memory,
         )
 
-    def count_caches(self) -> None:
+    def _count_caches(self) -> None:
         """Measure the memory of all caches."""
         self._metrics.cache_bytes.set(sum(stream.cache_bytes for stream in self.active))
 
@@ -261,7 +262,7 @@ class LiveStreams:
             if stream in self.active:
                 self.active.remove(stream)
         self._metrics.sessions.set(len(self.active))
-        self.count_caches()
+        self._count_caches()
         self._metrics.ended.labels("gone" if stream.gone else reason).inc()
         done = protocol.SessionDone(
             session_id=stream.id,

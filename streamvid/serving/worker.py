@@ -277,7 +277,6 @@ class Worker:
         now = time.monotonic()
         if streams[0] in running and most_urgent(self._dues(now), now) is streams[0]:
             self._live.advance(running)
-            self._live.count_caches()
 
     def _end_all(self) -> None:
         self._live.stopping = True
